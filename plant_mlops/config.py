@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['PlantError', 'Settings', 'settings', 'allowed_hosts', 'provenance', 'unknown_variables']
 
-# %% ../nbs/00_config.ipynb #328d897e
+# %% ../nbs/00_config.ipynb #7a1deeb1
 import difflib, os, re
 from ipaddress import ip_network
 from pathlib import Path
 from pydantic import AliasChoices, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
 
-# %% ../nbs/00_config.ipynb #8f19ebe9
+# %% ../nbs/00_config.ipynb #d4bffc13
 class PlantError(Exception):
     "What happened, to what, and what to do next."
 
-# %% ../nbs/00_config.ipynb #cd55bd0b
+# %% ../nbs/00_config.ipynb #e8aab606
 def _f(default, description, **kw): return Field(default, description=description, **kw)
 
 class Settings(BaseSettings):
@@ -75,7 +75,7 @@ class Settings(BaseSettings):
             if k == 'home' or not getattr(self, k): self.__dict__[k] = v
         return self
 
-# %% ../nbs/00_config.ipynb #b3204199
+# %% ../nbs/00_config.ipynb #d00a6fb7
 def settings(
     **overrides, # values that beat the environment and `.env`; None means not given
 ) -> Settings: # checked settings
@@ -95,14 +95,14 @@ def _explain(
     one = lambda o: f"{_variable(str(o['loc'][0])) if o['loc'] else 'settings'} = {o['input']!r}: {o['msg']}"
     return 'A setting is not usable. ' + '; '.join(map(one, e.errors())) + '. Mend it in the environment or in .env.'
 
-# %% ../nbs/00_config.ipynb #5c5ebd6a
+# %% ../nbs/00_config.ipynb #53060a7f
 def _variable(
     name: str, # field, or a variable already
 ) -> str: # its variable in the environment
     "Name of a setting's environment variable."
     return name if name.isupper() else f'PLANT_{name.upper()}'
 
-# %% ../nbs/00_config.ipynb #de56cc3c
+# %% ../nbs/00_config.ipynb #e1b8b49e
 def allowed_hosts(
     s: Settings, # settings in force
 ) -> tuple[set, list]: # host names in lower case, networks
@@ -115,7 +115,7 @@ def allowed_hosts(
             names.add(o.lower())
     return names, nets
 
-# %% ../nbs/00_config.ipynb #f43b6b0a
+# %% ../nbs/00_config.ipynb #32461e79
 def provenance(
     s: Settings, # settings in force
 ) -> dict: # name → (value as text, where it came from, what it is)
@@ -138,7 +138,7 @@ def _show(v) -> str:
     if isinstance(v, SecretStr): return '********' if v.get_secret_value() else ''
     return re.sub(r'(?<=:)[^:/@]+(?=@)', '********', str(v))
 
-# %% ../nbs/00_config.ipynb #d8d13aa5
+# %% ../nbs/00_config.ipynb #5ec987e3
 def unknown_variables() -> list: # (variable, the one that was probably meant or '')
     "Variables that begin with `PLANT_` and are not a setting."
     known = {_variable(k) for k in Settings.model_fields} | {'PLANT_TRACKING_URI'}
