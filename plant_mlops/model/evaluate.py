@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['wilson', 'confusion', 'reliability', 'metrics', 'fit_temperature', 'plot_reliability', 'plot_confusion', 'compare']
 
-# %% ../../nbs/model/10_evaluate.ipynb #cdc13ca9
+# %% ../../nbs/model/10_evaluate.ipynb #64453cc7
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax
 from scipy.stats import binomtest, rankdata, ttest_1samp
 
 # %% ../../nbs/model/10_evaluate.ipynb #db8ed8d6
