@@ -1,0 +1,108 @@
+"One contract, three databases: SQLite, and real PostgreSQL and MariaDB processes."
+import os, threading
+import pytest, sqlalchemy as sa
+from plant_mlops.config import PlantError, settings
+from plant_mlops.data import catalog as cat
+
+@pytest.fixture(params=['sqlite', 'postgres', 'mariadb'])
+def s(request, tmp_path):
+    if request.param == 'sqlite': yield settings(home=tmp_path)
+    else:
+        url = request.getfixturevalue(request.param)
+        eng = sa.create_engine(url)
+        with eng.begin() as c: c.exec_driver_sql('DROP TABLE IF EXISTS plants_data')
+        eng.dispose()
+        yield settings(catalog_url=url)
+
+@pytest.fixture
+def eng(s):
+    e = cat.open_catalog(s)
+    yield e
+    e.dispose()
+
+def _rows(n, label='grass'): return [dict(url_source=f'http://photos.example/{label}/{i}.jpg', label=label) for i in range(n)]
+
+def test_reference_script_runs_unchanged_twice(eng):
+    assert cat.load_file(eng, 'plants_data.sql') == 400
+    assert cat.load_file(eng, 'plants_data.sql') == 0
+    labels = [r['label'] for r in cat.rows(eng)]
+    assert labels.count('dandelion') == labels.count('grass') == 200
+    assert cat.counts(eng)['new'] == 400
+
+def test_urls_are_unique_and_case_matters(eng):
+    assert cat.add_rows(eng, _rows(3)) == 3
+    assert cat.add_rows(eng, _rows(5)) == 2
+    assert cat.add_rows(eng, [dict(url_source='http://photos.example/grass/A.jpg'), dict(url_source='http://photos.example/grass/a.jpg')]) == 2
+
+def test_accents_percent_signs_and_long_urls(eng, tmp_path):
+    f = tmp_path/'données.csv'
+    long = 'http://photos.example/' + 'x' * 670
+    f.write_text(f'url_source,label\nhttp://photos.example/caf%C3%A9%20à.jpg,pâquerette 🌼\n{long},grass\n', encoding='utf-8-sig')
+    assert cat.load_file(eng, f) == 2
+    assert cat.rows(eng)[0]['label'] == 'pâquerette 🌼' and cat.rows(eng)[1]['url_source'] == long
+    with pytest.raises(PlantError, match='700'): cat.add_rows(eng, [dict(url_source='http://' + 'x' * 700)])
+    sql = tmp_path/'one.sql'
+    sql.write_text("-- a comment; with a semicolon\nINSERT INTO plants_data (url_source, label) VALUES ('http://photos.example/100%25.jpg', 'grass');\n")
+    assert cat.load_file(eng, sql) == 1
+    assert cat.rows(eng)[-1]['url_source'] == 'http://photos.example/100%25.jpg'
+
+def test_a_bad_file_adds_nothing(eng, tmp_path):
+    f = tmp_path/'bad.sql'
+    f.write_text("INSERT INTO plants_data (url_source) VALUES ('http://photos.example/1');\nINSERT INTO nowhere VALUES (1);\n")
+    with pytest.raises(PlantError, match='Nothing was added'): cat.load_file(eng, f)
+    f = tmp_path/'bad.csv'
+    for text, says in [('', 'no column'), ('a,b\n1,2\n', 'no column'), ('url_source\nhttp://ok.example/1\nftp://no.example/2\n', 'Row 2')]:
+        f.write_text(text)
+        with pytest.raises(PlantError, match=says): cat.load_file(eng, f)
+    f.write_bytes('url_source,label\nhttp://x.example/é,é\n'.encode('latin-1'))
+    with pytest.raises(PlantError, match='UTF-8'): cat.load_file(eng, f)
+    assert sum(cat.counts(eng).values()) == 0
+
+def test_life_of_a_row(eng):
+    cat.add_rows(eng, _rows(4))
+    a, b, c, d = cat.pending(eng)
+    cat.record(eng, [dict(id=a['id'], status='stored', sha256='ab' * 32, url_s3='s3://b/raw/x'), dict(id=b['id'], status='failed', error='HTTP 503'),
+                     dict(id=c['id'], status='rejected', error='not a photo')])
+    assert cat.counts(eng) == dict(new=1, stored=1, failed=1, rejected=1)
+    assert [r['id'] for r in cat.pending(eng)] == [b['id'], d['id']]
+    assert cat.stored(eng) == [dict(id=a['id'], url_source=a['url_source'], label='grass', sha256='ab' * 32)]
+    for _ in range(4): cat.record(eng, [dict(id=b['id'], status='failed', error='HTTP 503')])
+    assert [r['id'] for r in cat.pending(eng)] == [d['id']]
+    assert cat.retry(eng) == 2 and len(cat.pending(eng)) == 3
+
+def test_shards_meet_nowhere(eng):
+    cat.add_rows(eng, _rows(50))
+    parts = [[r['id'] for r in cat.pending(eng, (i, 3))] for i in (1, 2, 3)]
+    assert sorted(sum(parts, [])) == [r['id'] for r in cat.pending(eng)]
+    for i, r in enumerate(cat.pending(eng)): cat.record(eng, [dict(id=r['id'], status='stored', sha256=f'{i * 7919:08x}' + '0' * 56)])
+    parts = [[r['id'] for r in cat.stored(eng, (i, 3))] for i in (1, 2, 3)]
+    assert sorted(sum(parts, [])) == [r['id'] for r in cat.stored(eng)] and all(parts)
+
+def test_a_batch_is_whole_or_not_there(eng):
+    cat.add_rows(eng, _rows(2))
+    a, b = cat.pending(eng)
+    with pytest.raises(Exception): cat.record(eng, [dict(id=a['id'], status='stored', sha256='0' * 64), dict(id=b['id'], status=None)])
+    assert cat.counts(eng)['new'] == 2
+
+def test_many_workers_open_and_write_at_once(s):
+    errors = []
+    def work(k):
+        try:
+            e = cat.open_catalog(s)
+            cat.add_rows(e, _rows(40))
+            for r in cat.pending(e, (k + 1, 4)): cat.record(e, [dict(id=r['id'], status='stored', sha256='0' * 64)])
+            e.dispose()
+        except Exception as e: errors.append(e)
+    ts = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for t in ts: t.start()
+    for t in ts: t.join()
+    assert not errors
+    e = cat.open_catalog(s)
+    cat.record(e, [])
+    assert sum(cat.counts(e).values()) == 40
+    e.dispose()
+
+def test_a_database_that_is_not_there():
+    with pytest.raises(PlantError, match='Check PLANT_CATALOG_URL') as e: cat.open_catalog(settings(catalog_url='postgresql+psycopg://me:hush@127.0.0.1:9/x'))
+    assert 'hush' not in str(e.value)
+    with pytest.raises(PlantError): cat.open_catalog(settings(catalog_url='nonsense'))
