@@ -6,12 +6,12 @@
 __all__ = ['metadata', 'plants_data', 'statuses', 'photo_suffixes', 'open_catalog', 'add_rows', 'add_dir', 'load_file', 'pending',
            'stored', 'rows', 'counts', 'record', 'retry']
 
-# %% ../../nbs/data/02_catalog.ipynb #d35858ee
+# %% ../../nbs/data/02_catalog.ipynb #afa884d7
 import csv, sqlite3, time
 from importlib import resources
 from pathlib import Path
 from urllib.parse import urlsplit
-import sqlalchemy as sa
+import sqlalchemy as sa, tenacity
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from ..config import PlantError, Settings
 
@@ -31,7 +31,7 @@ plants_data = sa.Table('plants_data', metadata,
     sa.Column('updated_at', sa.DateTime, server_default=sa.func.current_timestamp()),
     mysql_charset='utf8mb4', mariadb_charset='utf8mb4')
 
-# %% ../../nbs/data/02_catalog.ipynb #1eef5317
+# %% ../../nbs/data/02_catalog.ipynb #1c415232
 statuses = ('new', 'stored', 'failed', 'rejected')
 
 def open_catalog(
@@ -43,11 +43,11 @@ def open_catalog(
         if url.get_backend_name() == 'sqlite' and url.database: Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         eng = sa.create_engine(url, pool_pre_ping=True, connect_args=dict(timeout=30) if url.get_backend_name() == 'sqlite' else {})
         if url.get_backend_name() == 'sqlite': sa.event.listen(eng, 'connect', _wal)
-        with eng.begin() as c: _create(c)
+        _create(eng)
         return eng
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as e: raise _unusable(s, e) from e
 
-# %% ../../nbs/data/02_catalog.ipynb #a6fa1092
+# %% ../../nbs/data/02_catalog.ipynb #3cc5cae2
 def _wal(con, _):
     "Let readers and one writer work on SQLite at the same time; changing the mode itself may have to wait its turn."
     for _ in range(200):
@@ -55,12 +55,13 @@ def _wal(con, _):
         except sqlite3.OperationalError: time.sleep(.05)
     con.execute('PRAGMA synchronous=NORMAL').close()
 
-def _create(c: sa.Connection):
-    "Make the table unless it is there; several workers may try at once."
-    try:
-        with c.begin_nested(): metadata.create_all(c)
-    except sa.exc.DBAPIError:
-        if not sa.inspect(c).has_table('plants_data'): raise
+def _create(eng: sa.Engine, tries: int = 6):
+    "Make the table unless it is there; several workers may try at once, so a failed try is looked at again."
+    for i in range(tries):
+        try: return metadata.create_all(eng)
+        except sa.exc.DBAPIError:
+            if i == tries - 1: raise
+            time.sleep(.05 * 2**i)
 
 def _unusable(s: Settings, e: Exception) -> PlantError:
     "Say which database failed, without its password."
@@ -68,7 +69,10 @@ def _unusable(s: Settings, e: Exception) -> PlantError:
     except Exception: url = s.catalog_url
     return PlantError(f'The catalog {url} cannot be used: {str(getattr(e, "orig", e)).strip()}. Check PLANT_CATALOG_URL, and that the database runs.')
 
-# %% ../../nbs/data/02_catalog.ipynb #8f49c66a
+# %% ../../nbs/data/02_catalog.ipynb #1d370594
+_patient = tenacity.retry(retry=tenacity.retry_if_exception_type(sa.exc.OperationalError), reraise=True,
+                          wait=tenacity.wait_random_exponential(.1, max=3), stop=tenacity.stop_after_attempt(8))
+
 def _insert_or_ignore(
     dialect: str, # sqlite, postgresql, mysql or mariadb
 ):
@@ -79,13 +83,17 @@ def _insert_or_ignore(
 
 def _count(c: sa.Connection) -> int: return c.scalar(sa.select(sa.func.count()).select_from(plants_data))
 
-# %% ../../nbs/data/02_catalog.ipynb #01a5858d
+# %% ../../nbs/data/02_catalog.ipynb #646029ff
 def add_rows(
     eng: sa.Engine, # catalog
     rows, # iterable of dicts with `url_source` and `label`
 ) -> int: # how many were new
     "Add photos by URL; a URL that is already there keeps its row. Raises `PlantError` on a row without a usable URL."
-    rows = [_row(i, r) for i, r in enumerate(rows, 1)]
+    return _insert(eng, [_row(i, r) for i, r in enumerate(rows, 1)])
+
+@_patient
+def _insert(eng: sa.Engine, rows: list) -> int:
+    "Add checked rows in one transaction."
     with eng.begin() as c:
         before = _count(c)
         for i in range(0, len(rows), 1000): c.execute(_insert_or_ignore(eng.dialect.name), rows[i:i + 1000])
@@ -208,7 +216,8 @@ def counts(
     with eng.connect() as c: found = dict(c.execute(sa.select(plants_data.c.status, sa.func.count()).group_by(plants_data.c.status)).all())
     return {o: found.get(o, 0) for o in statuses}
 
-# %% ../../nbs/data/02_catalog.ipynb #cb22e123
+# %% ../../nbs/data/02_catalog.ipynb #cada79c1
+@_patient
 def record(
     eng: sa.Engine, # catalog
     results: list, # dicts with id and status, and where known sha256, url_s3, error
@@ -221,6 +230,7 @@ def record(
     values = [dict(i=r['id'], s=r['status'], h=r.get('sha256'), u=r.get('url_s3'), e=r.get('error')) for r in results]
     with eng.begin() as c: c.execute(sa.update(t).where(t.c.id == sa.bindparam('i')).values(new), values)
 
+@_patient
 def retry(
     eng: sa.Engine, # catalog
 ) -> int: # how many rows
