@@ -1,0 +1,48 @@
+"A model file made by hand, and photos to try it on: for tests and for the examples of the serving notebooks."
+import io, json
+from PIL import Image
+
+graph = """
+<ir_version: 8, opset_import: ["": 13]>
+tiny (uint8[N,64,64,3] images) => (float[N,2] probabilities, float[N,2] logits, float[N,3] embedding, float[N,8,8] heatmap, float[N] novelty)
+<float[3,2] W = {9, -6, 3, 9, -12, -3}, float top = {255}, int64[2] around = {1, 3}, int64[1] one = {1}, float[3] middle = {0.5, 0.5, 0.5}> {
+    bytes = Cast<to=1>(images)
+    pixels = Div(bytes, top)
+    embedding = ReduceMean<axes=[1,2], keepdims=0>(pixels)
+    logits = MatMul(embedding, W)
+    probabilities = Softmax(logits)
+    away = Sub(embedding, middle)
+    novelty = ReduceL2<axes=[1], keepdims=0>(away)
+    each = MatMul(pixels, W)
+    seen = Softmax<axis=3>(each)
+    winner = Hardmax(logits)
+    pick = Unsqueeze(winner, around)
+    map = MatMul(seen, pick)
+    channel = Transpose<perm=[0,3,1,2]>(map)
+    small = AveragePool<kernel_shape=[8,8], strides=[8,8]>(channel)
+    heatmap = Squeeze(small, one)
+}
+"""
+
+def tiny_model(classes=('dandelion', 'grass'), version='1', source='synthetic', **metadata) -> bytes:
+    "The graph above as an ONNX file; `classes` are what is yellow and what is green."
+    from onnx import helper, parser
+    model = parser.parse_model(graph.strip())
+    meta = dict(classes=classes, version=version, input=dict(kind='image', shape=[None, 64, 64, 3], resize=dict(side=64, size=64)), temperature=1.,
+                metrics=dict(accuracy=.9, accuracy_low=.8, accuracy_high=.95, n=60), provenance=dict(source=source, arch='mean colour', dataset='none'))
+    helper.set_model_props(model, {k: v if isinstance(v, str) else json.dumps(v) for k, v in (meta | metadata).items()})
+    return model.SerializeToString()
+
+def jpeg(photo='gold', format='JPEG', **kw) -> bytes:
+    "A photo as a file; from a colour's name, one of that colour."
+    if isinstance(photo, str): photo = Image.new('RGB', (320, 240), photo)
+    photo.save(b := io.BytesIO(), format, **kw)
+    return b.getvalue()
+
+def publish(s, version='1', data=None, **kw):
+    "Publish a model file as `promote` does; keywords go into the pointer."
+    from plant_mlops.data.store import open_store, sha256_of
+    data, key, store = data or tiny_model(version=version), f'models/{s.model}/{version}/model.onnx', open_store(s)
+    store.put(key, data)
+    pointer = dict(name=s.model, version=version, key=key, sha256=sha256_of(data)) | kw
+    store.put(f'models/{s.model}/champion.json', json.dumps(pointer).encode())
