@@ -34,7 +34,7 @@ def _open(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            img = Image.open(io.BytesIO(data), formats=limits.formats)
+            img = Image.open(io.BytesIO(data), formats=[o for o in limits.formats if o != 'MPO'])
     except Image.DecompressionBombError: raise PhotoError(f'it has far more than {limits.max_pixels:,} pixels') from None
     except Exception: raise PhotoError(f'this is not a photo in a known format ({", ".join(o for o in limits.formats if o != "MPO")})') from None
     w, h = img.size
