@@ -153,7 +153,7 @@ def _p_worse(d, margin):
     if np.ptp(d) < 1e-12: return float(d.mean() <= margin)
     return float(ttest_1samp(d, margin, alternative='greater').pvalue)
 
-# %% ../../nbs/model/10_evaluate.ipynb #e2420aa7
+# %% ../../nbs/model/10_evaluate.ipynb #2c3789fc
 def compare(
     labels, # int [N]
     champion, # float [N, C], the champion's probabilities
@@ -171,7 +171,7 @@ def compare(
     p_brier = _p_worse(change, margin)
     passed, score = p_errors >= level and p_brier >= level, f"{int(b.sum())} of {n} right against the champion's {int(a.sum())}"
     if passed: reason = f"not worse: {score}"
-    elif p_errors < level: reason = f"worse: {score}; it loses {lost} photos and wins {won}, which chance alone does {p_errors:.0%} of the time"
+    elif p_errors < level: reason = f"worse: {score}; of those they disagree on it loses {lost} and wins {won} (p = {p_errors:.2g})"
     else: reason = f"worse: {score}, but its Brier score is {change.mean():.3f} higher ({margin} is allowed)"
     return dict(passed=passed, reason=reason, n=n, champion_accuracy=float(a.mean()), challenger_accuracy=float(b.mean()),
                 lost=lost, won=won, p_errors=p_errors, brier_change=float(change.mean()), p_brier=p_brier, level=level, margin=margin)
