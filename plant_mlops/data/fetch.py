@@ -7,8 +7,8 @@ __all__ = ['LATER', 'REDIRECT', 'MAX_REDIRECTS', 'Refused', 'Unreachable', 'is_p
            'check_url', 'Fetched', 'too_large', 'check_status', 'seconds', 'fetch_http', 'fetch_file', 'fetch_s3',
            'fetcher', 'run_async']
 
-# %% ../../nbs/data/04_fetch.ipynb #6e3472cf
-import asyncio, email.utils, hashlib, socket, stat, time
+# %% ../../nbs/data/04_fetch.ipynb #732dbb57
+import asyncio, email.utils, hashlib, random, socket, stat, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import lru_cache, partial
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
-import aiohttp, tenacity
+import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from botocore.exceptions import BotoCoreError, ClientError
 from yarl import URL
@@ -213,17 +213,19 @@ async def fetcher(
                                      cookie_jar=aiohttp.DummyCookieJar()) as session:
         yield partial(_fetch, s=s, session=session, allow=allow, s3=lru_cache(partial(_client, s)), backoff=backoff)
 
-# %% ../../nbs/data/04_fetch.ipynb #048a7a00
+# %% ../../nbs/data/04_fetch.ipynb #aa20ff72
 async def _fetch(
     url: str, # http, https, file or s3
     s, session, allow, s3, backoff,
 ) -> Fetched:
     "Bytes behind a URL; raises `Refused`, or `Unreachable` once the tries are used up."
-    grow = tenacity.wait_exponential_jitter(initial=backoff, max=20, jitter=backoff)
-    retrying = tenacity.AsyncRetrying(stop=tenacity.stop_after_attempt(s.ingest_retries), reraise=True,
-                                      retry=tenacity.retry_if_exception_type(Unreachable),
-                                      wait=lambda state: max(grow(state), state.outcome.exception().retry_after or 0))
-    return await retrying(_once, url, s, session, allow, s3)
+    for left in reversed(range(s.ingest_retries)):
+        try: return await _once(url, s, session, allow, s3)
+        except Unreachable as e:
+            if not left: raise
+            pause = max(backoff * random.uniform(.5, 1.5), e.retry_after or 0)
+        await asyncio.sleep(pause)
+        backoff = min(2 * backoff, 20)
 
 async def _once(url, s, session, allow, s3):
     "One try, its errors put in our words."

@@ -71,7 +71,7 @@ async def crew(
         for _ in range(min(workers, len(rows))): group.create_task(work())
     return skipped
 
-# %% ../../nbs/data/05_ingest.ipynb #bfa6f57c
+# %% ../../nbs/data/05_ingest.ipynb #9c251ccd
 PATIENCE = 60. # seconds for the catalog to answer, more than SQLite waits for a lock
 
 def ask(
@@ -79,7 +79,7 @@ def ask(
     *args, # its arguments
 ):
     "Call the catalog; raises `PlantError` where it keeps failing or does not answer."
-    tries = tenacity.Retrying(stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_exponential_jitter(.5, 5), reraise=True,
+    tries = tenacity.Retrying(stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_exponential_jitter(.3, 5, jitter=.3), reraise=True,
                               retry=tenacity.retry_if_exception_type(sa.exc.OperationalError))
     try: return _within(PATIENCE, partial(tries, f, *args))
     except TimeoutError: why = f'has not answered for {PATIENCE:g} s'
@@ -115,13 +115,14 @@ class Ledger:
             if now: await asyncio.to_thread(ask, record, self.eng, now)
             del self.waiting[:len(now)]
 
-# %% ../../nbs/data/05_ingest.ipynb #164defda
+# %% ../../nbs/data/05_ingest.ipynb #05a55394
 THREADS = 16 # that decode and store; more than cores, because most of them wait for a disk or a network
 
 async def _run(s, eng, store, todo, connect_to, tick):
     "Ingest rows; gives the number of each outcome."
     seen, ledger, limits = Counter(), Ledger(eng, s.ingest_batch), Limits(max_pixels=s.photo_max_pixels)
     pool = ThreadPoolExecutor(THREADS)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(s.ingest_concurrency + 1)) # names, files, buckets, catalog
     async with fetcher(s, connect_to) as fetch:
         async def do(row):
             done = await _one(row, fetch, partial(keep, store, limits), pool)
@@ -130,7 +131,7 @@ async def _run(s, eng, store, todo, connect_to, tick):
             tick(done, row)
             return done['status']
         try: seen['skipped'] = await crew(todo, do, s.ingest_concurrency, s.ingest_per_host)
-        except* PlantError as group: raise group.exceptions[0]
+        except* PlantError as group: raise group.exceptions[0] from None
         finally:
             pool.shutdown(cancel_futures=True)
             await ledger.flush()
@@ -152,7 +153,7 @@ def _summary(result: dict, why: dict) -> Table:
         if result[k]: table.add_row(k, f'{result[k]:,}', why.get(k, ''))
     return table
 
-# %% ../../nbs/data/05_ingest.ipynb #ce058e31
+# %% ../../nbs/data/05_ingest.ipynb #cd83a20c
 def ingest(
     s: Settings, # settings in force
     shard: tuple = (1, 1), # (i, n): rows of worker i of n
@@ -162,12 +163,14 @@ def ingest(
     "Fetch, check and store all photos that are due; raises `PlantError` where store or catalog cannot be used."
     start, why = time.perf_counter(), {}
     store, eng = open_store(s), ask(open_catalog, s)
-    todo = ask(pending, eng, shard, s.ingest_attempts)
-    with _bar(len(todo), progress and bool(todo)) as advance:
-        def tick(done, row):
-            advance()
-            if done.get('error'): why.setdefault(done['status'], f'{row["url_source"]}: {done["error"]}')
-        seen = run_async(_run(s, eng, store, todo, connect_to, tick))
+    try:
+        todo = ask(pending, eng, shard, s.ingest_attempts)
+        with _bar(len(todo), progress and bool(todo)) as advance:
+            def tick(done, row):
+                advance()
+                if done.get('error'): why.setdefault(done['status'], f'{row["url_source"]}: {done["error"]}')
+            seen = run_async(_run(s, eng, store, todo, connect_to, tick))
+    finally: eng.dispose()
     why['skipped'] = 'their host failed so often that it was left alone; run again later'
     result = {k: seen[k] for k in ('stored', 'failed', 'rejected', 'skipped')} | dict(seconds=time.perf_counter() - start)
     if progress: Console(stderr=True).print(_summary(result, why) if todo else 'ingest: nothing to do')

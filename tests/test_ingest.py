@@ -1,0 +1,377 @@
+"Ingestion against real servers, bad photos, hostile URLs and sudden death."
+import asyncio, collections, io, os, random, resource, signal, socket, subprocess, sys, threading, time, zlib
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import quote, unquote
+import aiohttp, numpy as np, pytest, sqlalchemy as sa
+from PIL import Image
+from plant_mlops.config import PlantError, settings
+from plant_mlops.data import ingest as module
+from plant_mlops.data.catalog import add_rows, counts, open_catalog, plants_data, retry, rows
+from plant_mlops.data.ingest import ingest
+from plant_mlops.data.store import open_store, sha256_of
+
+def picture(seed=0, size=(64, 48), mode='RGB'):
+    img = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype='uint8'))
+    return img if mode == 'RGB' else img.convert(mode)
+
+def encode(img, format='JPEG', **kw):
+    out = io.BytesIO()
+    img.save(out, format, **kw)
+    return out.getvalue()
+
+def photo(i): return encode(picture(i))
+
+class Site(ThreadingHTTPServer):
+    "A web server; `pages` maps a path to bytes, to (status, headers, bytes), or to a function of the handler."
+    request_queue_size, daemon_threads, block_on_close = 128, True, False
+    def __init__(self, pages=(), host='127.0.0.1', delay=0.):
+        self.pages, self.delay, self.seen = dict(pages), delay, collections.Counter()
+        super().__init__((host, 0), Page)
+    @property
+    def to(self): return {'photos.test': self.server_address[:2]}
+
+class Page(BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    def log_message(self, *a): pass
+    def handle(self):
+        try: super().handle()
+        except OSError: pass
+    def do_GET(self):
+        path = unquote(self.path)
+        self.server.seen[path] += 1
+        time.sleep(self.server.delay)
+        page = self.server.pages.get(path, (404, {}, b''))
+        if callable(page): return page(self)
+        status, headers, body = (200, {}, page) if isinstance(page, bytes) else page
+        self.answer(status, {'Content-Length': len(body), **headers}, body)
+    def answer(self, status, headers, body=b''):
+        self.send_response(status)
+        for k, v in headers.items(): self.send_header(k, str(v))
+        self.end_headers()
+        self.wfile.write(body)
+
+@contextmanager
+def serve(*args, **kw):
+    with Site(*args, **kw) as site:
+        threading.Thread(target=site.serve_forever, args=(.02,), daemon=True).start()
+        try: yield site
+        finally: site.shutdown()
+
+def fill(s, urls):
+    "A catalog with these URLs."
+    eng = open_catalog(s)
+    add_rows(eng, [dict(url_source=o, label='grass') for o in urls])
+    return eng
+
+def urls(site): return ['http://photos.test' + quote(o) for o in site.pages]
+def by_name(eng): return {unquote(r['url_source']).rpartition('/')[2]: r for r in rows(eng)}
+def outcome(result): return {k: v for k, v in result.items() if v and k != 'seconds'}
+
+def check_whole(s, n):
+    "Every row is stored once; the store holds exactly the rows' photos, each whole, and no temporary file."
+    table, store = rows(open_catalog(s)), open_store(s)
+    assert [r['status'] for r in table] == ['stored'] * n
+    assert all(r['error'] is None and r['url_s3'] == store.url(f'raw/{r["sha256"]}') for r in table)
+    keys = [o.key for o in store.list()]
+    assert len(keys) == len(set(keys)) and set(keys) == {f'raw/{r["sha256"]}' for r in table}
+    for key in random.sample(keys, 10): store.get(key)
+    if s.store_url.startswith('/'):
+        assert not [o for o in Path(s.store_url).rglob('*') if o.is_file() and o.parent.name != 'raw' and o.suffix != '.lock']
+
+# -- sudden death
+
+nest = '''
+import json, os, sys
+from plant_mlops.config import PlantError, settings
+from plant_mlops.data.ingest import ingest
+for line in sys.stdin:
+    kw = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        try: ingest(settings(**kw['settings']), connect_to={'photos.test': tuple(kw['at'])}, progress=False)
+        except KeyboardInterrupt: os._exit(130)
+        except PlantError as e: print(e, file=sys.stderr, flush=True); os._exit(1)
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+'''
+
+class Nest:
+    "A process that has imported everything, and forks one ingestion after another."
+    def __init__(self, **kw): self.p = subprocess.Popen([sys.executable, '-c', nest], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **kw)
+    def start(self, site, **kw):
+        import json
+        self.p.stdin.write(json.dumps(dict(settings=kw, at=site.server_address)) + '\n')
+        self.p.stdin.flush()
+        return int(self.p.stdout.readline())
+    def end(self): return int(self.p.stdout.readline())
+    def __enter__(self): return self
+    def __exit__(self, *a): self.p.stdin.close(); self.p.wait(10)
+
+def kill_often(s, kw, times, n, seed):
+    "Kill `times` ingestions at random moments, then let one finish; gives how many were hit while at work."
+    rng, hit = random.Random(seed), 0
+    with serve({f'/{i}.jpg': photo(i) for i in range(n)}, delay=.01) as site, Nest() as nest:
+        eng = fill(s, urls(site))
+        for _ in range(times):
+            pid = nest.start(site, **kw)
+            time.sleep(rng.uniform(.02, .45))
+            os.kill(pid, signal.SIGKILL)
+            hit += nest.end() == -signal.SIGKILL
+            assert counts(eng)['failed'] + counts(eng)['rejected'] == 0
+        before = counts(eng)
+        last = ingest(s, connect_to=site.to, progress=False)
+        assert outcome(last) == {'stored': before['new']}
+        check_whole(s, n)
+        asked = site.seen.total()
+        assert outcome(ingest(s, connect_to=site.to, progress=False)) == {} and site.seen.total() == asked
+    return hit, before
+
+def test_killed_at_20_moments(tmp_path):
+    kw = dict(home=str(tmp_path), ingest_batch=7, ingest_concurrency=8)
+    hit, before = kill_often(settings(**kw), kw, 20, 1200, 1)
+    assert hit >= 15 and before['stored'] > 100
+
+def test_killed_while_writing_to_s3(weed, tmp_path):
+    kw = dict(home=str(tmp_path), ingest_batch=7, ingest_concurrency=8, store_url='s3://killed', s3_endpoint_url=weed.url)
+    kw |= dict(s3_access_key=weed.key, s3_secret_key=weed.secret)
+    hit, before = kill_often(settings(**kw), kw, 4, 150, 2)
+    assert hit >= 3
+
+def test_ctrl_c_writes_back_what_is_done(tmp_path):
+    kw = dict(home=str(tmp_path), ingest_batch=10_000, ingest_concurrency=8)
+    with serve({f'/{i}.jpg': photo(i) for i in range(800)}, delay=.02) as site, Nest(stderr=subprocess.DEVNULL) as nest:
+        s = settings(**kw)
+        eng = fill(s, urls(site))
+        pid = nest.start(site, **kw)
+        while site.seen.total() < 60: time.sleep(.01)
+        os.kill(pid, signal.SIGINT)
+        assert nest.end() == 130
+        assert 30 < counts(eng)['stored'] <= len(list(open_store(s).list())) < 800
+        assert counts(eng)['new'] == 800 - counts(eng)['stored']
+
+# -- bad photos
+
+def giant_png(side=50_000):
+    "A valid black PNG of 50,000 × 50,000 pixels, one bit each."
+    def chunk(kind, data): return len(data).to_bytes(4, 'big') + kind + data + zlib.crc32(kind + data).to_bytes(4, 'big')
+    pack, row = zlib.compressobj(1), bytes(1 + side // 8) * 100
+    data = b''.join([pack.compress(row) for _ in range(side // 100)]) + pack.flush()
+    head = side.to_bytes(4, 'big') * 2 + bytes([1, 0, 0, 0, 0])
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', data) + chunk(b'IEND', b'')
+
+def rotated():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encode(picture(), exif=exif)
+
+html = b'<!DOCTYPE html>\n<html><body>Not here</body></html>'
+good = {'cmyk.jpg': lambda: encode(picture(1, mode='CMYK')), 'deep.png': lambda: encode(Image.fromarray(np.arange(3000, dtype='uint16').reshape(50, 60)), 'PNG'),
+        'palette.png': lambda: encode(picture(2, mode='P'), 'PNG'), 'rotated.jpg': rotated, 'web.webp': lambda: encode(picture(3), 'WEBP'),
+        'animated.gif': lambda: encode(picture(4), 'GIF', save_all=True, append_images=[picture(5), picture(6)]),
+        'un été, à la mer 100%.jpg': lambda: photo(7)}
+bad = {'half.jpg': (lambda: photo(8)[:1500], 'damaged or cut off'), 'empty.jpg': (lambda: b'', 'empty'),
+       'page.jpg': (lambda: (200, {'Content-Type': 'image/jpeg'}, html), 'web page'), 'giant.png': (giant_png, 'pixels'),
+       'noise.jpg': (lambda: os.urandom(500), 'not a photo')}
+
+def test_bad_photos(tmp_path):
+    s = settings(home=tmp_path)
+    pages = {f'/{k}': v() for k, v in good.items()} | {f'/{k}': v[0]() for k, v in bad.items()}
+    with serve(pages) as site:
+        eng = fill(s, urls(site))
+        assert outcome(ingest(s, connect_to=site.to, progress=False)) == dict(stored=len(good), rejected=len(bad))
+        table = by_name(eng)
+        for name in good: assert table[name]['status'] == 'stored', table[name]
+        for name, (_, why) in bad.items(): assert table[name]['status'] == 'rejected' and why in table[name]['error'], table[name]
+        assert {o.key for o in open_store(s).list()} == {f'raw/{sha256_of(pages["/" + o])}' for o in good}
+        assert site.seen.total() == len(pages)
+
+def test_files_with_spaces_and_accents(tmp_path):
+    s = settings(home=tmp_path/'home')
+    for name in good: (tmp_path/name).write_bytes(good[name]())
+    eng = fill(s, [(tmp_path/o).as_uri() for o in good])
+    assert outcome(ingest(s, progress=False)) == dict(stored=len(good))
+
+# -- servers that misbehave
+
+def drip(h):
+    "A slow loris: a byte now and then, without end."
+    h.answer(200, {'Content-Length': 10_000})
+    for _ in range(100): h.wfile.write(b'\xff'); h.wfile.flush(); time.sleep(.1)
+
+def hang_up(h): h.connection.shutdown(socket.SHUT_RDWR)
+def cut(h): h.answer(200, {'Content-Length': 10_000}, b'\xff\xd8'); hang_up(h)
+def endless(h):
+    h.answer(200, {'Connection': 'close'})
+    h.close_connection = True
+    while True: h.wfile.write(bytes(1 << 16))
+
+def once(status, then, **headers):
+    "A page that fails the first time."
+    def page(h):
+        first = h.server.seen[unquote(h.path)] == 1
+        h.answer(*((status, {'Content-Length': 0, **headers}) if first else (200, {'Content-Length': len(then)}, then)))
+    return page
+
+def test_bad_servers(tmp_path):
+    to = lambda url: (302, {'Location': url}, b'')
+    pages = {'/good.jpg': photo(1), '/moved.jpg': to('/good.jpg'), '/flaky.jpg': once(503, photo(2)), '/busy.jpg': once(429, photo(3), **{'Retry-After': '1'}),
+             '/drip.jpg': drip, '/bye.jpg': hang_up, '/cut.jpg': cut, '/endless.jpg': endless, '/large.jpg': (200, {}, bytes(200_001)),
+             '/loop.jpg': to('/loop.jpg'), '/gone.jpg': (410, {}, b''), '/error.jpg': (500, {}, b''), '/file.jpg': to('file:///etc/hostname'),
+             '/bucket.jpg': to('s3://a/b'), '/cloud.jpg': to('http://169.254.169.254/latest/meta-data/'), '/odd.jpg': to('http://2130706433/')}
+    with serve(pages) as site:
+        site.pages['/inside.jpg'] = to(f'http://127.0.0.1:{site.server_port}/secret.jpg')
+        site.pages['/secret.jpg'] = photo(4)
+        s = settings(home=tmp_path, ingest_retries=2, ingest_timeout=1, ingest_max_bytes=200_000)
+        eng = fill(s, [o for o in urls(site) if 'secret' not in o] + ['http://photos.test/none.jpg'])
+        start = time.monotonic()
+        result = ingest(s, connect_to=site.to, progress=False)
+        assert outcome(result) == dict(stored=4, failed=4, rejected=10) and time.monotonic() - start < 10
+        said = {k: (r['status'], r['error']) for k, r in by_name(eng).items()}
+        expected = {'drip': ('failed', 'within 1 s'), 'bye': ('failed', 'connection'), 'cut': ('failed', 'connection'), 'error': ('failed', '500'),
+                    'endless': ('rejected', 'larger than'), 'large': ('rejected', 'larger than'), 'loop': ('rejected', 'redirects'), 'gone': ('rejected', '410'),
+                    'none': ('rejected', '404'), 'file': ('rejected', 'leave the web'), 'bucket': ('rejected', 'leave the web'),
+                    'inside': ('rejected', 'not a public address'), 'cloud': ('rejected', 'not a public address'), 'odd': ('rejected', 'neither a host name nor')}
+        for k, (status, why) in expected.items(): assert said[f'{k}.jpg'][0] == status and why in said[f'{k}.jpg'][1], (k, said[f'{k}.jpg'])
+        assert site.seen['/secret.jpg'] == 0 and site.seen['/gone.jpg'] == 1 and site.seen['/error.jpg'] == site.seen['/flaky.jpg'] == 2
+
+def test_failed_again_and_given_up(tmp_path):
+    s = settings(home=tmp_path, ingest_retries=1, ingest_attempts=2)
+    with serve({'/a.jpg': (500, {}, b'')}) as site:
+        eng = fill(s, urls(site))
+        assert [outcome(ingest(s, connect_to=site.to, progress=False)) for _ in range(3)] == [dict(failed=1), dict(failed=1), {}]
+        assert rows(eng)[0]['attempts'] == 2
+        site.pages['/a.jpg'] = photo(1)
+        retry(eng)
+        assert outcome(ingest(s, connect_to=site.to, progress=False)) == dict(stored=1)
+
+def test_a_silent_host_does_not_hold_up_the_others(tmp_path):
+    with socket.socket() as closed, serve({f'/{i}.jpg': photo(i) for i in range(50)}) as site:
+        closed.bind(('127.0.0.1', 0)) # bound and not listening: connections are refused
+        s = settings(home=tmp_path, ingest_retries=2, ingest_concurrency=40, ingest_per_host=20)
+        eng = fill(s, [f'http://silent.test/{i}.jpg' for i in range(1000)] + urls(site))
+        start = time.monotonic()
+        result = ingest(s, connect_to={**site.to, 'silent.test': closed.getsockname()}, progress=False)
+        assert result['stored'] == 50 and result['skipped'] > 900 and time.monotonic() - start < 10
+        assert counts(eng) == dict(new=result['skipped'], stored=50, failed=result['failed'], rejected=0)
+
+# -- names that lie
+
+def test_name_server_that_changes_its_mind(tmp_path, monkeypatch):
+    asked = collections.Counter()
+    with serve({'/a.jpg': photo(1)}, '127.0.0.2') as open_, serve({'/a.jpg': photo(2)}, '127.0.0.3') as secret:
+        async def resolve(self, host, port=0, family=0):
+            asked[host] += 1
+            if host == 'none.test': raise OSError('Name or service not known')
+            to = {'evil.test': secret, 'rebind.test': open_ if asked[host] == 1 else secret, 'both.test': open_}[host].server_address
+            more = [secret.server_address] if host == 'both.test' else []
+            return [dict(hostname=host, host=ip, port=p, family=socket.AF_INET, proto=0, flags=0) for ip, p in [to, *more]]
+        monkeypatch.setattr(aiohttp.ThreadedResolver, 'resolve', resolve)
+        s = settings(home=tmp_path, ingest_allow_hosts='127.0.0.2', ingest_retries=1)
+        eng = fill(s, [f'http://{o}.test/{o}/../a.jpg' for o in ('evil', 'rebind', 'both', 'none')])
+        assert outcome(ingest(s, progress=False)) == dict(stored=1, rejected=2, failed=1)
+        said = {r['url_source'].split('/')[2]: r for r in rows(eng)}
+        assert said['rebind.test']['sha256'] == sha256_of(photo(1)) and asked['rebind.test'] == 1
+        for o in ('evil.test', 'both.test'): assert '127.0.0.3, which is not a public address' in said[o]['error']
+        assert 'no address for the name none.test' in said['none.test']['error']
+        assert secret.seen.total() == 0
+
+# -- several workers, a notebook, a bucket
+
+def test_two_shards_never_meet(tmp_path):
+    s = settings(home=tmp_path, ingest_batch=10)
+    with serve({f'/{i}.jpg': photo(i) for i in range(300)}, delay=.01) as site:
+        fill(s, urls(site))
+        results = []
+        both = [threading.Thread(target=lambda i=i: results.append(ingest(s, (i, 2), site.to, progress=False))) for i in (1, 2)]
+        for o in both: o.start()
+        for o in both: o.join()
+        assert sorted(r['stored'] for r in results) == [150, 150] and set(site.seen.values()) == {1} and len(site.seen) == 300
+    check_whole(s, 300)
+
+def test_in_a_running_event_loop(tmp_path):
+    s = settings(home=tmp_path)
+    with serve({'/1.jpg': photo(1)}) as site:
+        fill(s, urls(site))
+        async def cell(): return ingest(s, connect_to=site.to, progress=False)
+        assert outcome(asyncio.run(cell())) == dict(stored=1)
+
+def test_s3_urls(weed, tmp_path):
+    s = weed.settings('from', home=tmp_path)
+    source = open_store(s)
+    source.put('été 1+1.jpg', photo(1))
+    eng = fill(weed.settings('target', home=tmp_path), ['s3://from/été 1+1.jpg', 's3://from/none.jpg', 's3://nowhere/a.jpg'])
+    s = weed.settings('target', home=tmp_path, ingest_retries=1)
+    assert outcome(ingest(s, progress=False)) == dict(stored=1, rejected=2)
+    assert [o.key for o in open_store(s).list()] == [f'raw/{sha256_of(photo(1))}']
+    assert [r['error'] and '404' in r['error'] for r in rows(eng)] == [None, True, True]
+
+# -- what it writes to fails
+
+def test_full_disk(tmp_path):
+    def small_files(): resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)) # a disk that takes no large photo
+    big, kw = encode(picture(0, (600, 600)), quality=95), dict(home=str(tmp_path), ingest_concurrency=1)
+    assert len(big) > 300_000
+    with serve({f'/{i}.jpg': big if i == 20 else photo(i) for i in range(30)}) as site:
+        s = settings(**kw)
+        eng = fill(s, urls(site))
+        with Nest(preexec_fn=small_files, stderr=open(tmp_path/'said', 'w')) as nest:
+            nest.start(site, **kw)
+            assert nest.end() == 1
+        assert 'Make room' in (tmp_path/'said').read_text() and 'Traceback' not in (tmp_path/'said').read_text()
+        assert counts(eng) == dict(new=10, stored=20, failed=0, rejected=0)
+        assert outcome(ingest(s, connect_to=site.to, progress=False)) == dict(stored=10)
+    check_whole(s, 30)
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    (tmp_path/'disk').mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=400k', 'tmpfs', tmp_path/'disk'], capture_output=True).returncode: pytest.skip('mounting a small disk needs root')
+    yield tmp_path/'disk'
+    subprocess.run(['umount', '-l', tmp_path/'disk'], check=True)
+
+def test_full_disk_mounted(tiny_disk, tmp_path):
+    s = settings(home=tmp_path, store_url=str(tiny_disk/'store'), ingest_batch=5)
+    with serve({f'/{i}.jpg': photo(i) for i in range(200)}) as site:
+        eng = fill(s, urls(site))
+        with pytest.raises(PlantError, match='No space left on device.*Make room'): ingest(s, connect_to=site.to, progress=False)
+        some = counts(eng)['stored']
+        assert 10 < some < 200 and counts(eng)['new'] == 200 - some
+        subprocess.run(['mount', '-o', 'remount,size=40m', tiny_disk], check=True)
+        assert outcome(ingest(s, connect_to=site.to, progress=False)) == dict(stored=200 - some)
+    check_whole(s, 200)
+
+def test_store_that_stops_answering(weed, tmp_path):
+    s = weed.settings('stopped', home=tmp_path, s3_timeout=.5, ingest_concurrency=4, ingest_batch=5)
+    with serve({f'/{i}.jpg': photo(i) for i in range(80)}, delay=.02) as site:
+        eng = fill(s, urls(site))
+        def freeze():
+            while site.seen.total() < 25: time.sleep(.01)
+            os.kill(weed.p.pid, signal.SIGSTOP)
+        freezer, start = threading.Thread(target=freeze), time.monotonic()
+        freezer.start()
+        try:
+            with pytest.raises(PlantError, match='cannot be used.*run again'): ingest(s, connect_to=site.to, progress=False)
+        finally:
+            freezer.join()
+            os.kill(weed.p.pid, signal.SIGCONT)
+        assert time.monotonic() - start < 40 and counts(eng)['failed'] == counts(eng)['rejected'] == 0 < counts(eng)['stored']
+        ingest(weed.settings('stopped', home=tmp_path), connect_to=site.to, progress=False)
+    check_whole(s, 80)
+
+def test_catalog_that_stops_answering(postgres, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'PATIENCE', 2.)
+    s = settings(home=tmp_path, catalog_url=postgres)
+    with serve({f'/{i}.jpg': photo(i) for i in range(20)}) as site:
+        eng = fill(s, urls(site))
+        try:
+            with eng.begin() as c:
+                c.execute(sa.text('LOCK TABLE plants_data IN EXCLUSIVE MODE')) # may be read, not written
+                with pytest.raises(PlantError, match='has not answered for 2 s.*run again'): ingest(s, connect_to=site.to, progress=False)
+            ingest(s, connect_to=site.to, progress=False)
+            check_whole(s, 20)
+        finally:
+            eng.dispose()
+            plants_data.drop(eng)
