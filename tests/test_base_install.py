@@ -1,0 +1,57 @@
+"The base install is enough to serve, and small."
+import json, os, subprocess, sys
+from pathlib import Path
+import pytest
+from conftest import root
+
+def _uv():
+    return str(Path(sys.executable).with_name('uv'))
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    "A virtual environment with the base install alone."
+    at = tmp_path_factory.mktemp('base')
+    src = at/'src'
+    files = subprocess.run(['git', 'ls-files', '-z', 'plant_mlops', 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md'], cwd=root, capture_output=True, text=True, check=True).stdout.split('\0')
+    for f in filter(None, files):
+        (src/f).parent.mkdir(parents=True, exist_ok=True)
+        (src/f).write_bytes((root/f).read_bytes())
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', at/'venv'], check=True)
+    r = subprocess.run([_uv(), 'pip', 'install', '--quiet', '--python', at/'venv/bin/python', str(src)], capture_output=True, text=True)
+    if r.returncode: pytest.skip(f'the base install cannot be fetched here: {r.stderr[-300:]}')
+    return at/'venv'
+
+def test_small_and_without_training_packages(base):
+    size = sum(f.lstat().st_size for f in base.rglob('*') if not f.is_symlink()) / 1e6
+    installed = {p.name.split('-')[0].lower() for p in (base/'lib').rglob('*.dist-info')}
+    print(f'{size:.0f} MB')
+    assert size <= 300
+    assert not installed & {'torch', 'fastai', 'mlflow', 'mlflow_skinny', 'pandas', 'scikit_learn', 'sqlalchemy', 'gradio'}
+
+_measured = '''
+import json, resource, sys
+from plant_mlops.ops.cli import main
+sys.argv = ['plant-mlops', 'predict', '--json', *sys.argv[1:]]
+try: main()
+except SystemExit as e: assert not e.code, e.code
+heavy = {'torch', 'fastai', 'mlflow', 'pandas', 'sqlalchemy', 'gradio'} & {m.split('.')[0] for m in sys.modules}
+print(json.dumps(dict(mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, heavy=sorted(heavy))), file=sys.stderr)
+'''
+
+def test_predicts(base, tmp_path):
+    from tiny import jpeg, publish
+    from plant_mlops.config import settings
+    publish(settings(home=tmp_path/'home'))
+    photo = tmp_path/'un été.jpg'
+    photo.write_bytes(jpeg('gold'))
+    r = subprocess.run([base/'bin/python', '-c', _measured, photo, '--home', tmp_path/'home'], capture_output=True, text=True, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    answer, used = json.loads(r.stdout), json.loads(r.stderr.splitlines()[-1])
+    assert answer['prediction'] == 'dandelion' and answer['file'] == str(photo)
+    assert not used['heavy'] and used['mb'] <= 250, used
+
+def test_a_missing_extra_is_named(base, tmp_path):
+    for cmd in (['catalog', 'list'], ['train'], ['status', '--json']):
+        r = subprocess.run([base/'bin/plant-mlops', *cmd, '--home', tmp_path], capture_output=True, text=True, cwd=tmp_path)
+        assert 'Traceback' not in r.stderr, r.stderr
+        if cmd[0] != 'status': assert r.returncode == 1 and "plant_mlops[train]" in r.stderr
