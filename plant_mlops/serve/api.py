@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Answer', 'Health', 'Problem', 'problem', 'add_problems', 'too_large', 'limited', 'read_input', 'the_model',
-           'describe', 'answer', 'add_routes', 'home_page', 'add_page', 'create_app', 'listen', 'run_server']
+           'describe', 'answer', 'add_routes', 'title_of', 'home_page', 'add_page', 'create_app', 'listen',
+           'run_server']
 
 # %% ../../nbs/serve/15_api.ipynb #bed58bcd
 import asyncio, contextlib, html, os, socket, time
@@ -81,37 +82,37 @@ def add_problems(app: FastAPI):
     @app.exception_handler(Exception)
     async def failed(request, e): return problem(500, 'The server failed; its log says why. Nothing was recorded: try again.')
 
-# %% ../../nbs/serve/15_api.ipynb #148f8f7b
+# %% ../../nbs/serve/15_api.ipynb #683e654a
 def too_large(max_bytes: int) -> HTTPException:
     "The refusal of a body."
     return HTTPException(413, f'The body is larger than {max_bytes/1e6:g} MB. Send a smaller photo.')
 
 def limited(
     request: Request, # as it arrives
-    max_bytes: int, # more is refused
+    max_bytes: int, # of the input itself; more is refused
+    slack: int = 0, # of what is around it
 ) -> Request: # raises 413 as soon as the limit is passed
     "A request whose body cannot be larger than it may."
     claimed, seen = request.headers.get('content-length', ''), 0
-    if claimed.isdigit() and int(claimed) > max_bytes: raise too_large(max_bytes)
+    if claimed.isdigit() and int(claimed) > max_bytes + slack: raise too_large(max_bytes)
     async def receive():
         nonlocal seen
         message = await request.receive()
         seen += len(message.get('body', b''))
-        if seen > max_bytes: raise too_large(max_bytes)
+        if seen > max_bytes + slack: raise too_large(max_bytes)
         return message
     return Request(request.scope, receive)
 
-# %% ../../nbs/serve/15_api.ipynb #7bbb8301
+# %% ../../nbs/serve/15_api.ipynb #60c5695b
 async def read_input(
     request: Request, # a form, or raw bytes
     max_bytes: int, # of the input itself
 ) -> tuple: # bytes, name of the file or None
     "The one input of a request; raises 400 if there is none, 413 if it is too large."
-    form_slack = 64_000 # boundary, headers, other fields
     if not request.headers.get('content-type', '').lower().startswith('multipart/form-data'):
         data, name = await limited(request, max_bytes).body(), None
     else:
-        async with limited(request, max_bytes + form_slack).form(max_files=1, max_fields=8) as form:
+        async with limited(request, max_bytes, slack=64_000).form(max_files=1, max_fields=8) as form:
             file = form.get('file')
             if not isinstance(file, UploadFile): raise HTTPException(400, 'The form has no file in its field "file". Send one, as `curl -F file=@photo.jpg` does.')
             data, name = await file.read(), os.path.basename(file.filename or '') or None
@@ -180,7 +181,17 @@ def add_routes(app: FastAPI):
     @app.post('/predict', summary='Answer for one photo', responses=_problems, openapi_extra=dict(requestBody=dict(required=True, content=_accepts)))
     async def predict(request: Request) -> Answer: return await answer(request)
 
-# %% ../../nbs/serve/15_api.ipynb #3b2bba7d
+# %% ../../nbs/serve/15_api.ipynb #954dfdc7
+def title_of(
+    classes: list, # names
+) -> str: # HTML
+    "The question that a model answers."
+    if len(classes) > 4: return f'Which of {len(classes)} is it?'
+    return html.escape(' or '.join([', '.join(classes[:-1]), classes[-1]] if classes[1:] else classes).capitalize() + '?')
+
+# %% ../../nbs/serve/15_api.ipynb #03664206
+_leaf = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path fill="#22a652" d="M5 27C3 12 12 4 28 4c1 15-6 22-18 20l12-13L8 22z"/></svg>'
+
 _page = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1"><title>{title}</title>
 <style>:root{{color-scheme:light dark}}body{{font:17px/1.6 system-ui,sans-serif;max-width:38rem;margin:12vh auto;padding:0 1.2rem}}
 h1{{font-size:1.9rem;line-height:1.2;margin:0 0 .6rem}}a{{color:light-dark(#27703a,#7fd094)}}li{{margin:.35rem 0}}ul{{padding-left:1.2rem}}
@@ -196,14 +207,17 @@ def home_page(
 ) -> str: # HTML
     "The page at `/`."
     links = [('ui', 'Try it on a photo')]*ui + [('docs', 'The API, to read and try'), ('model/info', 'The model that serves'), ('health', 'Health')]
-    about = html.escape(f'Version {model.version} tells {", ".join(model.classes)}.' if model else error)
+    about = html.escape(f'Send it a photo, and it says which it is: {", ".join(model.classes)}. Version {model.version or "0"} serves.' if model else error)
     if model and model.synthetic: about += '</p><p class=note>It was trained on <b>synthetic</b> photos, drawn by a program.'
-    return _page.format(title=html.escape(' or '.join(model.classes).capitalize() + '?' if model else 'No model yet'), about=about,
+    return _page.format(title=title_of(model.classes) if model else 'No model yet', about=about,
                         links=''.join(f'<li><a href="{p}">{t}</a>' for p, t in links), url=html.escape(url))
 
-# %% ../../nbs/serve/15_api.ipynb #611079d8
+# %% ../../nbs/serve/15_api.ipynb #634d22d6
 def add_page(app: FastAPI):
-    "The route for people."
+    "The routes for people."
+    @app.get('/favicon.ico', include_in_schema=False)
+    async def icon(): return Response(_leaf, media_type='image/svg+xml', headers={'Cache-Control': 'max-age=86400'})
+
     @app.get('/', response_class=HTMLResponse, include_in_schema=False)
     async def home(request: Request):
         try: model, error = await the_model(app), ''

@@ -31,7 +31,7 @@ def open_session(
     try: return ort.InferenceSession(source if isinstance(source, bytes) else str(source), o, providers=['CPUExecutionProvider'])
     except Exception as e: raise PlantError(f'{what} is not a usable ONNX file ({str(e).splitlines()[0]}). Promote or export it again.') from e
 
-# %% ../../nbs/serve/14_predict.ipynb #06e8b3d6
+# %% ../../nbs/serve/14_predict.ipynb #3d29fa50
 def read_metadata(
     session: ort.InferenceSession, # an open model
 ) -> dict: # classes, version, input, metrics, provenance, …
@@ -39,7 +39,7 @@ def read_metadata(
     def value(v):
         try: return json.loads(v)
         except ValueError: return v
-    meta = {k: value(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+    meta = {k: value(v) for k, v in sorted(session.get_modelmeta().custom_metadata_map.items())}
     missing = [k for k in ('classes', 'input') if k not in meta]
     if missing: raise PlantError(f'The model file does not say its {" and ".join(missing)}. Export it again.')
     return meta | dict(version=str(meta.get('version', '')))
