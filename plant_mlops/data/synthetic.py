@@ -115,11 +115,11 @@ def _brush(d, rng, xy: tuple, r: float):
     cup = _shades(rng, 5, (80,105), (.4,.6), (.4,.6))
     _blades(d, rng, cup, rng.normal((x,y+.12*r), .04*r, (11,2)), (.3*r,.5*r), (up-1,up+1), (.12*r,.2*r))
 
-# %% ../../nbs/data/08_synthetic.ipynb #079e69a9
+# %% ../../nbs/data/08_synthetic.ipynb #8b68583c
 def _clock(d, rng, xy: tuple, r: float):
     "A dandelion's seed head, with a gap where seeds have flown."
     (x,y), n, white = xy, int(rng.integers(70,110)), int(rng.uniform(225,255))
-    for k in (.95,.8,.6): d.ellipse((x-k*r,y-k*r,x+k*r,y+k*r), fill=(white,white,white-6,45))
+    for k in np.linspace(.98,.4,8): d.ellipse((x-k*r,y-k*r,x+k*r,y+k*r), fill=(white,white,white-6,20))
     q = .13*r
     d.ellipse((x-q,y-q,x+q,y+q), fill=_shades(rng, 1, (25,60), (.25,.5), (.4,.65))[0])
     a, reach = rng.uniform(0, 2*np.pi, n), r*np.sqrt(rng.uniform(.1,1,n))
@@ -241,12 +241,14 @@ def _light(im: Image.Image, rng) -> Image.Image:
     noise = Image.fromarray(rng.integers(0, 256, (h//2,w//2), dtype='uint8')).resize((w,h)).convert('RGB')
     return Image.blend(im, noise, rng.uniform(0,.07))
 
-# %% ../../nbs/data/08_synthetic.ipynb #6f161fda
+# %% ../../nbs/data/08_synthetic.ipynb #aea78c10
 def _plant(d, rng, part, n: int, radius: tuple, size: tuple, stems: float = .75):
-    "Put n of a part into the scene, most of them on a stem."
+    "Put n of a part into the scene, most of them on a stem, and the foremost where a square crop keeps it."
     w, h = size
-    for x,y in _scatter(rng, n, (w,h*.75), .1).tolist():
-        x, y, r = min(max(x,.08*w),.92*w), min(max(y,.1*h),.85*h), min(size)*rng.uniform(*radius)
+    points = _scatter(rng, n, (w,h*.75), .1).clip((.08*w,.1*h), (.92*w,.85*h))
+    points[-1] = points[-1].clip(np.array(size)/2 - .33*min(size), np.array(size)/2 + .33*min(size))
+    for x,y in points.tolist():
+        r = min(size)*rng.uniform(*radius)
         foot = (x+rng.normal(0,.1*w), min(h*1.05, y+rng.uniform(2,7)*r))
         if rng.random() < stems: _stem(d, rng, (x,y), foot, .09*r+1, _shades(rng, 1, (60,105), (.3,.55), (.5,.75))[0])
         part(d, rng, (x,y), r)
