@@ -30,7 +30,7 @@ def _client(s):
     if s.tracking_uri.startswith('sqlite:///'): Path(s.tracking_uri.removeprefix('sqlite:///')).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(s.tracking_uri, s.tracking_uri)
 
-# %% ../../nbs/model/14_registry.ipynb #c391045a
+# %% ../../nbs/model/14_registry.ipynb #b946bf21
 @contextmanager
 def mlflow_client(
     s:Settings, # settings in force
@@ -40,8 +40,8 @@ def mlflow_client(
     except PlantError: raise
     except Exception as e:
         if not type(e).__module__.startswith(('mlflow', 'requests', 'urllib3', 'sqlalchemy', 'sqlite3')): raise
-        uri = re.sub(r'(?<=:)[^:/@]+(?=@)', '********', s.tracking_uri)
-        raise PlantError(f"MLflow at {uri} did not do what was asked: {str(e).splitlines()[0][:300]} Is it running, and is MLFLOW_TRACKING_URI right? Nothing was lost: run again.") from e
+        hidden = lambda x: re.sub(r'(?<=//)([^:/@]*):[^/@]+(?=@)', r'\1:********', x)
+        raise PlantError(f"MLflow at {hidden(s.tracking_uri)} did not do what was asked: {hidden(str(e).splitlines()[0])[:300]} Is it running, and is MLFLOW_TRACKING_URI right? Nothing was lost: run again.") from e
 
 # %% ../../nbs/model/14_registry.ipynb #eaa2092c
 def _signature(model):
@@ -123,10 +123,10 @@ def _file(s, v):
     if sha256_of(data) != v.tags['sha256']: raise PlantError(f"Version {v.version} of {s.model!r} in MLflow is damaged: its checksum is wrong. Train or register it again.")
     return data
 
-# %% ../../nbs/model/14_registry.ipynb #2d6a89bf
+# %% ../../nbs/model/14_registry.ipynb #269d9252
 class Reader(NamedTuple):
     "How the examples of one kind of input are found and read"
-    manifest:Callable # (s, dataset) → DataFrame with id, label, group and split ('train', 'valid' or 'test')
+    manifest:Callable # (s, dataset) → DataFrame with id, label, group and split ('train', 'valid', 'test' or 'none')
     inputs:Callable # (s, ids, input metadata) → array [N, …] for the model
 
 # %% ../../nbs/model/14_registry.ipynb #09fc4edd
@@ -216,14 +216,14 @@ def evaluate(
             c.set_model_version_tag(s.model, v.version, 'metrics', json.dumps({k: f[k] for k in ('n', 'accuracy', 'accuracy_low', 'accuracy_high', 'f1', 'auc', 'nll', 'brier', 'ece')}))
     return dict(version=p['version'], dataset=p['dataset'], source=v.tags.get('source', ''), classes=p['classes'], **f)
 
-# %% ../../nbs/model/14_registry.ipynb #d578ea32
+# %% ../../nbs/model/14_registry.ipynb #c501eec3
 def _unseen(s, reader, dataset, champion_dataset):
     "Ids of the test examples of a data set that a champion trained on another one has not seen"
     m = reader.manifest(s, dataset)
     test = m[m.split == 'test']
     if champion_dataset in (dataset, ''): return set(test.id)
     old = reader.manifest(s, champion_dataset)
-    seen = set(old[old.split != 'test'].id)
+    seen = set(old[old.split.isin(['train', 'valid'])].id)
     groups = set(m[m.id.isin(seen)].group)
     return set(test[~test.id.isin(seen) & ~test.group.isin(groups)].id)
 

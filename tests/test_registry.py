@@ -1,0 +1,225 @@
+"The registry against a real MLflow server, a real S3, killed promotions and promotions at the same time."
+import json, os, shutil, signal, subprocess, sys
+import numpy as np
+import pytest
+from conftest import free_port, wait_for
+from plant_mlops.config import PlantError, settings
+from plant_mlops.data.store import open_store
+
+names = ['dandelion', 'grass']
+good = np.array([[2, -2], [0, 0]], np.float32)
+key = 'models/plants/champion.json'
+
+# Points in the plane stand in for photos; what is registered, judged and delivered is the same.
+reader_code = '''
+import numpy as np, pandas as pd
+from plant_mlops.model import registry
+def points(): return np.random.default_rng(0).normal(size=(80, 2)).astype(np.float32)
+def manifest(s, dataset):
+    return pd.DataFrame(dict(id=[str(i) for i in range(80)], label=np.where(points()[:, 0] > 0, 'dandelion', 'grass'), group=range(80), split=['test', 'train']*40))
+registry.readers['features'] = registry.Reader(manifest, lambda s, ids, spec: points()[[int(i) for i in ids]])
+'''
+exec(reader_code)
+
+def model_file(path, weights=good):
+    import onnx
+    from plant_mlops.model.file import linear_model
+    onnx.save(linear_model(weights, names, provenance=dict(dataset='d', source='synthetic', arch='linear')), path)
+    return path
+
+def new_run(s):
+    with registry.mlflow_client(s) as c:
+        e = c.get_experiment_by_name(s.model)
+        args = {} if s.tracking_uri.startswith('http') else dict(artifact_location=(s.home/'artifacts').as_uri())
+        return c.create_run(e.experiment_id if e else c.create_experiment(s.model, **args)).info.run_id
+
+def alias(s):
+    with registry.mlflow_client(s) as c: return str(c.get_model_version_by_alias(s.model, 'champion').version)
+
+def pointer(s): return json.loads(open_store(s).get(key))
+
+def consistent(s, version):
+    "Alias, pointer, file and history all name this version."
+    from plant_mlops.model.file import read_metadata
+    p = pointer(s)
+    data = open_store(s).get(p['key'], sha256=p['sha256'])
+    assert alias(s) == p['version'] == read_metadata(data)['version'] == registry.history(s)[0]['version'] == version
+    assert data == registry.model_bytes(s, version)
+
+def python(code, s):
+    "A process of its own that runs some code, with the same settings."
+    env = dict(os.environ, PLANT_HOME=str(s.home), MLFLOW_TRACKING_URI=s.tracking_uri, PLANT_STORE_URL=s.store_url)
+    return subprocess.Popen([sys.executable, '-c', reader_code + 'from plant_mlops.config import settings\ns = settings()\n' + code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+@pytest.fixture(scope='module')
+def template(tmp_path_factory):
+    "A home with three registered versions: two good ones and a bad one, none promoted."
+    s = settings(home=tmp_path_factory.mktemp('registry')/'home')
+    s.home.mkdir()
+    run = new_run(s)
+    for w in (good, good*1.1, -good): registry.register(s, run, model_file(s.home/'m.onnx', w))
+    return s
+
+@pytest.fixture
+def s(template):
+    "Those three versions, first one promoted, the store empty but for it."
+    s = template
+    with registry.mlflow_client(s) as c:
+        for v in c.search_model_versions("name = 'plants'"):
+            for k in v.tags:
+                if k.startswith('champion/'): c.delete_model_version_tag('plants', v.version, k)
+    shutil.rmtree(s.home/'store', ignore_errors=True)
+    with registry.mlflow_client(s) as c: c.set_registered_model_alias('plants', 'champion', '1')
+    registry.sync(s)
+    return s
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory):
+    "A real MLflow server with its own database and artifacts."
+    folder, port = tmp_path_factory.mktemp('mlflow'), free_port()
+    env = dict(os.environ, MLFLOW_DISABLE_TELEMETRY='true', MLFLOW_SERVER_ENABLE_JOB_EXECUTION='false')
+    cmd = [sys.executable, '-m', 'mlflow', 'server', '--host', '127.0.0.1', '--port', str(port), '--workers', '1',
+           '--backend-store-uri', f'sqlite:///{folder}/mlflow.db', '--artifacts-destination', str(folder/'artifacts'), '--serve-artifacts']
+    with open(folder/'log', 'wb') as log: p = subprocess.Popen(cmd, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    import httpx
+    url = f'http://127.0.0.1:{port}'
+    try:
+        wait_for(lambda: httpx.get(f'{url}/health', timeout=2).status_code == 200 and p.poll() is None, 120, 'MLflow')
+        yield url
+    finally:
+        os.killpg(p.pid, signal.SIGTERM)
+        try: p.wait(10)
+        except subprocess.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL); p.wait()
+
+def life(s, tmp_path):
+    "Register, refuse, promote, go back."
+    run = new_run(s)
+    a, b, bad = (registry.register(s, run, model_file(tmp_path/'m.onnx', w)) for w in (good, good*1.1, -good))
+    assert registry.promote(s, a)['reason'].startswith('the first model')
+    assert not registry.promote(s, bad)['promoted']
+    consistent(s, a)
+    assert registry.promote(s, b) | dict(gate=None) == dict(promoted=True, version=b, previous=a, gate=None, reason="not worse: 40 of 40 right against the champion's 40")
+    consistent(s, b)
+    assert registry.rollback(s)['version'] == a
+    consistent(s, a)
+    assert [h['version'] for h in registry.history(s)] == [a, b, a]
+    return b
+
+def test_on_a_real_mlflow_server(server, tmp_path):
+    "The whole life of three versions, artifacts over HTTP; MLflow serves the file with its signature."
+    s = settings(home=tmp_path/'home', tracking_uri=server)
+    b = life(s, tmp_path)
+    import mlflow
+    mlflow.set_tracking_uri(server)
+    try:
+        m = mlflow.pyfunc.load_model(f'models:/plants/{b}')
+        assert [i.name for i in m.metadata.signature.inputs] == ['features']
+        assert np.allclose(m.predict(points())['probabilities'].sum(1), 1)
+    finally: mlflow.set_tracking_uri(None)
+    assert not (s.home/'mlflow.db').exists()
+
+def test_on_a_real_s3(weed, template, tmp_path):
+    "Delivery to S3, with its conditional put."
+    s = weed.settings('registry', home=template.home, tracking_uri=template.tracking_uri)
+    registry.promote(s, 1, force=True)
+    registry.promote(s, 2, force=True)
+    consistent(s, '2')
+    open_store(s).delete(key)
+    registry.sync(s)
+    consistent(s, '2')
+
+points_of_death = dict(
+    before_the_alias='registry._publish = lambda *a: die()',
+    after_the_alias='registry.sync = lambda s, reason="": die() if reason else None',
+    before_the_pointer='from plant_mlops.data.store import FolderStore\nput = FolderStore.put\nFolderStore.put = lambda self, k, *a, **kw: die() if k.endswith("champion.json") else put(self, k, *a, **kw)',
+    after_the_pointer='from plant_mlops.data.store import FolderStore\nput = FolderStore.put\nFolderStore.put = lambda self, k, *a, **kw: (put(self, k, *a, **kw), die() if k.endswith("champion.json") else None)[0]')
+
+@pytest.mark.parametrize('where', points_of_death)
+def test_killed_promotion_is_finished_by_the_next(s, where):
+    "SIGKILL between the steps: what is served stays whole, and the next command mends the rest."
+    p = python(f'import os, signal\ndef die(): os.kill(os.getpid(), signal.SIGKILL)\n{points_of_death[where]}\nregistry.promote(s, 2)', s)
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == -signal.SIGKILL, err
+    served = pointer(s)
+    open_store(s).get(served['key'], sha256=served['sha256'])
+    assert served['version'] == ('2' if where == 'after_the_pointer' else '1')
+    if where == 'before_the_alias': assert alias(s) == '1'
+    else: consistent(s, '2') if registry.sync(s) else None
+    registry.promote(s, 2)
+    consistent(s, '2')
+    assert [h['version'] for h in registry.history(s)] == ['2', '1']
+    assert registry.rollback(s)['version'] == '1'
+    consistent(s, '1')
+
+def test_promotions_at_the_same_time(s):
+    "Three processes promote, force and roll back at once; alias, pointer and history agree in the end."
+    code = '''
+import random
+rng = random.Random({i})
+print('ready', flush=True); input()
+for _ in range(6): registry.promote(s, rng.choice([1, 2, 3]), force=True)
+'''.strip()
+    ps = []
+    for i in range(3):
+        env = dict(os.environ, PLANT_HOME=str(s.home))
+        ps.append(subprocess.Popen([sys.executable, '-c', reader_code + 'from plant_mlops.config import settings\ns = settings()\n' + code.replace('{i}', str(i))], env=env,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    for p in ps: assert p.stdout.readline() == 'ready\n', p.stderr.read()
+    for p in ps: p.stdin.write('\n'); p.stdin.flush()
+    for p in ps:
+        out, err = p.communicate(timeout=240)
+        assert p.returncode == 0, err
+    consistent(s, alias(s))
+
+def test_a_slow_promotion_does_not_undo_a_later_one(s, monkeypatch):
+    "One promotion stops just before its pointer; another overtakes it; the pointer stays with the alias."
+    from plant_mlops.data.store import FolderStore
+    put, overtaken = FolderStore.put, []
+    def slow(self, k, *a, **kw):
+        if k == key and not overtaken:
+            overtaken.append(1)
+            registry.promote(s, 3, force=True)
+        return put(self, k, *a, **kw)
+    monkeypatch.setattr(FolderStore, 'put', slow)
+    assert registry.promote(s, 2, force=True)['promoted'] is False
+    consistent(s, '3')
+
+def test_store_that_does_not_answer(s):
+    "Nothing moves while the store cannot be reached."
+    away = settings(home=s.home, store_url='s3://plants', s3_endpoint_url=f'http://127.0.0.1:{free_port()}', s3_access_key='a', s3_secret_key='b')
+    with pytest.raises(PlantError, match='run again'): registry.promote(away, 2)
+    consistent(s, '1')
+
+def test_store_that_fails_half_way(s, monkeypatch):
+    "A full disk at the pointer: the error is told, the old model is served, and the next run finishes."
+    from plant_mlops.data.store import FolderStore, StoreError
+    put = FolderStore.put
+    def full(self, k, *a, **kw):
+        if k == key: raise StoreError('No space left on device')
+        return put(self, k, *a, **kw)
+    with monkeypatch.context() as m:
+        m.setattr(FolderStore, 'put', full)
+        with pytest.raises(PlantError, match='No space left'): registry.promote(s, 2)
+    assert pointer(s)['version'] == '1'
+    registry.sync(s)
+    consistent(s, '2')
+
+def test_mlflow_that_does_not_answer(s, monkeypatch):
+    "The message names the server and what to check."
+    monkeypatch.setenv('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')
+    away = settings(home=s.home, tracking_uri=f'http://user:secret@127.0.0.1:{free_port()}')
+    for f in (registry.promote, registry.rollback, registry.evaluate, registry.history, registry.champion):
+        with pytest.raises(PlantError, match='MLFLOW_TRACKING_URI') as e: f(away)
+        assert 'secret' not in str(e.value)
+
+def test_photos_are_read_as_users_send_them(tmp_path):
+    "The reader of photos decodes raw bytes exactly as serving does."
+    from plant_mlops.data.photo import to_pixels
+    from plant_mlops.data.store import sha256_of
+    from plant_mlops.data.synthetic import photo
+    s = settings(home=tmp_path)
+    jpegs = [photo('grass', 0, i) for i in range(3)]
+    ids = [sha256_of(j) for j in jpegs]
+    for i, j in zip(ids, jpegs): open_store(s).put(f'raw/{i}', j)
+    x = registry.readers['image'].inputs(s, ids, dict(kind='image', shape=[None, 96, 96, 3], resize=dict(side=128, size=96)))
+    assert x.dtype == np.uint8 and np.array_equal(x, np.stack([to_pixels(j, 96, side=128) for j in jpegs]))
