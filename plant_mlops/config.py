@@ -59,6 +59,8 @@ class Settings(BaseSettings):
     image_size: int = _f(224, 'Side of the square that the network sees, in pixels', ge=32)
     epochs: int = _f(4, 'Epochs of fine-tuning after the linear probe', ge=0)
     batch_size: int = _f(32, 'Photos in one training step', ge=2)
+    lr: float = _f(2e-4, 'Highest learning rate of the backbone in fine-tuning', gt=0)
+    pretrained: bool = _f(True, 'Start from ImageNet weights; false: from random ones')
 
     # serve
     host: str = _f('127.0.0.1', 'Address that the API listens on')
