@@ -7,11 +7,12 @@ __all__ = ['LATER', 'REDIRECT', 'MAX_REDIRECTS', 'Refused', 'Unreachable', 'is_p
            'check_url', 'Fetched', 'too_large', 'check_status', 'seconds', 'fetch_http', 'fetch_file', 'fetch_s3',
            'fetcher', 'run_async']
 
-# %% ../../nbs/data/04_fetch.ipynb #732dbb57
+# %% ../../nbs/data/04_fetch.ipynb #af1d9929
 import asyncio, email.utils, hashlib, random, socket, stat, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import lru_cache, partial
+from http import HTTPStatus
 from ipaddress import IPv4Address, ip_address, ip_network
 from pathlib import Path
 from typing import NamedTuple
@@ -113,17 +114,18 @@ class _Body:
 
 def too_large(limit): return Refused(f'The file is larger than {limit:,} bytes (PLANT_INGEST_MAX_BYTES).')
 
-# %% ../../nbs/data/04_fetch.ipynb #cd688811
+# %% ../../nbs/data/04_fetch.ipynb #0805716b
 LATER, REDIRECT, MAX_REDIRECTS = {408, 425, 429}, {301, 302, 303, 307, 308}, 5
+_KNOWN = {int(o) for o in HTTPStatus}
 
 def check_status(
     status: int, # of the answer
-    reason: str = '', # that the server gives
     retry_after: str | None = None, # header
 ):
     "Raise `Unreachable` or `Refused` unless an answer is 200."
     if status == 200: return
-    said = f'The server answered {status} {reason or ""}'.rstrip() + '.'
+    phrase = HTTPStatus(status).phrase if status in _KNOWN else 'an unknown code'
+    said = f'The server answered {status} ({phrase}).'
     raise Unreachable(said, seconds(retry_after)) if status in LATER or status >= 500 else Refused(said)
 
 # %% ../../nbs/data/04_fetch.ipynb #d50d6e3e
@@ -139,7 +141,7 @@ def seconds(
         except ValueError: return None
     return min(max(wait, 0.), most)
 
-# %% ../../nbs/data/04_fetch.ipynb #5f9af09e
+# %% ../../nbs/data/04_fetch.ipynb #449b0f64
 async def fetch_http(
     session: aiohttp.ClientSession, # from `fetcher`
     url: str, # http or https
@@ -154,7 +156,7 @@ async def fetch_http(
             if r.status in REDIRECT and 'Location' in r.headers:
                 url = url.join(URL(r.headers['Location']))
                 continue
-            check_status(r.status, r.reason, r.headers.get('Retry-After'))
+            check_status(r.status, r.headers.get('Retry-After'))
             if (r.content_length or 0) > limit: raise too_large(limit)
             body = _Body(limit)
             async for chunk in r.content.iter_any(): body.add(chunk)
@@ -181,7 +183,7 @@ def _drain(read, limit):
     while chunk := read(): body.add(chunk)
     return body.done()
 
-# %% ../../nbs/data/04_fetch.ipynb #8f16409b
+# %% ../../nbs/data/04_fetch.ipynb #a670a071
 def fetch_s3(
     url: str, # s3://bucket/key
     limit: int, # bytes
@@ -193,7 +195,7 @@ def fetch_s3(
     try:
         answer = client.get_object(Bucket=bucket, Key=key)
         with answer['Body'] as body: return _drain(partial(body.read, 1 << 20), limit)
-    except ClientError as e: check_status(e.response['ResponseMetadata'].get('HTTPStatusCode', 500), e.response['Error']['Code'])
+    except ClientError as e: check_status(e.response['ResponseMetadata'].get('HTTPStatusCode', 500))
     except BotoCoreError as e: raise Unreachable(f'The bucket does not answer: {e}') from None
 
 # %% ../../nbs/data/04_fetch.ipynb #bf119a72

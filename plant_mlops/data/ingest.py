@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GIVE_UP', 'PATIENCE', 'THREADS', 'keep', 'host_of', 'crew', 'ask', 'Ledger', 'ingest']
 
-# %% ../../nbs/data/05_ingest.ipynb #e75a21be
+# %% ../../nbs/data/05_ingest.ipynb #3d0ffd19
 import asyncio, threading, time
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 import sqlalchemy as sa, tenacity
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from ..config import PlantError, Settings
@@ -137,7 +138,7 @@ async def _run(s, eng, store, todo, connect_to, tick):
             await ledger.flush()
     return seen
 
-# %% ../../nbs/data/05_ingest.ipynb #0cfd875d
+# %% ../../nbs/data/05_ingest.ipynb #262453f4
 @contextmanager
 def _bar(total: int, on: bool):
     "A progress bar on stderr; gives a function that moves it by one."
@@ -150,7 +151,7 @@ def _summary(result: dict, why: dict) -> Table:
     "Outcomes, each with one of its reasons."
     table = Table('outcome', 'photos', 'for example', title=f'ingest: {result["seconds"]:.1f} s')
     for k in ('stored', 'failed', 'rejected', 'skipped'):
-        if result[k]: table.add_row(k, f'{result[k]:,}', why.get(k, ''))
+        if result[k]: table.add_row(k, f'{result[k]:,}', escape(why.get(k, '')))
     return table
 
 # %% ../../nbs/data/05_ingest.ipynb #cd83a20c
