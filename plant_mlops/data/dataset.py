@@ -7,7 +7,7 @@ __all__ = ['HAMMING', 'COSINE', 'FRACTIONS', 'THRESHOLDS', 'MEANING', 'KIND', 'o
            'assign_splits', 'find_flags', 'embed_all', 'load_pixels', 'source_of', 'contact_sheet', 'make_card',
            'Dataset', 'version_of', 'make_manifest', 'build_dataset', 'load_dataset', 'load_features']
 
-# %% ../../nbs/data/07_dataset.ipynb #2727a695
+# %% ../../nbs/data/07_dataset.ipynb #e7b9bc47
 import io, json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -25,34 +25,35 @@ from ..config import PlantError, Settings
 from .catalog import counts, open_catalog, rows, stored
 from .ingest import ask
 from .photo import square
-from .prepare import MEASURES, _bar, load_fmt
+from .prepare import load_fmt, progress_bar
 from .store import NotFound, open_store, sha256_of
 
-# %% ../../nbs/data/07_dataset.ipynb #81ad0caa
+# %% ../../nbs/data/07_dataset.ipynb #7538a1b2
 def one_row_each(
     rows: list, # dicts of sha256, label and url_source
 ) -> pd.DataFrame: # sha256, label, url_source, copies, conflict; a row a photo, by sha256
     "Join rows of the same photo; of contradicting labels the first in the alphabet is shown."
     by = pd.DataFrame(rows, columns=['sha256', 'label', 'url_source']).sort_values(['sha256', 'label', 'url_source']).groupby('sha256')
-    return by.agg(label=('label', 'first'), url_source=('url_source', 'min'), copies=('label', 'size'),
-                  conflict=('label', lambda o: o.nunique() > 1)).reset_index()
+    d = by.agg(label=('label', 'first'), url_source=('url_source', 'min'), copies=('label', 'size'), conflict=('label', 'nunique'))
+    return d.assign(conflict=d.conflict > 1).reset_index()
 
-# %% ../../nbs/data/07_dataset.ipynb #efee364c
+# %% ../../nbs/data/07_dataset.ipynb #98638ffe
 HAMMING, COSINE = 10, .95 # most bits that differ, least cosine
 
 def near_pairs(
     phash: list, # n strings of 16 hexadecimal digits
     embedding: np.ndarray | None = None, # (n, d), rows of length 1
-    block: int = 1024, # rows compared with all others at a time
+    at_a_time: int = 10_000_000, # pairs held in memory
 ) -> np.ndarray: # (pairs, 2) indices, the smaller first
     "Pairs of photos that look alike by hash or by embedding."
-    bits, found = np.array([int(o, 16) for o in phash], dtype=np.uint64), []
+    bits, found = np.array([int(o, 16) for o in phash], dtype=np.uint64), [np.empty((0, 2), int)]
+    block = max(1, at_a_time // max(1, len(bits)))
     for i in range(0, len(bits), block):
-        near = np.bitwise_count(bits[i:i+block, None] ^ bits) <= HAMMING
-        if embedding is not None: near |= embedding[i:i+block] @ embedding.T >= COSINE
+        near = np.bitwise_count(bits[i:i+block, None] ^ bits[i:]) <= HAMMING
+        if embedding is not None: near |= embedding[i:i+block] @ embedding[i:].T >= COSINE
         a, b = np.nonzero(near)
-        found.append(np.stack([a+i, b], 1)[a+i < b])
-    return np.concatenate(found) if found else np.empty((0, 2), int)
+        found.append(np.stack([a, b], 1)[a < b] + i)
+    return np.concatenate(found)
 
 def join_pairs(
     n: int, # photos
@@ -64,7 +65,7 @@ def join_pairs(
     _, first, back = np.unique(g, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[back]
 
-# %% ../../nbs/data/07_dataset.ipynb #eea365fe
+# %% ../../nbs/data/07_dataset.ipynb #db715931
 FRACTIONS = dict(train=.70, valid=.15, test=.15)
 
 def _deal(
@@ -85,7 +86,8 @@ def assign_splits(
 ) -> pd.Series: # train, valid or test
     "Stratified split that never parts a group; a group of several labels counts for its commonest."
     d = pd.DataFrame(dict(sha256=sha256, label=label, group=group))
-    g = d.groupby('group').agg(key=('sha256', 'min'), label=('label', lambda o: o.mode()[0]), n=('label', 'size'))
+    kinds = d.groupby(['group', 'label']).size().sort_index().sort_values(ascending=False, kind='stable').reset_index('label')
+    g = d.groupby('group').agg(key=('sha256', 'min'), n=('label', 'size')).assign(label=kinds.label[~kinds.index.duplicated()])
     g = g.assign(key=[sha256_of(f'split {o}'.encode()) for o in g.key]).sort_values(['label', 'key'])
     g['split'] = np.concatenate([_deal(o.n.to_numpy()) for _, o in g.groupby('label', sort=True)]) if len(g) else []
     return d.group.map(g.split)
@@ -108,7 +110,7 @@ def find_flags(
              exact_duplicate=d.copies > 1, label_conflict=d.conflict, only_photo=(alone == 1) & ~d.conflict)
     return [','.join(k for k in MEANING if found[k][i]) for i in d.index]
 
-# %% ../../nbs/data/07_dataset.ipynb #2b0e94e5
+# %% ../../nbs/data/07_dataset.ipynb #54372082
 def _name(
     embed, # function, or None
 ) -> str: # what it is called, '' for None
@@ -133,8 +135,8 @@ def embed_all(
     batch: int = 64, # photos at a time
 ) -> np.ndarray: # (n, d) float32
     "Embeddings of prepared photos, in their order."
-    todo, known, console = photos[~photos.sha256.isin(known)], dict(known), Console(stderr=True)
-    with _bar(console, 'embed', progress and len(todo) > 0) as bar:
+    todo, known = photos[~photos.sha256.isin(known)], dict(known)
+    with progress_bar('embed', progress and len(todo) > 0) as bar:
         task = bar.add_task('', total=len(todo))
         for i in range(0, len(todo), batch):
             part = todo[i:i+batch]
@@ -151,7 +153,7 @@ def load_pixels(
     found = load_fmt(open_store(s), sorted(manifest.shard.unique()), ['jpeg'], s.photo_side).set_index('sha256').jpeg
     return found.loc[manifest.sha256].tolist()
 
-# %% ../../nbs/data/07_dataset.ipynb #1ae7a4b1
+# %% ../../nbs/data/07_dataset.ipynb #dee3e5db
 KIND = dict(synthetic='synthetic photos', photos='photos', mixed='photos, some of them synthetic')
 
 def source_of(
@@ -177,7 +179,7 @@ def contact_sheet(
         for i, (data, caption) in enumerate(what if h else []):
             x = 4 + i*(side+4)
             sheet.paste(Image.fromarray(square(Image.open(io.BytesIO(data)).convert('RGB'), side)), (x, y))
-            d.text((x, y+side), caption[:18], 'dimgray', ImageFont.load_default(10))
+            d.text((x, y+side), caption if len(caption) < 20 else caption[:18] + '…', 'dimgray', ImageFont.load_default(10))
         y += h or 24
     out = io.BytesIO()
     sheet.save(out, 'JPEG', quality=85)
@@ -262,7 +264,7 @@ def _photos(
     left = dict(rejected=n['rejected'], failed=n['failed'], new=n['new'], unlabelled=len(there)-len(labelled), unprepared=len({r['sha256'] for r in labelled})-len(d))
     return d, left
 
-# %% ../../nbs/data/07_dataset.ipynb #f7a02f6f
+# %% ../../nbs/data/07_dataset.ipynb #4f9ba916
 def make_manifest(
     d: pd.DataFrame, # photos, by sha256
     embedding: np.ndarray | None, # (n, d), rows of length 1
@@ -277,7 +279,7 @@ def make_manifest(
 def _sheet(s: Settings, manifest: pd.DataFrame, title: str, most: int = 20) -> bytes:
     "The contact sheet of a dataset: some of each class (twelve classes at most), then flagged ones."
     parts = [(f'{k}: {len(o)} photos', o.head(most), 'split') for k, o in list(manifest.groupby('label'))[:12]]
-    flagged = manifest[manifest['flags'] != '']
+    flagged = manifest[manifest['flags'] != ''].sort_values(['flags', 'group'])
     if len(flagged): parts.append((f'flagged: {len(flagged)} photos', flagged.head(2*most), 'flags'))
     return contact_sheet([(h, list(zip(load_pixels(s, o), o[c]))) for h, o, c in parts], title)
 
