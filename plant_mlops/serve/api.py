@@ -67,11 +67,13 @@ def problem(
     body = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail)
     return JSONResponse(body.model_dump(), status, {k.replace('_', '-'): v for k, v in headers.items()}, media_type='application/problem+json')
 
-# %% ../../nbs/serve/15_api.ipynb #1088a49d
+# %% ../../nbs/serve/15_api.ipynb #9b87122a
 def add_problems(app: FastAPI):
     "Every error of an app becomes a problem document."
     @app.exception_handler(StarletteHTTPException)
-    async def refused(request, e): return problem(e.status_code, str(e.detail), **(e.headers or {}))
+    async def refused(request, e):
+        close = dict(Connection='close') if e.status_code in (400, 404, 405, 413, 503) else {}
+        return problem(e.status_code, str(e.detail), **(e.headers or {}), **close)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request, e): return problem(422, '; '.join(f'{".".join(map(str, o["loc"]))}: {o["msg"]}' for o in e.errors()))
@@ -135,12 +137,13 @@ async def the_model(
     if st.model is None: raise st.error
     return st.model
 
-# %% ../../nbs/serve/15_api.ipynb #ea502a6e
+# %% ../../nbs/serve/15_api.ipynb #798a3792
 def describe(
     model: Model, # in production
 ) -> dict: # name, version, classes, input, metrics, provenance, …
     "What can be said of a model: its own metadata, and the pointer by which it was found."
-    return dict(version=model.version, classes=model.classes) | {k: v for k, v in model.metadata.items() if k not in ('version', 'classes')} | dict(published=model.origin)
+    figures = dict(metrics=model.origin['metrics']) if model.origin.get('metrics') else {} # on the test split, after the file was written
+    return model.metadata | figures | dict(version=model.version, published=model.origin)
 
 # %% ../../nbs/serve/15_api.ipynb #fe6f44df
 _photos = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'RIFF', b'BM', b'II*\0', b'MM\0*') # how JPEG, PNG, GIF, WebP, BMP and TIFF begin
@@ -253,10 +256,10 @@ def listen(
     try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=1024)
     except OSError as e: raise PlantError(f'Cannot listen on {host}:{port}: {os.strerror(e.errno) if e.errno else e}. Stop what uses it, or set PLANT_PORT.') from None
 
-# %% ../../nbs/serve/15_api.ipynb #859230b3
+# %% ../../nbs/serve/15_api.ipynb #a288eefb
 def run_server(
     s: Settings, # host and port among them
-    ready=print, # called with a line that says where it is
+    ready=partial(print, flush=True), # called with a line that says where it is
 ):
     "Serve until interrupted; requests in flight are finished first."
     import uvicorn

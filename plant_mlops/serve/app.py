@@ -83,7 +83,7 @@ def draw_examples(
     for i, p in enumerate(paths): draw(LABELS[i % len(LABELS)], (2026, i), (360, 360)).save(p, quality=90)
     return paths
 
-# %% ../../nbs/serve/16_app.ipynb #0a2d35bc
+# %% ../../nbs/serve/16_app.ipynb #c14b693e
 def create_ui(
     explain: Callable, # a photo's bytes → answer, pixels, heatmap; may be async
     info: Callable, # () → what `describe` says; may be async
@@ -103,14 +103,15 @@ def create_ui(
         return (f'<h1>{title_of(now["classes"])}</h1><p>Show it a photo. See what it says, how sure it is, and where it looked.</p>',
                 gr.update(value=note_html(warn, 'warning'), visible=bool(warn)), about_html(now), gr.update(visible=set(LABELS) <= set(now['classes'])))
 
-    with gr.Blocks(title='plant_mlops', analytics_enabled=False, delete_cache=(600, 3600)) as ui, tempfile.TemporaryDirectory() as folder:
-        parts = _layout(draw_examples(Path(folder)))
+    with gr.Blocks(title='plant_mlops', analytics_enabled=False, delete_cache=(600, 3600)) as ui:
+        ui.pictures = tempfile.TemporaryDirectory() # gone when the page is
+        parts = _layout(draw_examples(Path(ui.pictures.name)))
         parts['photo'].change(judge, parts['photo'], [parts['answer'], parts['heat']], show_progress='minimal',
                               concurrency_limit=os.cpu_count(), api_visibility='private').then(None, js=_to_answer)
         ui.load(greet, None, [parts[k] for k in ('head', 'banner', 'about', 'examples')], api_visibility='private')
     return ui
 
-# %% ../../nbs/serve/16_app.ipynb #8bd2ed50
+# %% ../../nbs/serve/16_app.ipynb #87c4d188
 _to_answer = "() => document.querySelector('.pm-card h2, .pm-error')?.closest('.pm-card').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 
 async def _call(f, *args):
@@ -124,10 +125,11 @@ def _layout(
     head, banner = gr.HTML(elem_classes='pm-head', padding=False), gr.HTML(visible=False, padding=False)
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
-            photo = gr.Image(label='Photo', sources=['upload', 'webcam', 'clipboard'], height=400, buttons=[], elem_classes='pm-photo', placeholder='# Drop a photo here\nor choose one',
+            photo = gr.Image(label='Photo', sources=['upload', 'webcam', 'clipboard'], height=400, buttons=[], type='filepath', image_mode=None, elem_classes='pm-photo', placeholder='# Drop a photo here\nor choose one',
                           webcam_options=gr.WebcamOptions(mirror=False, constraints={'video': {'facingMode': {'ideal': 'environment'}}}), alt_text='The photo to judge')
             photo.preprocess = lambda upload: upload and upload.path # as it came; Gradio's own way fails on a broken file
-            with gr.Column(visible=False, elem_classes='pm-tries') as tries: gr.Examples([[str(p)] for p in examples], photo, label='Or try one of these: synthetic, drawn by a program')
+            tries = gr.Dataset(components=[photo], samples=[[str(p)] for p in examples], visible=False, elem_classes='pm-tries', label='Or try one of these: synthetic, drawn by a program')
+            tries.click(lambda row: row[0], tries, photo, api_visibility='private')
         with gr.Column(min_width=320):
             answer = gr.HTML(note_html('The answer appears here.'), padding=False)
             heat = gr.Image(label='Where it looked', visible=False, interactive=False, elem_classes='pm-heat', buttons=['fullscreen'], alt_text='Heatmap of where the model saw the class')

@@ -1,0 +1,130 @@
+"The page, driven in a real Chromium: what a person does and sees."
+import base64, shutil
+import pytest
+from plant_mlops.config import settings
+from plant_mlops.data.synthetic import draw
+from plant_mlops.serve.api import create_app
+from plant_mlops.serve.predict import Model
+from test_serve import running
+from tiny import jpeg, tiny_model
+
+pytest.importorskip('gradio', reason='gradio (the extra `app`) is not installed')
+playwright = pytest.importorskip('playwright.sync_api', reason='playwright (the extra `dev`) is not installed')
+browsers = [o for o in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if o]
+pytestmark = pytest.mark.skipif(not browsers, reason='no Chromium is installed (on Debian: apt install chromium)')
+
+@pytest.fixture(scope='module')
+def chromium():
+    flags = ['--no-sandbox', '--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream']
+    with playwright.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=browsers[0], args=flags)
+        yield b
+        b.close()
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The API with its page, serving a model that was trained on synthetic photos."
+    tmp = tmp_path_factory.mktemp('site')
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('GRADIO_TEMP_DIR', str(tmp/'gradio'))
+        with running(create_app(settings(home=tmp), Model(tiny_model(version='3')))) as c: yield str(c.base_url)
+
+@pytest.fixture(params=[(1280, 900), (390, 844)], ids=['desktop', 'phone'])
+def page(request, chromium, site):
+    "An open page; fails the test if it asked anybody else for anything, or logged an error."
+    w, h = request.param
+    context = chromium.new_context(viewport=dict(width=w, height=h), has_touch=w < 500, is_mobile=w < 500, permissions=['clipboard-read', 'clipboard-write', 'camera'])
+    p, asked, errors = context.new_page(), [], []
+    p.set_default_timeout(30_000)
+    p.on('request', lambda r: asked.append(r.url))
+    p.on('pageerror', lambda e: errors.append(str(e)))
+    p.on('console', lambda m: m.type == 'error' and errors.append(m.text))
+    p.goto(f'{site}/ui/')
+    p.wait_for_selector('.pm-head h1')
+    yield p
+    context.close()
+    assert not [o for o in asked if not o.startswith((site, 'data:', 'blob:'))]
+    assert not errors
+
+def answer(page):
+    page.wait_for_selector('.pm-card h2')
+    return page.inner_text('.pm-card h2').lower()
+
+def upload(page, path): page.set_input_files('.pm-photo input[type=file]', str(path))
+
+def test_photo_gets_an_answer_and_a_heatmap(page, tmp_path):
+    photo = tmp_path/'Löwenzahn im März.jpg'
+    photo.write_bytes(jpeg('gold'))
+    upload(page, photo)
+    assert answer(page) == 'dandelion'
+    assert page.locator('.pm-bars li').count() == 2 and 'Novelty' in page.inner_text('.pm-card:has(h2)')
+    heat = page.locator('.pm-heat img')
+    heat.wait_for()
+    page.wait_for_function("document.querySelector('.pm-heat img').naturalWidth > 100")
+    page.wait_for_function("(() => { const r = document.querySelector('.pm-card h2').getBoundingClientRect(); return r.top >= 0 && r.bottom <= innerHeight })()")
+    assert page.evaluate('document.documentElement.scrollWidth <= innerWidth'), 'the page is wider than the screen'
+    page.click('[aria-label="Remove Image"]')
+    page.wait_for_selector('.pm-empty')
+    assert not heat.is_visible()
+
+def test_broken_photo_is_told_and_the_next_one_works(page, tmp_path):
+    for name, data, says in (('cut.jpg', jpeg('gold')[:-200], 'damaged or cut off'), ('page.jpg', b'<html>404</html>', 'web page'), ('empty.png', b'', 'empty')):
+        (tmp_path/name).write_bytes(data)
+        upload(page, tmp_path/name)
+        page.wait_for_selector(f'.pm-error:has-text("{says}")')
+        page.click('[aria-label="Remove Image"]')
+        page.wait_for_selector('.pm-empty')
+    draw('grass', 1).save(tmp_path/'good.png')
+    upload(page, tmp_path/'good.png')
+    assert answer(page)
+
+def test_says_synthetic_and_what_serves(page):
+    assert page.inner_text('.pm-head h1') == 'Dandelion or grass?'
+    assert 'synthetic' in page.inner_text('.pm-warning')
+    assert 'synthetic' in page.inner_text('.pm-tries').lower()
+    page.click('text=About this model')
+    about = page.locator('.pm-about')
+    about.wait_for()
+    said = about.inner_text()
+    assert all(o in said for o in ('Version', '3', 'dandelion, grass', '90.0 %', 'mean colour'))
+
+def test_example_then_a_broken_photo(page, tmp_path):
+    page.locator('.pm-tries .gallery-item').first.click()
+    assert answer(page) in ('dandelion', 'grass')
+    page.click('[aria-label="Remove Image"]')
+    (tmp_path/'page.jpg').write_bytes(b'<html>404</html>')
+    upload(page, tmp_path/'page.jpg')
+    page.wait_for_selector('.pm-error:has-text("web page")')
+
+def test_camera(page):
+    page.click('[aria-label="Capture from camera"]')
+    page.locator('.pm-photo .webcam-wrap button, .pm-photo [title="grant webcam access"]').first.click()
+    page.click('.pm-photo [aria-label="capture photo"], .pm-photo .button-wrap button')
+    assert answer(page) in ('dandelion', 'grass')
+
+def test_clipboard(page):
+    png = base64.b64encode(jpeg('green', 'PNG')).decode()
+    page.evaluate("""async b => { const bytes = Uint8Array.from(atob(b), c => c.charCodeAt(0));
+        await navigator.clipboard.write([new ClipboardItem({'image/png': new Blob([bytes], {type: 'image/png'})})]) }""", png)
+    page.click('[aria-label="Paste from clipboard"]')
+    assert answer(page) == 'grass'
+
+def test_model_of_real_photos_has_no_banner(chromium, tmp_path, monkeypatch):
+    monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path/'gradio'))
+    with running(create_app(settings(), Model(tiny_model(source='photos', classes=('daisy', 'moss'))))) as c:
+        page = chromium.new_page()
+        page.goto(f'{c.base_url}/ui/')
+        page.wait_for_selector('h1:has-text("Daisy or moss?")')
+        assert page.locator('.pm-warning:visible').count() == 0
+        assert not page.locator('.pm-tries').is_visible(), 'examples of other classes'
+        page.close()
+
+def test_no_model_yet(chromium, tmp_path, monkeypatch):
+    monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path/'gradio'))
+    with running(create_app(settings())) as c:
+        page = chromium.new_page()
+        page.goto(f'{c.base_url}/ui/')
+        page.wait_for_selector('h1:has-text("No model yet")')
+        page.goto(f'{c.base_url}/')
+        assert 'plant-mlops run' in page.inner_text('body')
+        page.close()

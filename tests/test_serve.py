@@ -1,0 +1,242 @@
+"Serving: bad photos, bad requests, a store that is away, and what one prediction costs."
+import contextlib, io, json, os, random, signal, socket, struct, subprocess, sys, threading, time, zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import httpx, pytest, uvicorn
+from fastapi.testclient import TestClient
+from PIL import Image
+from conftest import free_port, stop, wait_for
+from plant_mlops.config import PlantError, settings
+from plant_mlops.data.store import StoreError
+from plant_mlops.serve.api import create_app, listen
+from plant_mlops.serve.predict import Model, NoModel, load_champion, predict_files
+from tiny import jpeg, publish, tiny_model
+
+cli = [sys.executable, '-m', 'plant_mlops.ops.cli'] if not (Path(sys.executable).parent/'plant-mlops').exists() else [str(Path(sys.executable).parent/'plant-mlops')]
+
+def halves():
+    "Yellow on the left, green on the right: where it is cut and turned can be seen."
+    im = Image.new('RGB', (400, 200), 'green')
+    im.paste('gold', (0, 0, 260, 200))
+    return im
+
+def huge_png(side=50_000):
+    "The header of a photo of 2.5 thousand million pixels, and hardly anything else."
+    chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b'')
+
+def turned():
+    "A photo on its side whose EXIF says so."
+    im = halves().rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return jpeg(im, exif=exif)
+
+gold = Image.new('RGB', (320, 240), 'gold')
+good = {'plain.jpg': jpeg(), 'Löwenzahn im März (1).jpg': jpeg(), 'photo.png': jpeg(format='PNG'), 'photo.webp': jpeg(format='WEBP'), 'photo.bmp': jpeg(format='BMP'),
+        'photo.tiff': jpeg(format='TIFF'), 'moving.gif': jpeg(format='GIF', save_all=True, append_images=[Image.new('RGB', (320, 240), 'green')]*3),
+        'cmyk.jpg': jpeg(gold.convert('CMYK')), 'palette.png': jpeg(gold.quantize(16), 'PNG'), 'alpha.png': jpeg(gold.convert('RGBA'), 'PNG'),
+        'tiny.png': jpeg(gold.resize((3, 2)), 'PNG'), 'no-extension': jpeg(), 'wrong.txt': jpeg(), 'sideways.jpg': turned()}
+bad = {'truncated.jpg': jpeg()[:-300], 'empty.jpg': b'', 'page.jpg': b'<!doctype html><html>404', 'huge.png': huge_png(), 'random.jpg': random.Random(0).randbytes(5000),
+       'half-png.png': jpeg(format='PNG')[:60], 'strip.png': jpeg(gold.resize((2000, 2)), 'PNG'), 'script.svg': b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'nul.jpg': bytes(2000)}
+
+@pytest.fixture(scope='module')
+def model(): return Model(tiny_model())
+
+@pytest.fixture
+def client(model):
+    with TestClient(create_app(settings(), model, ui=False)) as c: yield c
+
+def test_files_good_and_bad(model, tmp_path):
+    files = good | bad
+    for name, data in files.items(): (tmp_path/name).write_bytes(data)
+    rows = list(predict_files(model, [tmp_path/o for o in files], batch=5))
+    assert [Path(r['file']).name for r in rows] == list(files)
+    assert {Path(r['file']).name for r in rows if 'error' in r} == set(bad)
+    assert all(r['prediction'] == 'dandelion' for r in rows if 'prediction' in r)
+    assert all(not r['error'][0].islower() and r['error'].endswith('.') for r in rows if 'error' in r)
+
+def test_what_cannot_be_read_is_told(model, tmp_path):
+    rows = list(predict_files(model, [tmp_path/'none.jpg', tmp_path, '/dev/zero'], max_bytes=1000))
+    assert ['No such file' in rows[0]['error'], 'directory' in rows[1]['error'], 'Larger than' in rows[2]['error']] == [True]*3
+
+def test_deep_grey_is_scaled_not_cut(model):
+    im = Image.fromarray(__import__('numpy').full((240, 320), 40_000, 'uint16'))
+    x = model.decode(jpeg(im, 'PNG'))
+    assert 150 < x.mean() < 160
+
+def test_sideways_is_seen_upright(model):
+    import numpy as np
+    assert np.abs(model.decode(turned()).astype(int) - model.decode(jpeg(halves()))).mean() < 2
+
+@pytest.mark.parametrize('name', good)
+def test_http_good(client, name):
+    r = client.post('/predict', files={'file': (name, good[name])})
+    assert (r.status_code, r.json()['prediction'], r.json()['file']) == (200, 'dandelion', name)
+    assert client.post('/predict', content=good[name]).json()['prediction'] == 'dandelion'
+
+@pytest.mark.parametrize('name', bad)
+def test_http_bad(client, name):
+    for r in (client.post('/predict', files={'file': (name, bad[name])}), client.post('/predict', content=bad[name], headers={'content-type': 'image/jpeg'})):
+        assert r.status_code in (400, 415, 422) and r.headers['content-type'] == 'application/problem+json'
+        assert r.json()['detail'].endswith('.')
+
+def test_scratched_photos_never_break_the_server(client):
+    rng, seen = random.Random(1), set()
+    for i in range(400):
+        data = bytearray(rng.choice(list(good.values())))
+        for _ in range(rng.randrange(1, 20)): data[rng.randrange(len(data))] = rng.randrange(256)
+        seen.add(client.post('/predict', content=bytes(data[:rng.randrange(1, len(data) + 1)])).status_code)
+    assert seen <= {200, 415, 422}
+
+@pytest.mark.parametrize('headers,body', [
+    ({'content-type': 'multipart/form-data; boundary=x'}, b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\n'),
+    ({'content-type': 'multipart/form-data; boundary=x'}, b'--x--\r\n'), ({'content-type': 'multipart/form-data; boundary='}, b'x'),
+    ({'content-type': 'multipart/form-data'}, jpeg()), ({'content-type': 'multipart/form-data; boundary=x'}, b'\xff' * 500),
+    ({'content-type': 'multipart/form-data; boundary=x'}, b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\ntext\r\n--x--\r\n'),
+    ({'content-type': 'multipart/form-data; boundary=x'}, b'--x\r\nContent-Disposition: form-data; filename="a"\r\n\r\ntext\r\n--x--\r\n')])
+def test_broken_forms(client, headers, body):
+    r = client.post('/predict', content=body, headers=headers)
+    assert r.status_code == 400 and r.json()['detail']
+
+def test_openapi_describes_what_is_sent_and_answered(client):
+    doc = client.get('/openapi.json').json()
+    post = doc['paths']['/predict']['post']
+    assert {'multipart/form-data', 'image/*', 'application/json'} <= set(post['requestBody']['content'])
+    assert {'200', '400', '413', '415', '422', '503'} <= set(post['responses'])
+    assert doc['components']['schemas']['Answer']['example']
+
+def test_a_failure_inside_tells_nothing_about_the_inside(model):
+    app = create_app(settings(), model, ui=False)
+    app.add_api_route('/boom', lambda: 1 / 0)
+    with TestClient(app, raise_server_exceptions=False) as c: r = c.get('/boom')
+    assert (r.status_code, r.headers['content-type']) == (500, 'application/problem+json') and 'zero' not in r.text
+
+# the store, and the copy that is kept
+
+def test_from_s3_and_without_it(weed, tmp_path):
+    s = weed.settings('serving', home=tmp_path)
+    with pytest.raises(NoModel): load_champion(s)
+    publish(s, '7')
+    assert load_champion(s).version == '7'
+    dead = settings(home=tmp_path, store_url='s3://serving', s3_endpoint_url=f'http://127.0.0.1:{free_port()}', s3_access_key='a', s3_secret_key='b', s3_timeout=1)
+    m = load_champion(dead)
+    assert m.version == '7' and m.origin['note']
+
+def test_store_that_never_answers(tmp_path):
+    s = settings(home=tmp_path)
+    publish(s, '1')
+    load_champion(s)
+    with listen('127.0.0.1', 0) as silent:
+        mute = settings(home=tmp_path, store_url='s3://plants', s3_endpoint_url='http://127.0.0.1:%d' % silent.getsockname()[1], s3_access_key='a', s3_secret_key='b', s3_timeout=.5)
+        t = time.monotonic()
+        assert load_champion(mute).version == '1'
+        assert time.monotonic() - t < 20
+        with pytest.raises(StoreError): load_champion(mute.model_copy(update=dict(home=tmp_path/'elsewhere')))
+
+def test_no_room_for_a_copy(tmp_path):
+    s = settings(home=tmp_path)
+    publish(s, '1')
+    (tmp_path/'cache').write_text('in the way')
+    assert load_champion(s).version == '1'
+
+def test_damaged_copy_is_fetched_again(tmp_path):
+    s = settings(home=tmp_path)
+    publish(s, '1')
+    load_champion(s)
+    copy, = (tmp_path/'cache/models').glob('*.onnx')
+    copy.write_bytes(copy.read_bytes()[:-50])
+    assert load_champion(s).version == '1'
+    assert Model(copy).classes == ['dandelion', 'grass']
+
+def test_few_copies_are_kept(tmp_path):
+    s = settings(home=tmp_path)
+    for v in '123456':
+        publish(s, v)
+        load_champion(s)
+    assert len(list((tmp_path/'cache/models').glob('*.onnx'))) == 3
+
+# a real server
+
+@contextlib.contextmanager
+def running(app):
+    "An app on a free port, in a thread."
+    with listen('127.0.0.1', 0) as sock:
+        server = uvicorn.Server(uvicorn.Config(app, log_level='error'))
+        t = threading.Thread(target=server.run, kwargs=dict(sockets=[sock]))
+        t.start()
+        try:
+            wait_for(lambda: server.started)
+            with httpx.Client(base_url='http://127.0.0.1:%d' % sock.getsockname()[1], timeout=20) as c: yield c
+        finally:
+            server.should_exit = True
+            t.join(20)
+
+def test_many_at_once_get_their_own_answer(model):
+    with running(create_app(settings(), model, ui=False)) as c:
+        colours = [random.Random(i).choice(['gold', 'green']) for i in range(200)]
+        with ThreadPoolExecutor(32) as pool: said = list(pool.map(lambda o: c.post('/predict', content=jpeg(o)).json(), colours))
+    assert [o['prediction'] for o in said] == [{'gold': 'dandelion', 'green': 'grass'}[o] for o in colours]
+    assert len({o['id'] for o in said}) == 200
+
+def test_slow_answers_do_not_hold_up_the_rest(model, monkeypatch):
+    monkeypatch.setattr(Model, 'predict', lambda *_: time.sleep(1) or [dict(prediction='grass', probability=1., probabilities={}, novelty=0., model_version='1')])
+    with running(create_app(settings(), model, ui=False)) as c, ThreadPoolExecutor(8) as pool:
+        slow = [pool.submit(c.post, '/predict', content=jpeg()) for _ in range(4)]
+        time.sleep(.2)
+        t = time.monotonic()
+        assert c.get('/health').status_code == 200
+        assert time.monotonic() - t < .5
+        assert {o.result().status_code for o in slow} == {200}
+
+def test_endless_body_is_cut_short(model):
+    sent = 0
+    def endless():
+        nonlocal sent
+        while sent < 500_000_000:
+            sent += 65_536
+            yield bytes(65_536)
+    with running(create_app(settings(ingest_max_bytes=1_000_000), model, ui=False)) as c:
+        for kind in ('image/jpeg', 'multipart/form-data; boundary=x'):
+            with contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError): assert c.post('/predict', content=endless(), headers={'content-type': kind}).status_code in (400, 413)
+        assert sent < 100_000_000
+        assert c.get('/health').json()['ready']
+
+def test_clients_that_go_away(model):
+    with running(create_app(settings(), model, ui=False)) as c:
+        for _ in range(20):
+            with socket.create_connection((c.base_url.host, c.base_url.port)) as o: o.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc')
+        assert c.post('/predict', content=jpeg()).status_code == 200
+
+def test_command_serves_waits_for_a_model_and_stops(tmp_path):
+    port, s = free_port(), settings(home=tmp_path)
+    p = subprocess.Popen([*cli, 'serve', '--home', str(tmp_path), '--port', str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        with httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=20) as c:
+            wait_for(lambda: c.get('/health').json()['status'] == 'ok')
+            assert c.post('/predict', content=jpeg()).status_code == 503
+            publish(s, '4')
+            wait_for(lambda: c.get('/health').json()['ready'], 20)
+            assert c.post('/predict', content=jpeg()).json()['model_version'] == '4'
+            assert c.get('/ui/').status_code == 200
+        second = subprocess.run([*cli, 'serve', '--home', str(tmp_path), '--port', str(port)], capture_output=True, text=True)
+        assert second.returncode == 1 and 'PLANT_PORT' in second.stdout + second.stderr and 'Traceback' not in second.stderr
+        p.send_signal(signal.SIGTERM)
+        said = p.communicate(timeout=30)[0]
+        assert f'http://127.0.0.1:{port}' in said and 'Traceback' not in said
+    finally: stop(p)
+
+# what one prediction costs
+
+def test_one_prediction_is_quick_and_small(tmp_path):
+    publish(settings(home=tmp_path), '1')
+    (tmp_path/'photo.jpg').write_bytes(jpeg())
+    code = ('import sys; from plant_mlops.ops.cli import app; sys.argv = ["plant-mlops", "predict", "--home", sys.argv[1], sys.argv[2], "--json"]\n'
+            'try: app()\nfinally: print(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1], file=sys.stderr)')
+    best, memory = 99, 0
+    for _ in range(3):
+        t = time.monotonic()
+        r = subprocess.run([sys.executable, '-c', code, str(tmp_path), str(tmp_path/'photo.jpg')], capture_output=True, text=True, check=True)
+        best, memory = min(best, time.monotonic() - t), max(memory, int(r.stderr.split()[-1]) / 1024)
+        assert json.loads(r.stdout)['prediction'] == 'dandelion'
+    assert best < 2 and memory < 250, f'{best:.1f} s, {memory:.0f} MB'
