@@ -229,14 +229,13 @@ def test_command_serves_waits_for_a_model_and_stops(tmp_path):
 # what one prediction costs
 
 def test_one_prediction_is_quick_and_small(tmp_path):
+    "CPU time is judged, since a busy machine lets any process wait; on an idle one it takes no longer than that."
     publish(settings(home=tmp_path), '1')
     (tmp_path/'photo.jpg').write_bytes(jpeg())
-    code = ('import sys; from plant_mlops.ops.cli import app; sys.argv = ["plant-mlops", "predict", "--home", sys.argv[1], sys.argv[2], "--json"]\n'
-            'try: app()\nfinally: print(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1], file=sys.stderr)')
-    best, memory = 99, 0
-    for _ in range(3):
-        t = time.monotonic()
-        r = subprocess.run([sys.executable, '-c', code, str(tmp_path), str(tmp_path/'photo.jpg')], capture_output=True, text=True, check=True)
-        best, memory = min(best, time.monotonic() - t), max(memory, int(r.stderr.split()[-1]) / 1024)
-        assert json.loads(r.stdout)['prediction'] == 'dandelion'
-    assert best < 2 and memory < 250, f'{best:.1f} s, {memory:.0f} MB'
+    code = ('import os, sys; from plant_mlops.ops.cli import app; sys.argv = ["plant-mlops", "predict", "--home", sys.argv[1], sys.argv[2], "--json"]\n'
+            'try: app()\n'
+            'finally: print(sum(os.times()[:2]), next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1], file=sys.stderr)')
+    r = subprocess.run([sys.executable, '-c', code, str(tmp_path), str(tmp_path/'photo.jpg')], capture_output=True, text=True, check=True)
+    seconds, memory = map(float, r.stderr.split()[-2:])
+    assert json.loads(r.stdout)['prediction'] == 'dandelion'
+    assert seconds < 2 and memory < 250_000, f'{seconds:.1f} s, {memory/1000:.0f} MB'

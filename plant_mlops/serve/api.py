@@ -184,13 +184,14 @@ def add_routes(app: FastAPI):
     @app.post('/predict', summary='Answer for one photo', responses=_problems, openapi_extra=dict(requestBody=dict(required=True, content=_accepts)))
     async def predict(request: Request) -> Answer: return await answer(request)
 
-# %% ../../nbs/serve/15_api.ipynb #954dfdc7
+# %% ../../nbs/serve/15_api.ipynb #974b6dfb
 def title_of(
     classes: list, # names
 ) -> str: # HTML
     "The question that a model answers."
     if len(classes) > 4: return f'Which of {len(classes)} is it?'
-    return html.escape(' or '.join([', '.join(classes[:-1]), classes[-1]] if classes[1:] else classes).capitalize() + '?')
+    text = ' or '.join([', '.join(classes[:-1]), classes[-1]] if classes[1:] else classes)
+    return html.escape(text[:1].upper() + text[1:] + '?')
 
 # %% ../../nbs/serve/15_api.ipynb #03664206
 _leaf = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path fill="#22a652" d="M5 27C3 12 12 4 28 4c1 15-6 22-18 20l12-13L8 22z"/></svg>'

@@ -83,7 +83,7 @@ def draw_examples(
     for i, p in enumerate(paths): draw(LABELS[i % len(LABELS)], (2026, i), (360, 360)).save(p, quality=90)
     return paths
 
-# %% ../../nbs/serve/16_app.ipynb #c14b693e
+# %% ../../nbs/serve/16_app.ipynb #811a62dd
 def create_ui(
     explain: Callable, # a photo's bytes → answer, pixels, heatmap; may be async
     info: Callable, # () → what `describe` says; may be async
@@ -99,9 +99,10 @@ def create_ui(
     async def greet():
         try: now = await _call(info)
         except PlantError as e: return '<h1>No model yet</h1>', note_html(str(e), 'warning'), '', gr.update(visible=False)
-        warn = _sources.get(now.get('provenance', {}).get('source'), '')
+        photos = now['input']['kind'] == 'image'
+        warn = _sources.get(now.get('provenance', {}).get('source'), '') if photos else 'This model takes numbers, not photos: send them to `/predict`.'
         return (f'<h1>{title_of(now["classes"])}</h1><p>Show it a photo. See what it says, how sure it is, and where it looked.</p>',
-                gr.update(value=note_html(warn, 'warning'), visible=bool(warn)), about_html(now), gr.update(visible=set(LABELS) <= set(now['classes'])))
+                gr.update(value=note_html(warn, 'warning'), visible=bool(warn)), about_html(now), gr.update(visible=photos and set(LABELS) <= set(now['classes'])))
 
     with gr.Blocks(title='plant_mlops', analytics_enabled=False, delete_cache=(600, 3600)) as ui:
         ui.pictures = tempfile.TemporaryDirectory() # gone when the page is
