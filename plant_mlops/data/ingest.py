@@ -22,16 +22,16 @@ from .fetch import Fetched, Refused, Unreachable, fetcher, run_async
 from .photo import Limits, PhotoError, check_photo
 from .store import open_store
 
-# %% ../../nbs/data/05_ingest.ipynb #4dafdd55
+# %% ../../nbs/data/05_ingest.ipynb #c61efb3e
 def keep(
     store, # from `open_store`
     limits: Limits, # of a photo
     got: Fetched, # bytes and their checksum
 ) -> dict: # what to write back
-    "Decode a photo, then store its bytes; raises `PhotoError` or `StoreError`."
+    "Decode a photo, then put its bytes; raises `PhotoError` or `StoreError`."
     check_photo(got.data, limits)
     key = f'raw/{got.sha256}'
-    store.put(key, got.data, sha256=got.sha256)
+    store.put(key, got.data, sha256=got.sha256, sync=False)
     return dict(status='stored', sha256=got.sha256, url_s3=store.url(key))
 
 async def _one(row, fetch, keep_, pool):
@@ -96,11 +96,11 @@ def _within(seconds, f):
     threading.Thread(target=run, daemon=True).start()
     return answer.result(seconds)
 
-# %% ../../nbs/data/05_ingest.ipynb #55453f52
+# %% ../../nbs/data/05_ingest.ipynb #c72ebd3c
 class Ledger:
     "Results on their way to the catalog, written a batch at a time."
-    def __init__(self, eng, batch, seconds=5.): 
-        self.eng, self.batch, self.seconds = eng, batch, seconds
+    def __init__(self, store, eng, batch, seconds=5.):
+        self.store, self.eng, self.batch, self.seconds = store, eng, batch, seconds
         self.waiting, self.last, self.lock = [], time.monotonic(), asyncio.Lock()
 
     async def add(self, result):
@@ -110,18 +110,20 @@ class Ledger:
         if due and not self.lock.locked(): await self.flush()
 
     async def flush(self):
-        "Write what is waiting; it goes on waiting if that fails."
+        "Write what is waiting, its photos first; it goes on waiting if that fails."
         async with self.lock:
             now, self.last = self.waiting[:], time.monotonic()
-            if now: await asyncio.to_thread(ask, record, self.eng, now)
+            if not now: return
+            await asyncio.to_thread(self.store.sync)
+            await asyncio.to_thread(ask, record, self.eng, now)
             del self.waiting[:len(now)]
 
-# %% ../../nbs/data/05_ingest.ipynb #05a55394
+# %% ../../nbs/data/05_ingest.ipynb #a52acd86
 THREADS = 16 # that decode and store; more than cores, because most of them wait for a disk or a network
 
 async def _run(s, eng, store, todo, connect_to, tick):
     "Ingest rows; gives the number of each outcome."
-    seen, ledger, limits = Counter(), Ledger(eng, s.ingest_batch), Limits(max_pixels=s.photo_max_pixels)
+    seen, ledger, limits = Counter(), Ledger(store, eng, s.ingest_batch), Limits(max_pixels=s.photo_max_pixels)
     pool = ThreadPoolExecutor(THREADS)
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(s.ingest_concurrency + 1)) # names, files, buckets, catalog
     async with fetcher(s, connect_to) as fetch:

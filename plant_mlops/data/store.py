@@ -7,10 +7,11 @@ __all__ = ['StoreError', 'NotFound', 'Corrupt', 'Conflict', 'Stat', 'sha256_of',
            'open_store']
 
 # %% ../../nbs/data/01_store.ipynb #14bfc106
-import contextlib, hashlib, io, os, platform, re, shutil, time, uuid
+import contextlib, ctypes, hashlib, io, os, platform, re, shutil, time, uuid
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from stat import S_ISDIR
 from fastcore.basics import patch
 from filelock import FileLock
 from ..config import PlantError, Settings
@@ -68,8 +69,11 @@ def _fsync_dir(path: Path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-def _write(path: Path, data: bytes | Path, tmp: Path):
+_syncfs = getattr(ctypes.CDLL(None, use_errno=True), 'syncfs', None) if os.name == 'posix' else None
+
+def _write(path: Path, data: bytes | Path, tmp: Path, sync: bool = True):
     "Write a file so that it is whole or not there."
+    sync = sync or not _syncfs
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, 'wb') as f:
@@ -77,11 +81,12 @@ def _write(path: Path, data: bytes | Path, tmp: Path):
                 with open(data, 'rb') as src: shutil.copyfileobj(src, f, 1 << 20)
             else: f.write(data)
             f.flush()
-            os.fsync(f.fileno())
+            if sync: os.fsync(f.fileno())
         os.replace(tmp, path)
-        _fsync_dir(path.parent)
-    finally:
+        if sync: _fsync_dir(path.parent)
+    except BaseException:
         with contextlib.suppress(OSError): tmp.unlink()
+        raise
 
 # %% ../../nbs/data/01_store.ipynb #b71785b7
 def _alive(pid: int) -> bool:
@@ -138,6 +143,7 @@ def put(self:FolderStore,
     sha256: str = '', # checksum that they must have
     if_absent: bool = False, # put only if there is no such object
     if_match: str = '', # put only if the object still has this etag
+    sync: bool = True, # safe from a power cut when this returns; False: after the next `sync()`
 ) -> Stat: # what was stored
     "Store an object; raises `Corrupt` on a wrong checksum, `Conflict` on an unmet condition, `StoreError` on a full disk."
     path, h = self.root/_check_key(key), _check(key, data, sha256, address(key))
@@ -146,7 +152,7 @@ def put(self:FolderStore,
         self.tmp.mkdir(parents=True, exist_ok=True)
         mark = self.sums/key
         if not address(key): mark.unlink(missing_ok=True)
-        _write(path, data, self._tmp_file())
+        _write(path, data, self._tmp_file(), sync)
         if not address(key): _write(mark, h.encode(), self._tmp_file())
     return self.stat(key)
 
@@ -154,6 +160,16 @@ def _condition(key: str, now: Stat | None, if_absent: bool, if_match: str):
     "Raise `Conflict` unless the object is as the caller thinks."
     if (if_absent and now) or (if_match and (not now or now.etag != if_match)):
         raise Conflict(f'{key}: somebody else changed it in the meantime. Read it again, then decide.')
+
+@patch
+def sync(self:FolderStore):
+    "Make all that was put safe from a power cut; raises `StoreError` if the disk fails."
+    if not _syncfs or not self.root.exists(): return
+    fd = os.open(self.root, os.O_RDONLY)
+    try:
+        with _disk(str(self)):
+            if _syncfs(fd): raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    finally: os.close(fd)
 
 @patch
 def _tmp_file(self:FolderStore) -> Path: return self.tmp/f'{os.getpid()}@{platform.node()}@{uuid.uuid4().hex}'
@@ -167,7 +183,7 @@ def stat(self:FolderStore,
     path = self.root/_check_key(key)
     try: st = path.stat()
     except (FileNotFoundError, NotADirectoryError): return None
-    if path.is_dir(): return None
+    if S_ISDIR(st.st_mode): return None
     return Stat(key, st.st_size, f'{st.st_ino}-{st.st_mtime_ns}-{st.st_size}', address(key) or self._sum(key),
                 datetime.fromtimestamp(st.st_mtime, timezone.utc))
 
@@ -270,7 +286,7 @@ class S3Store:
 _part = 8 << 20 # bytes; the part size of boto3's own transfers
 
 @patch
-def put(self:S3Store, key, data, sha256='', if_absent=False, if_match=''):
+def put(self:S3Store, key, data, sha256='', if_absent=False, if_match='', sync=True):
     "Store an object; as `FolderStore.put`."
     h = _check(key, data, sha256, address(key))
     cond = {'IfNoneMatch': '*'} if if_absent else {'IfMatch': if_match} if if_match else {}
@@ -284,6 +300,9 @@ def put(self:S3Store, key, data, sha256='', if_absent=False, if_match=''):
                 self.s3.upload_fileobj(f, **self._at(key), ExtraArgs=dict(Metadata={'sha256': h}))
             return self.stat(key)
     return Stat(key, size, etag, h, datetime.now(timezone.utc))
+
+@patch
+def sync(self:S3Store): "Nothing to do: S3 answers a put when it is safe."
 
 # %% ../../nbs/data/01_store.ipynb #6bf7fd59
 @patch
