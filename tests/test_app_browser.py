@@ -125,6 +125,7 @@ def test_no_model_yet(chromium, tmp_path, monkeypatch):
         page = chromium.new_page()
         page.goto(f'{c.base_url}/ui/')
         page.wait_for_selector('h1:has-text("No model yet")')
+        assert 'plant-mlops run' in page.inner_text('.pm-warning')
         page.goto(f'{c.base_url}/')
         assert 'plant-mlops run' in page.inner_text('body')
         page.close()
