@@ -252,7 +252,7 @@ def test_s3_reads_indexes_not_pixels(weed, tmp_path, monkeypatch):
     assert len(got) == 3 and not any(map(address, got))
 
 def test_growth_keeps_most_sides(tmp_path):
-    "More photos move few of the old ones, and only new ones are embedded."
+    "More photos move few of the old ones, and only new ones are embedded; with another backbone, all."
     s, seen = settings(home=tmp_path/'home'), []
     def embed(x):
         seen.append(len(x))
@@ -268,6 +268,9 @@ def test_growth_keeps_most_sides(tmp_path):
     both = first.manifest.merge(second.manifest, on='sha256')
     assert len(both) == 60 and (both.split_x != both.split_y).sum() <= 6
     assert sum(seen) == 66 and load_features(s).shape[0] == 66
+    other = build_dataset(settings(home=s.home, arch='resnet18'), embed, progress=False)
+    assert other != second.version and sum(seen) == 132 and load_dataset(s).card['embedding'] == 'resnet18 True'
+    build_dataset(s, embed, progress=False)
     assert first.card['source'] == 'photos' and json.loads(open_store(s).get('agg/latest.json'))['version'] == second.version
 
 # -- real photos

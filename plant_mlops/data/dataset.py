@@ -7,13 +7,12 @@ __all__ = ['HAMMING', 'COSINE', 'FRACTIONS', 'THRESHOLDS', 'MEANING', 'KIND', 'o
            'assign_splits', 'find_flags', 'embed_all', 'load_pixels', 'source_of', 'contact_sheet', 'make_card',
            'Dataset', 'version_of', 'make_manifest', 'build_dataset', 'load_dataset', 'load_features']
 
-# %% ../../nbs/data/07_dataset.ipynb #e7b9bc47
+# %% ../../nbs/data/07_dataset.ipynb #22f6cc80
 import io, json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
 from urllib.parse import urlsplit
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
@@ -110,14 +109,13 @@ def find_flags(
              exact_duplicate=d.copies > 1, label_conflict=d.conflict, only_photo=(alone == 1) & ~d.conflict)
     return [','.join(k for k in MEANING if found[k][i]) for i in d.index]
 
-# %% ../../nbs/data/07_dataset.ipynb #54372082
+# %% ../../nbs/data/07_dataset.ipynb #0bb18c91
 def _name(
+    s: Settings, # settings in force
     embed, # function, or None
 ) -> str: # what it is called, '' for None
-    "Name of an embedding."
-    if embed is None or hasattr(embed, 'name'): return getattr(embed, 'name', '')
-    if isinstance(embed, partial): return f'{_name(embed.func)}({", ".join(map(str, [*embed.args, *embed.keywords.values()]))})'
-    return getattr(embed, '__qualname__', type(embed).__qualname__)
+    "Name of an embedding: its own, or the backbone in force."
+    return '' if embed is None else getattr(embed, 'name', f'{s.arch} {s.pretrained}')
 
 def _pixels(
     jpegs: list, # prepared photos
@@ -300,14 +298,14 @@ def _write(s: Settings, store, manifest: pd.DataFrame, embedding, card: dict):
     store.put(f'{at}/contact_sheet.jpg', _sheet(s, manifest, f'{kind} · dataset {card["version"]}'))
     store.put(f'{at}/card.json', _json(card))
 
-# %% ../../nbs/data/07_dataset.ipynb #49244d7f
+# %% ../../nbs/data/07_dataset.ipynb #337dac7c
 def build_dataset(
     s: Settings, # settings in force
     embed=None, # (n, side, side, 3) uint8 → (n, d) float, rows of length 1; None compares by hash alone
     progress: bool = True, # show a bar
 ) -> str: # version
     "Make a version from all stored, prepared, labelled photos; raises `PlantError` if there is nothing to learn from."
-    store, eng, name = open_store(s), ask(open_catalog, s), _name(embed)
+    store, eng, name = open_store(s), ask(open_catalog, s), _name(s, embed)
     d, left = _photos(s, store, eng)
     embedding = None if embed is None else embed_all(s, d, embed, _known(s, name), progress)
     manifest = make_manifest(d, embedding)
