@@ -1,55 +1,53 @@
 "The registry against a real MLflow server, a real S3, killed promotions and promotions at the same time."
-import json, os, shutil, signal, subprocess, sys
-import numpy as np
+import json, multiprocessing, os, random, shutil, signal, subprocess, sys
+import numpy as np, onnx, pandas as pd
 import pytest
 from conftest import free_port, wait_for
 from plant_mlops.config import PlantError, settings
-from plant_mlops.data.store import open_store
+from plant_mlops.data.store import FolderStore, open_store
+from plant_mlops.model import registry
+from plant_mlops.model.file import linear_model, read_metadata
+from plant_mlops.model.tracking import experiment_id, mlflow_client
 
 names = ['dandelion', 'grass']
 good = np.array([[2, -2], [0, 0]], np.float32)
 key = 'models/plants/champion.json'
 
 # Points in the plane stand in for photos; what is registered, judged and delivered is the same.
-reader_code = '''
-import numpy as np, pandas as pd
-from plant_mlops.model import registry
 def points(): return np.random.default_rng(0).normal(size=(80, 2)).astype(np.float32)
 def manifest(s, dataset):
     return pd.DataFrame(dict(id=[str(i) for i in range(80)], label=np.where(points()[:, 0] > 0, 'dandelion', 'grass'), group=range(80), split=['test', 'train']*40))
-registry.readers['features'] = registry.Reader(manifest, lambda s, ids, spec: points()[[int(i) for i in ids]])
-'''
-exec(reader_code)
+def inputs(s, ids, spec): return points()[[int(i) for i in ids]]
+
+registry.readers['features'] = registry.Reader(manifest, inputs)
 
 def model_file(path, weights=good):
-    import onnx
-    from plant_mlops.model.file import linear_model
     onnx.save(linear_model(weights, names, provenance=dict(dataset='d', source='synthetic', arch='linear')), path)
     return path
 
 def new_run(s):
-    with registry.mlflow_client(s) as c:
-        e = c.get_experiment_by_name(s.model)
-        args = {} if s.tracking_uri.startswith('http') else dict(artifact_location=(s.home/'artifacts').as_uri())
-        return c.create_run(e.experiment_id if e else c.create_experiment(s.model, **args)).info.run_id
+    with mlflow_client(s) as c: return c.create_run(experiment_id(c, s)).info.run_id
 
 def alias(s):
-    with registry.mlflow_client(s) as c: return str(c.get_model_version_by_alias(s.model, 'champion').version)
+    with mlflow_client(s) as c: return str(c.get_model_version_by_alias(s.model, 'champion').version)
 
 def pointer(s): return json.loads(open_store(s).get(key))
 
 def consistent(s, version):
     "Alias, pointer, file and history all name this version."
-    from plant_mlops.model.file import read_metadata
     p = pointer(s)
     data = open_store(s).get(p['key'], sha256=p['sha256'])
     assert alias(s) == p['version'] == read_metadata(data)['version'] == registry.history(s)[0]['version'] == version
     assert data == registry.model_bytes(s, version)
 
-def python(code, s):
-    "A process of its own that runs some code, with the same settings."
-    env = dict(os.environ, PLANT_HOME=str(s.home), MLFLOW_TRACKING_URI=s.tracking_uri, PLANT_STORE_URL=s.store_url)
-    return subprocess.Popen([sys.executable, '-c', reader_code + 'from plant_mlops.config import settings\ns = settings()\n' + code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+processes = multiprocessing.get_context('forkserver')
+processes.set_forkserver_preload(['mlflow.onnx', 'test_registry'])
+
+def start(f, *args):
+    "A process of its own that calls a function."
+    p = processes.Process(target=f, args=args)
+    p.start()
+    return p
 
 @pytest.fixture(scope='module')
 def template(tmp_path_factory):
@@ -64,12 +62,12 @@ def template(tmp_path_factory):
 def s(template):
     "Those three versions, first one promoted, the store empty but for it."
     s = template
-    with registry.mlflow_client(s) as c:
+    with mlflow_client(s) as c:
         for v in c.search_model_versions("name = 'plants'"):
             for k in v.tags:
                 if k.startswith('champion/'): c.delete_model_version_tag('plants', v.version, k)
     shutil.rmtree(s.home/'store', ignore_errors=True)
-    with registry.mlflow_client(s) as c: c.set_registered_model_alias('plants', 'champion', '1')
+    with mlflow_client(s) as c: c.set_registered_model_alias('plants', 'champion', '1')
     registry.sync(s)
     return s
 
@@ -88,7 +86,7 @@ def server(tmp_path_factory):
         yield url
     finally:
         os.killpg(p.pid, signal.SIGTERM)
-        try: p.wait(10)
+        try: p.wait(3)
         except subprocess.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL); p.wait()
 
 def life(s, tmp_path):
@@ -128,18 +126,26 @@ def test_on_a_real_s3(weed, template, tmp_path):
     registry.sync(s)
     consistent(s, '2')
 
-points_of_death = dict(
-    before_the_alias='registry._publish = lambda *a: die()',
-    after_the_alias='registry.sync = lambda s, reason="": die() if reason else None',
-    before_the_pointer='from plant_mlops.data.store import FolderStore\nput = FolderStore.put\nFolderStore.put = lambda self, k, *a, **kw: die() if k.endswith("champion.json") else put(self, k, *a, **kw)',
-    after_the_pointer='from plant_mlops.data.store import FolderStore\nput = FolderStore.put\nFolderStore.put = lambda self, k, *a, **kw: (put(self, k, *a, **kw), die() if k.endswith("champion.json") else None)[0]')
+def die(*a): os.kill(os.getpid(), signal.SIGKILL)
 
-@pytest.mark.parametrize('where', points_of_death)
+def promote_and_die(home, where):
+    "Promote version 2, killed at one point on the way."
+    put, sync = FolderStore.put, registry.sync
+    def at_pointer(self, k, *a, **kw):
+        if k == key and where == 'before_the_pointer': die()
+        put(self, k, *a, **kw)
+        if k == key: die()
+    if where == 'before_the_alias': registry._publish = lambda s, store, v: die() if str(v.version) == '2' else None
+    elif where == 'after_the_alias': registry.sync = lambda s, reason='': die() if reason else sync(s)
+    else: FolderStore.put = at_pointer
+    registry.promote(settings(home=home), 2)
+
+@pytest.mark.parametrize('where', ['before_the_alias', 'after_the_alias', 'before_the_pointer', 'after_the_pointer'])
 def test_killed_promotion_is_finished_by_the_next(s, where):
     "SIGKILL between the steps: what is served stays whole, and the next command mends the rest."
-    p = python(f'import os, signal\ndef die(): os.kill(os.getpid(), signal.SIGKILL)\n{points_of_death[where]}\nregistry.promote(s, 2)', s)
-    out, err = p.communicate(timeout=120)
-    assert p.returncode == -signal.SIGKILL, err
+    p = start(promote_and_die, s.home, where)
+    p.join(120)
+    assert p.exitcode == -signal.SIGKILL
     served = pointer(s)
     open_store(s).get(served['key'], sha256=served['sha256'])
     assert served['version'] == ('2' if where == 'after_the_pointer' else '1')
@@ -151,29 +157,22 @@ def test_killed_promotion_is_finished_by_the_next(s, where):
     assert registry.rollback(s)['version'] == '1'
     consistent(s, '1')
 
+def promote_often(home, i, gun):
+    rng = random.Random(i)
+    gun.wait()
+    for _ in range(6): registry.promote(settings(home=home), rng.choice([1, 2, 3]), force=True)
+
 def test_promotions_at_the_same_time(s):
-    "Three processes promote, force and roll back at once; alias, pointer and history agree in the end."
-    code = '''
-import random
-rng = random.Random({i})
-print('ready', flush=True); input()
-for _ in range(6): registry.promote(s, rng.choice([1, 2, 3]), force=True)
-'''.strip()
-    ps = []
-    for i in range(3):
-        env = dict(os.environ, PLANT_HOME=str(s.home))
-        ps.append(subprocess.Popen([sys.executable, '-c', reader_code + 'from plant_mlops.config import settings\ns = settings()\n' + code.replace('{i}', str(i))], env=env,
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    for p in ps: assert p.stdout.readline() == 'ready\n', p.stderr.read()
-    for p in ps: p.stdin.write('\n'); p.stdin.flush()
+    "Three processes promote at once, again and again; alias, pointer, file and history agree in the end."
+    gun = processes.Barrier(3)
+    ps = [start(promote_often, s.home, i, gun) for i in range(3)]
     for p in ps:
-        out, err = p.communicate(timeout=240)
-        assert p.returncode == 0, err
+        p.join(200)
+        assert p.exitcode == 0
     consistent(s, alias(s))
 
 def test_a_slow_promotion_does_not_undo_a_later_one(s, monkeypatch):
     "One promotion stops just before its pointer; another overtakes it; the pointer stays with the alias."
-    from plant_mlops.data.store import FolderStore
     put, overtaken = FolderStore.put, []
     def slow(self, k, *a, **kw):
         if k == key and not overtaken:
@@ -192,7 +191,7 @@ def test_store_that_does_not_answer(s):
 
 def test_store_that_fails_half_way(s, monkeypatch):
     "A full disk at the pointer: the error is told, the old model is served, and the next run finishes."
-    from plant_mlops.data.store import FolderStore, StoreError
+    from plant_mlops.data.store import StoreError
     put = FolderStore.put
     def full(self, k, *a, **kw):
         if k == key: raise StoreError('No space left on device')

@@ -11,37 +11,37 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from scipy.stats import binomtest, rankdata, ttest_1samp
 
-# %% ../../nbs/model/10_evaluate.ipynb #db8ed8d6
+# %% ../../nbs/model/10_evaluate.ipynb #1ea50859
 def wilson(
-    k:int, # how many were right
-    n:int, # of how many, ≥ 1
-    level:float=0.95, # how often the interval should hold the truth
+    k: int, # how many were right
+    n: int, # of how many, ≥ 1
+    level: float = 0.95, # how often the interval should hold the truth
 ) -> tuple[float, float]: # lower and upper bound of the share
-    "Interval for a share `k/n` (Wilson 1927); raises `ValueError` when `n` is 0"
+    "Interval for a share `k/n` (Wilson 1927); raises `ValueError` when `n` is 0."
     if n < 1: raise ValueError("a share of nothing has no interval: n must be at least 1")
     ci = binomtest(int(k), int(n)).proportion_ci(level, method='wilson')
     return float(ci.low), float(ci.high)
 
-# %% ../../nbs/model/10_evaluate.ipynb #77d5eb2c
+# %% ../../nbs/model/10_evaluate.ipynb #af0df380
 def confusion(
     labels, # int [N], the true class of each example
     probs, # float [N, C]
 ) -> np.ndarray: # int [C, C], true class by answered class
-    "How often each class was answered as each class"
+    "How often each class was answered as each class."
     c = np.shape(probs)[1]
     return np.bincount(np.asarray(labels)*c + np.argmax(probs, 1), minlength=c*c).reshape(c, c)
 
-# %% ../../nbs/model/10_evaluate.ipynb #8108c5e8
+# %% ../../nbs/model/10_evaluate.ipynb #2be5791e
 def _macro(m):
-    "Macro precision, recall and F1 of a confusion matrix, over the classes that occur in it"
+    "Macro precision, recall and F1 of a confusion matrix, over the classes that occur in it."
     tp, said, true = np.diag(m), m.sum(0), m.sum(1)
     seen = (said + true) > 0
     p, r, f = tp/np.maximum(said, 1), tp/np.maximum(true, 1), 2*tp/np.maximum(said + true, 1)
     return {k: float(v[seen].mean()) for k, v in dict(precision=p, recall=r, f1=f).items()}
 
-# %% ../../nbs/model/10_evaluate.ipynb #501f59f3
+# %% ../../nbs/model/10_evaluate.ipynb #0931be45
 def _auc(labels, probs):
-    "Mean one-versus-rest area under the ROC curve from ranks (Hanley & McNeil 1982), or None"
+    "Mean one-versus-rest area under the ROC curve from ranks (Hanley & McNeil 1982), or None."
     n, areas = len(labels), []
     for c in range(probs.shape[1]):
         pos = labels == c
@@ -49,43 +49,43 @@ def _auc(labels, probs):
         if 0 < k < n: areas.append((rankdata(probs[:, c])[pos].sum() - k*(k + 1)/2) / (k*(n - k)))
     return float(np.mean(areas)) if areas else None
 
-# %% ../../nbs/model/10_evaluate.ipynb #32814df3
+# %% ../../nbs/model/10_evaluate.ipynb #5f5f42f0
 def _brier(labels, probs):
-    "Squared distance of each row of probabilities from the truth, 0 … 2 (Brier 1950); float [N]"
+    "Squared distance of each row of probabilities from the truth, 0 … 2 (Brier 1950); float [N]."
     return ((probs - np.eye(probs.shape[1])[labels])**2).sum(1)
 
-# %% ../../nbs/model/10_evaluate.ipynb #624b1063
+# %% ../../nbs/model/10_evaluate.ipynb #92e83515
 def reliability(
     labels, # int [N]
     probs, # float [N, C]
-    bins:int=15, # of equal width, as in Guo et al. 2017
+    bins: int = 15, # of equal width, as in Guo et al. 2017
 ) -> list[dict]: # per non-empty bin: n, claimed (mean probability of the answer), right (share)
-    "What the answers claimed against what came true, by bin of claimed probability"
+    "What the answers claimed against what came true, by bin of claimed probability."
     claimed, right = probs.max(1), probs.argmax(1) == labels
     b = np.minimum((claimed*bins).astype(int), bins - 1)
     return [dict(n=int((b == i).sum()), claimed=float(claimed[b == i].mean()), right=float(right[b == i].mean()))
             for i in np.unique(b)]
 
-# %% ../../nbs/model/10_evaluate.ipynb #4e45c6c5
+# %% ../../nbs/model/10_evaluate.ipynb #e3f3eaa1
 def _ece(labels, probs):
-    "Expected calibration error (Guo et al. 2017)"
+    "Expected calibration error (Guo et al. 2017)."
     return sum(r['n']*abs(r['claimed'] - r['right']) for r in reliability(labels, probs)) / len(labels)
 
-# %% ../../nbs/model/10_evaluate.ipynb #78d6d1e6
+# %% ../../nbs/model/10_evaluate.ipynb #9f21d996
 def _checked(labels, probs):
-    "Labels and probabilities as arrays that fit together; raises `ValueError`"
+    "Labels and probabilities as arrays that fit together; raises `ValueError`."
     labels, probs = np.asarray(labels).astype(int), np.asarray(probs, dtype=float)
     if probs.ndim != 2 or len(labels) != len(probs) or not len(labels):
         raise ValueError(f"expected one row of probabilities per label, got {labels.shape} labels and {probs.shape} probabilities")
     if labels.min() < 0 or labels.max() >= probs.shape[1]: raise ValueError(f"labels must lie in 0 … {probs.shape[1] - 1}")
     return labels, probs
 
-# %% ../../nbs/model/10_evaluate.ipynb #6fa64156
+# %% ../../nbs/model/10_evaluate.ipynb #534190b7
 def metrics(
     labels, # int [N], N ≥ 1
     probs, # float [N, C], rows sum to 1
 ) -> dict: # n, accuracy with its 95 % interval, precision, recall, f1, auc, nll, brier, ece
-    "Every figure of a classifier on one set of examples; raises `ValueError` when the two do not fit together"
+    "Every figure of a classifier on one set of examples; raises `ValueError` when the two do not fit together."
     labels, probs = _checked(labels, probs)
     n, right = len(labels), int((probs.argmax(1) == labels).sum())
     low, high = wilson(right, n)
@@ -93,14 +93,14 @@ def metrics(
     return dict(n=n, accuracy=right/n, accuracy_low=low, accuracy_high=high, **_macro(confusion(labels, probs)),
                 auc=_auc(labels, probs), nll=float(nll), brier=float(_brier(labels, probs).mean()), ece=float(_ece(labels, probs)))
 
-# %% ../../nbs/model/10_evaluate.ipynb #d42c14f8
+# %% ../../nbs/model/10_evaluate.ipynb #13e3f4e3
 def fit_temperature(
     logits, # float [N, C], of examples the network was not trained on
     labels, # int [N]
-    low:float=0.05, # the temperature sought lies between `low` …
-    high:float=20., # … and `high`
+    low: float = 0.05, # the temperature sought lies between `low` …
+    high: float = 20., # … and `high`
 ) -> float: # divide logits by this before the softmax
-    "The temperature that makes the labels most likely (Guo et al. 2017), with the targets of Platt (1999)"
+    "The temperature that makes the labels most likely (Guo et al. 2017), with the targets of Platt (1999)."
     labels, logits = _checked(labels, logits)
     c = logits.shape[1]
     if c < 2: return 1.
@@ -109,13 +109,13 @@ def fit_temperature(
     nll = lambda log_t: -(targets*log_softmax(logits/np.exp(log_t), 1)).sum(1).mean()
     return float(np.exp(minimize_scalar(nll, bounds=(np.log(low), np.log(high)), method='bounded').x))
 
-# %% ../../nbs/model/10_evaluate.ipynb #79bf5b98
+# %% ../../nbs/model/10_evaluate.ipynb #896e5ae0
 def plot_reliability(
     labels, # int [N]
     *series, # (name, probs [N, C]) pairs, drawn in one diagram
     ax=None, # matplotlib axes; a new figure without it
 ):
-    "Reliability diagram; returns the axes"
+    "Reliability diagram; returns the axes."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(3.6, 3.4))[1]
     ax.plot([0, 1], [0, 1], color='0.7', lw=1)
@@ -129,14 +129,14 @@ def plot_reliability(
     ax.legend(loc='upper left', fontsize=8, frameon=False)
     return ax
 
-# %% ../../nbs/model/10_evaluate.ipynb #9fdd8381
+# %% ../../nbs/model/10_evaluate.ipynb #9946a3e3
 def plot_confusion(
     labels, # int [N]
     probs, # float [N, C]
-    classes:list[str], # names, in column order
+    classes: list[str], # names, in column order
     ax=None, # matplotlib axes; a new figure without it
 ):
-    "Confusion matrix with its counts; returns the axes"
+    "Confusion matrix with its counts; returns the axes."
     import matplotlib.pyplot as plt
     m = confusion(labels, probs)
     side = max(3., .5*len(classes))
@@ -147,21 +147,21 @@ def plot_confusion(
     ax.set(xlabel='answered', ylabel='true')
     return ax
 
-# %% ../../nbs/model/10_evaluate.ipynb #aa5259bc
+# %% ../../nbs/model/10_evaluate.ipynb #f262dced
 def _p_worse(d, margin):
-    "One-sided p-value of the hypothesis that the mean of `d` is at most `margin`"
+    "One-sided p-value of the hypothesis that the mean of `d` is at most `margin`."
     if np.ptp(d) < 1e-12: return float(d.mean() <= margin)
     return float(ttest_1samp(d, margin, alternative='greater').pvalue)
 
-# %% ../../nbs/model/10_evaluate.ipynb #2c3789fc
+# %% ../../nbs/model/10_evaluate.ipynb #9a34af10
 def compare(
     labels, # int [N]
     champion, # float [N, C], the champion's probabilities
     challenger, # float [N, C], the challenger's, of the same examples in the same order
-    level:float=0.2, # refuse when an equally good model would look this bad less often than this
-    margin:float=0.05, # how much worse a mean Brier score (0 … 2) may be
+    level: float = 0.2, # refuse when an equally good model would look this bad less often than this
+    margin: float = 0.05, # how much worse a mean Brier score (0 … 2) may be
 ) -> dict: # passed, reason, n, both accuracies, lost, won, p_errors, brier_change, p_brier
-    "Whether the challenger is not worse than the champion, paired; raises `ValueError` on shapes that do not fit"
+    "Whether the challenger is not worse than the champion, paired; raises `ValueError` on shapes that do not fit."
     y, old = _checked(labels, champion)
     y, new = _checked(labels, challenger)
     a, b, n = old.argmax(1) == y, new.argmax(1) == y, len(y)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['class_map', 'embedding_bank', 'knn_distance', 'ServingNet', 'serving_net', 'check_export', 'export_onnx']
 
-# %% ../../nbs/model/13_export.ipynb #1aa15a1e
+# %% ../../nbs/model/13_export.ipynb #3258d370
 import copy, logging, warnings
 from pathlib import Path
 import numpy as np
@@ -14,50 +14,52 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..config import PlantError
+from scipy.special import softmax
+from .evaluate import fit_temperature, metrics
 from .file import check, run_model, stamp
 
-# %% ../../nbs/model/13_export.ipynb #bf7ac44e
+# %% ../../nbs/model/13_export.ipynb #7654ebe9
 def class_map(
     features, # float tensor [N, D, h, w]
     weight, # float tensor [C, D], of the last layer
     classes, # int tensor [N], the class to explain in each
 ) -> torch.Tensor: # float [N, h, w], 0 … 1
-    "Class-activation map (Zhou et al. 2016)"
+    "Class-activation map (Zhou et al. 2016)."
     w = weight - weight.mean(0, keepdim=True)
     maps = F.relu(F.conv2d(features, w[:, :, None, None]))
     pick = classes[:, None, None, None].expand(-1, 1, *maps.shape[2:])
     one = maps.gather(1, pick).squeeze(1)
     return one/one.amax((1, 2), keepdim=True).clamp(min=.1)
 
-# %% ../../nbs/model/13_export.ipynb #8eb4245c
+# %% ../../nbs/model/13_export.ipynb #159edace
 def embedding_bank(
     embeddings, # float [M, D], of the training examples
-    rows:int=512, # at most this many are kept
-    seed:int=42, # of the choice
+    rows: int = 512, # at most this many are kept
+    seed: int = 42, # of the choice
 ) -> np.ndarray: # float32 [≤ rows, D], unit length
-    "The embeddings that novelty is measured against"
+    "The embeddings that novelty is measured against."
     e = np.asarray(embeddings, np.float32)
     if len(e) > rows: e = e[np.sort(np.random.default_rng(seed).choice(len(e), rows, replace=False))]
     return e/np.linalg.norm(e, axis=1, keepdims=True).clip(1e-8)
 
-# %% ../../nbs/model/13_export.ipynb #9869d9e4
+# %% ../../nbs/model/13_export.ipynb #2c435b9c
 def knn_distance(
     embedding, # float tensor [N, D], unit length
     bank, # float tensor [M, D], unit length
-    k:int=10, # which neighbour; the last one where the bank is smaller
+    k: int = 10, # which neighbour; the last one where the bank is smaller
 ) -> torch.Tensor: # float [N], 0 … 2
-    "Distance to the k-th nearest row of the bank (Sun et al. 2022)"
+    "Distance to the k-th nearest row of the bank (Sun et al. 2022)."
     near = torch.topk(embedding @ bank.T, min(k, len(bank)), dim=1).values[:, -1]
     return (2 - 2*near).clamp(min=1e-6).sqrt()
 
-# %% ../../nbs/model/13_export.ipynb #c6a0d667
+# %% ../../nbs/model/13_export.ipynb #c9ef9213
 class ServingNet(nn.Module):
-    "All that happens to a photo after decoding, as one module"
+    "All that happens to a photo after decoding, as one module."
     def __init__(self,
         net, # nn.Sequential(body, head)
         mean, # 3 numbers, of red, green and blue in 0 … 1, as in training
         std, # 3 numbers, likewise
-        temperature:float=1., # logits are divided by it
+        temperature: float = 1., # logits are divided by it
         bank=None, # float [M, D], see `embedding_bank`; without it there is no novelty
     ):
         super().__init__()
@@ -73,39 +75,39 @@ class ServingNet(nn.Module):
         out = dict(probabilities=torch.softmax(logits/self.temperature, 1), logits=logits, embedding=embedding, heatmap=heatmap)
         return out if self.bank is None else {**out, 'novelty': knn_distance(embedding, self.bank)}
 
-# %% ../../nbs/model/13_export.ipynb #b36ce4db
+# %% ../../nbs/model/13_export.ipynb #94f5ea4c
 def serving_net(
     trained, # anything with `net`, `mean`, `std`, `image_size`; `temperature` is 1 where it has none
     bank=None, # float [M, D], see `embedding_bank`
 ) -> ServingNet: # in evaluation mode, on the CPU
-    "A trained network made ready for export; raises `PlantError` when its head is of another form"
+    "A trained network made ready for export; raises `PlantError` when its head is of another form."
     net = copy.deepcopy(trained.net).cpu().float().eval()
     if len(net) != 2 or not any(isinstance(m, nn.Linear) for m in net[1].modules()):
         raise PlantError('Export needs a network of two parts, a body and a head with a linear layer.')
     s = ServingNet(net, trained.mean, trained.std, getattr(trained, 'temperature', 1.), bank).eval()
     with torch.no_grad():
         f = s.body(torch.rand(2, 3, trained.image_size, trained.image_size))
-        if f.ndim != 4: raise PlantError(f'Export needs a body that ends in a map of features [N, D, h, w]; this one gives {list(f.shape)}. Choose a convolutional backbone.')
+        if f.ndim != 4: raise PlantError(f'Export needs a body that ends in a map of features [N, D, h, w]; this one gives {list(f.shape)}.')
         try: same = torch.allclose(s.head(f), s.linear(f.mean((2, 3))), atol=1e-3)
         except RuntimeError: same = False
-    if not same: raise PlantError('Export needs a head that averages the feature map and applies one linear layer: `AdaptiveAvgPool2d(1)`, `Flatten`, `Dropout`, `Linear`.')
+    if not same: raise PlantError('Export needs a head that averages the map and applies one linear layer: AdaptiveAvgPool2d(1), Flatten, Dropout, Linear.')
     return s
 
-# %% ../../nbs/model/13_export.ipynb #9e47cd3e
+# %% ../../nbs/model/13_export.ipynb #21a5a8bf
 def _clean(model):
-    "Remove the exporter's notes about the source code; in place"
+    "Remove the exporter's notes about the source code; in place."
     g = model.graph
     for o in (model, g, *g.node, *g.input, *g.output, *g.value_info, *g.initializer):
         for field in ('metadata_props', 'doc_string'):
             if field in o.DESCRIPTOR.fields_by_name: o.ClearField(field)
     return model
 
-# %% ../../nbs/model/13_export.ipynb #1437a54c
+# %% ../../nbs/model/13_export.ipynb #bc7a573a
 def _to_onnx(
     net, # ServingNet
-    size:int, # side of the square photos, in pixels
+    size: int, # side of the square photos, in pixels
 ) -> onnx.ModelProto: # any number of photos, no metadata
-    "Run PyTorch's exporter, quietly"
+    "Run PyTorch's exporter, quietly."
     x = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     level = logging.getLogger('torch.onnx').level
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
@@ -117,15 +119,15 @@ def _to_onnx(
     finally: logging.getLogger('torch.onnx').setLevel(level)
     return _clean(p.model_proto)
 
-# %% ../../nbs/model/13_export.ipynb #eafc04e5
+# %% ../../nbs/model/13_export.ipynb #6bec3b19
 def check_export(
     path, # of the model file
     trained, # that it was made from
     images=None, # uint8 [N, H, W, 3]; noise without it
     bank=None, # as given to `export_onnx`
-    tolerance:float=1e-4, # largest difference allowed in any output
+    tolerance: float = 1e-4, # largest difference allowed in any output
 ) -> dict: # output name → largest difference from the network's
-    "Compare the file with the network for 1, 2 and all of the photos; raises `PlantError` beyond the tolerance"
+    "Compare the file with the network for 1, 2 and all of the photos; raises `PlantError` beyond the tolerance."
     n, net, worst = int(trained.image_size), serving_net(trained, bank), {}
     if images is None: images = np.random.default_rng(0).integers(0, 256, (7, n, n, 3), dtype=np.uint8)
     for k in sorted({1, min(2, len(images)), len(images)}):
@@ -136,27 +138,35 @@ def check_export(
     if bad: raise PlantError(f'The exported file does not answer as the network does: {bad}. Do not use it; try another version of torch or onnxruntime.')
     return worst
 
-# %% ../../nbs/model/13_export.ipynb #1899bcd6
-def _metadata(trained, net, metrics, provenance):
-    "Metadata of a trained photo classifier"
+# %% ../../nbs/model/13_export.ipynb #bca75641
+def _calibrate(trained):
+    "Fit `trained.temperature` on its validation logits, if it has them; returns the figures."
+    logits = np.asarray(getattr(trained, 'valid_logits', []))
+    if not len(logits): return {}
+    trained.temperature = fit_temperature(logits, trained.valid_labels)
+    f = metrics(trained.valid_labels, softmax(logits/trained.temperature, 1))
+    return {f'valid_{k}': f[k] for k in ('n', 'accuracy', 'nll', 'brier', 'ece')}
+
+def _metadata(trained, net, figures, provenance):
+    "Metadata of a trained photo classifier."
     n = int(trained.image_size)
     known = {k: str(getattr(trained, k)) for k in ('run_id', 'dataset', 'git_commit', 'arch', 'source') if getattr(trained, k, None)}
-    return dict(classes=[str(c) for c in trained.classes], version='', temperature=net.temperature, metrics=metrics or {}, provenance={**known, **(provenance or {})},
+    return dict(classes=[str(c) for c in trained.classes], version='', temperature=net.temperature,
+                metrics=figures, provenance={**known, **(provenance or {})},
                 input=dict(kind='image', shape=[None, n, n, 3], dtype='uint8', color='RGB', resize=dict(side=getattr(trained, 'side', 256), size=n)))
 
-# %% ../../nbs/model/13_export.ipynb #da2eb32c
+# %% ../../nbs/model/13_export.ipynb #17c471e9
 def export_onnx(
-    trained, # with `net`, `classes`, `mean`, `std`, `image_size`; if it has them also `temperature`, `embeddings` of the training photos, `side` they were prepared at, `run_id`, `dataset`, `git_commit`, `arch`, `source`
+    trained, # what training left, see above
     path, # of the file to write
-    metrics:dict=None, # figures known so far
-    provenance:dict=None, # beside what `trained` says
+    provenance: dict = None, # beside what `trained` says
     bank=None, # float [M, D], see `embedding_bank`; from `trained.embeddings` without it
 ) -> Path: # of the file
-    "Write a trained photo classifier as a model file; raises `PlantError` when the network is of another form or the file answers otherwise"
-    path = Path(path)
+    "Fit the temperature and write the model file; raises `PlantError` when the network is of another form or the file answers otherwise."
+    path, figures = Path(path), _calibrate(trained)
     if bank is None and getattr(trained, 'embeddings', None) is not None: bank = embedding_bank(trained.embeddings)
     net = serving_net(trained, bank)
-    model = stamp(_to_onnx(net, int(trained.image_size)), **_metadata(trained, net, metrics, provenance))
+    model = stamp(_to_onnx(net, int(trained.image_size)), **_metadata(trained, net, figures, provenance))
     check(model)
     check_export(model, trained, bank=bank)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,13 +16,13 @@ from ..config import PlantError
 # %% ../../nbs/model/12_model_file.ipynb #f568bc7f
 KEYS = dict(classes=list, version=str, input=dict, metrics=dict, provenance=dict, temperature=float)
 
-# %% ../../nbs/model/12_model_file.ipynb #b312a7e6
+# %% ../../nbs/model/12_model_file.ipynb #786afb35
 def linear_model(
     weights, # float [F, C]; F features, C classes
-    classes:list[str], # C names
+    classes: list[str], # C names
     **metadata, # any of `KEYS`
 ) -> onnx.ModelProto: # meets the promise; logits are `features @ weights`
-    "A linear classifier as a model file; for examples, tests and as a baseline"
+    "A linear classifier as a model file; for examples, tests and as a baseline."
     w = np.asarray(weights, np.float32)
     h, T, (f, c) = onnx.helper, onnx.TensorProto.FLOAT, w.shape
     out = lambda name: h.make_tensor_value_info(name, T, ['N', c])
@@ -33,23 +33,25 @@ def linear_model(
     return stamp(m, **{**dict(classes=classes, version='', metrics={}, provenance={}, temperature=1.,
                               input=dict(kind='features', shape=[None, f])), **metadata})
 
-# %% ../../nbs/model/12_model_file.ipynb #8d916205
+# %% ../../nbs/model/12_model_file.ipynb #f20763c6
 def stamp(
-    model:onnx.ModelProto, # changed in place
+    model: onnx.ModelProto, # changed in place
     **metadata, # any of `KEYS`
 ) -> onnx.ModelProto: # the same model
-    "Write metadata into a model; raises `PlantError` on a key or a type the format does not have"
+    "Write metadata into a model; raises `PlantError` on a key or a type the format does not have."
     for k, v in metadata.items():
-        if k not in KEYS or not isinstance(v, KEYS[k]): raise PlantError(f"Model metadata: {k} = {v!r} is not in the format. It takes {', '.join(f'{a} ({t.__name__})' for a, t in KEYS.items())}.")
+        if k in KEYS and isinstance(v, KEYS[k]): continue
+        takes = ', '.join(f'{a} ({t.__name__})' for a, t in KEYS.items())
+        raise PlantError(f'Model metadata: {k} = {v!r} is not in the format. It takes {takes}.')
     old = {p.key: p.value for p in model.metadata_props}
     onnx.helper.set_model_props(model, {**old, **{k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}})
     return model
 
-# %% ../../nbs/model/12_model_file.ipynb #ba2ddb68
+# %% ../../nbs/model/12_model_file.ipynb #5e1cbb5d
 def load(
     model, # path, bytes or ModelProto
 ) -> onnx.ModelProto: # the model, in memory
-    "Read a model file; raises `PlantError` when it is none"
+    "Read a model file; raises `PlantError` when it is none."
     if isinstance(model, onnx.ModelProto): return model
     name = 'the bytes given' if isinstance(model, bytes) else str(model)
     try: m = onnx.load_from_string(model if isinstance(model, bytes) else Path(model).read_bytes())
@@ -58,19 +60,19 @@ def load(
     if not m.graph.node: raise PlantError(f"{name}: not an ONNX file, or a damaged one. Export or fetch it again.")
     return m
 
-# %% ../../nbs/model/12_model_file.ipynb #f1302c0b
+# %% ../../nbs/model/12_model_file.ipynb #7c1ddd72
 def read_metadata(
     model, # path, bytes or ModelProto
 ) -> dict: # key → value, JSON decoded
-    "What a model file says about itself; raises `PlantError` when it is damaged"
+    "What a model file says about itself; raises `PlantError` when it is damaged."
     props = {p.key: p.value for p in load(model).metadata_props}
     return {k: v if KEYS.get(k, str) is str else json.loads(v) for k, v in props.items()}
 
-# %% ../../nbs/model/12_model_file.ipynb #0e4b401c
+# %% ../../nbs/model/12_model_file.ipynb #f9ca7c4c
 def check(
     model, # path, bytes or ModelProto
 ) -> dict: # its metadata
-    "Whether a model file keeps the promise; raises `PlantError` that lists all that does not"
+    "Whether a model file keeps the promise; raises `PlantError` that lists all that does not."
     m = load(model)
     shape = lambda v: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
     outs, wrong = {o.name: shape(o) for o in m.graph.output}, []
@@ -80,30 +82,31 @@ def check(
     try: meta = read_metadata(m)
     except ValueError: raise PlantError('The model file: its metadata are not JSON. Write them with `stamp`.') from None
     wrong += [f'metadata {k!r} is missing or no {t.__name__}' for k, t in KEYS.items() if not isinstance(meta.get(k), t)]
-    if not wrong and outs['probabilities'][1:] != [len(meta['classes'])]: wrong.append(f"it has {len(meta['classes'])} classes but probabilities of shape {outs['probabilities']}")
+    if not wrong and outs['probabilities'][1:] != [len(meta['classes'])]:
+        wrong.append(f"it has {len(meta['classes'])} classes but probabilities of shape {outs['probabilities']}")
     if not wrong and not meta['input'].get('kind'): wrong.append("metadata 'input' has no 'kind'")
     if wrong: raise PlantError(f"The model file does not keep the format: {'; '.join(wrong)}.")
     return meta
 
-# %% ../../nbs/model/12_model_file.ipynb #81617185
+# %% ../../nbs/model/12_model_file.ipynb #004920bc
 def open_session(
     model, # path, bytes or ModelProto
-    threads:int=0, # of the session; 0: one for each core
+    threads: int = 0, # of the session; 0: one for each core
 ) -> ort.InferenceSession: # on the CPU
-    "An ONNX Runtime session; raises `PlantError` when the file cannot be run"
+    "An ONNX Runtime session; raises `PlantError` when the file cannot be run."
     o = ort.SessionOptions()
     o.intra_op_num_threads, o.log_severity_level = threads, 3
     data = model if isinstance(model, bytes) else load(model).SerializeToString()
     try: return ort.InferenceSession(data, o, providers=['CPUExecutionProvider'])
     except Exception as e: raise PlantError(f"ONNX Runtime cannot run the model file: {str(e).splitlines()[0]}") from None
 
-# %% ../../nbs/model/12_model_file.ipynb #b0e52038
+# %% ../../nbs/model/12_model_file.ipynb #f7f3ac9f
 def run_model(
     model, # path, bytes, ModelProto or InferenceSession
     x, # array [N, …] of the input's type
-    batch:int=32, # examples at a time
+    batch: int = 32, # examples at a time
 ) -> dict[str, np.ndarray]: # output name → array [N, …]
-    "All outputs of a model for any number of examples"
+    "All outputs of a model for any number of examples."
     s = model if isinstance(model, ort.InferenceSession) else open_session(model)
     i, names = s.get_inputs()[0], [o.name for o in s.get_outputs()]
     if not len(x): return {o.name: np.zeros((0, *(d if isinstance(d, int) else 0 for d in o.shape[1:])), np.float32) for o in s.get_outputs()}
