@@ -298,6 +298,20 @@ def test_in_a_running_event_loop(tmp_path):
         async def cell(): return ingest(s, connect_to=site.to, progress=False)
         assert outcome(asyncio.run(cell())) == dict(stored=1)
 
+def test_interrupted_in_a_notebook(tmp_path):
+    s = settings(home=tmp_path, ingest_batch=10_000, ingest_concurrency=8)
+    with serve({f'/{i}.jpg': photo(i) for i in range(800)}, delay=.02) as site:
+        eng = fill(s, urls(site))
+        def interrupt():
+            while site.seen.total() < 60: time.sleep(.01)
+            os.kill(os.getpid(), signal.SIGINT)
+        async def cell(): return ingest(s, connect_to=site.to, progress=False)
+        threading.Thread(target=interrupt).start()
+        loop = asyncio.new_event_loop()
+        with pytest.raises(KeyboardInterrupt): loop.run_until_complete(cell())
+        loop.close()
+        assert 30 < counts(eng)['stored'] < 800
+
 def test_s3_urls(weed, tmp_path):
     s = weed.settings('from', home=tmp_path)
     source = open_store(s)

@@ -7,9 +7,9 @@ __all__ = ['LATER', 'REDIRECT', 'MAX_REDIRECTS', 'Refused', 'Unreachable', 'is_p
            'check_url', 'Fetched', 'too_large', 'check_status', 'seconds', 'fetch_http', 'fetch_file', 'fetch_s3',
            'fetcher', 'run_async']
 
-# %% ../../nbs/data/04_fetch.ipynb #af1d9929
+# %% ../../nbs/data/04_fetch.ipynb #d1040ff8
 import asyncio, email.utils, hashlib, random, socket, stat, time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -244,20 +244,28 @@ async def _once(url, s, session, allow, s3):
     except (aiohttp.ClientError, OSError) as e: raise Unreachable(f'The connection failed: {e or type(e).__name__}') from None
     raise Refused(f'{url} begins with none of http, https, file, s3.')
 
-# %% ../../nbs/data/04_fetch.ipynb #8f716f13
+# %% ../../nbs/data/04_fetch.ipynb #844c5768
 try: from uvloop import new_event_loop
 except ImportError: new_event_loop = None
+
+# %% ../../nbs/data/04_fetch.ipynb #c000b64e
+def _run(coroutine):
+    with asyncio.Runner(loop_factory=new_event_loop) as runner: return runner.run(coroutine)
 
 def run_async(
     coroutine, # to run to its end
 ): # what it returns
     "Run a coroutine, also where an event loop is already running."
-    def run():
-        with asyncio.Runner(loop_factory=new_event_loop) as runner: return runner.run(coroutine)
     try: asyncio.get_running_loop()
-    except RuntimeError: return run()
-    return _in_thread(run)
-
-def _in_thread(f):
-    "Call `f` in a thread of its own, and wait for it."
-    with ThreadPoolExecutor(1) as pool: return pool.submit(f).result()
+    except RuntimeError: return _run(coroutine)
+    started = Future()
+    async def main():
+        started.set_result((asyncio.get_running_loop(), asyncio.current_task()))
+        return await coroutine
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(_run, main())
+        try: return done.result()
+        except KeyboardInterrupt:
+            loop, task = started.result()
+            loop.call_soon_threadsafe(task.cancel)
+            raise
