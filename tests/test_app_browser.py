@@ -98,8 +98,9 @@ def test_example_then_a_broken_photo(page, tmp_path):
 
 def test_camera(page):
     page.click('[aria-label="Capture from camera"]')
-    page.locator('.pm-photo .webcam-wrap button, .pm-photo [title="grant webcam access"]').first.click()
-    page.click('.pm-photo [aria-label="capture photo"], .pm-photo .button-wrap button')
+    page.click('.pm-photo [title="grant webcam access"]')
+    page.wait_for_function("document.querySelector('.pm-photo video')?.videoWidth > 0")
+    page.click('.pm-photo [aria-label="capture photo"]')
     assert answer(page) in ('dandelion', 'grass')
 
 def test_clipboard(page):

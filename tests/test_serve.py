@@ -134,6 +134,16 @@ def test_store_that_never_answers(tmp_path):
         assert time.monotonic() - t < 20
         with pytest.raises(StoreError): load_champion(mute.model_copy(update=dict(home=tmp_path/'elsewhere')))
 
+def test_health_while_the_store_never_answers(tmp_path):
+    with listen('127.0.0.1', 0) as silent:
+        s = settings(home=tmp_path, store_url='s3://plants', s3_endpoint_url='http://127.0.0.1:%d' % silent.getsockname()[1], s3_access_key='a', s3_secret_key='b', s3_timeout=1)
+        with running(create_app(s, ui=False)) as c:
+            t = time.monotonic()
+            assert c.get('/health').json()['ready'] is False
+            r = c.post('/predict', content=jpeg())
+            assert r.status_code == 503 and r.headers['retry-after']
+            assert time.monotonic() - t < 1
+
 def test_no_room_for_a_copy(tmp_path):
     s = settings(home=tmp_path)
     publish(s, '1')

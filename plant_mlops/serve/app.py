@@ -222,16 +222,14 @@ def theme():
     soft = gr.themes.Soft(primary_hue='green', neutral_hue='stone', radius_size='lg', font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
     return soft.set(block_label_text_color='*primary_800', block_title_text_color='*primary_800', block_border_width='1px')
 
-# %% ../../nbs/serve/16_app.ipynb #e2b9cbbe
+# %% ../../nbs/serve/16_app.ipynb #29e512ba
 def add_ui(
     app: FastAPI, # as `create_app` makes it
     path: str = '/ui', # where the page goes
 ):
     "Mount the page on the API."
-    async def explain(data):
-        model = await the_model(app)
-        return await to_thread.run_sync(model.explain, data, limiter=app.state.limiter)
-    async def info(): return describe(await the_model(app))
+    async def explain(data): return await to_thread.run_sync(the_model(app).explain, data, limiter=app.state.limiter)
+    async def info(): return describe(the_model(app))
     limit = app.state.settings.ingest_max_bytes
     gr.mount_gradio_app(app, create_ui(explain, info, limit), path, theme=theme(), css=CSS, footer_links=[], run_history=False, ssr_mode=False,
                         max_file_size=limit, enable_monitoring=False, show_error=False)

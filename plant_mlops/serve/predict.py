@@ -200,7 +200,7 @@ def _fetch(
     _keep(cache, copy, data)
     return data
 
-# %% ../../nbs/serve/14_predict.ipynb #21baefdc
+# %% ../../nbs/serve/14_predict.ipynb #5b227eb6
 def load_champion(
     s: Settings, # home, store, name of the model, threads
     threads: int | None = None, # threads of one answer; None: as set
@@ -208,6 +208,7 @@ def load_champion(
     "Load what is in production; raises `NoModel`, or `PlantError` when neither the store nor the kept copy will do."
     cache, kept = FolderStore(s.home/'cache'), f'models/{s.model}.json'
     load = partial(_load, cache=cache, threads=s.threads if threads is None else threads, limits=Limits(max_pixels=s.photo_max_pixels))
+    if cache.stat(kept): s = s.model_copy(update=dict(s3_timeout=min(s.s3_timeout, 5.))) # no long wait for a store that is away
     try:
         store = open_store(s)
         pointer = champion_pointer(store, s.model)
