@@ -96,26 +96,28 @@ def _within(seconds, f):
     threading.Thread(target=run, daemon=True).start()
     return answer.result(seconds)
 
-# %% ../../nbs/data/05_ingest.ipynb #c72ebd3c
+# %% ../../nbs/data/05_ingest.ipynb #1be553e5
 class Ledger:
     "Results on their way to the catalog, written a batch at a time."
     def __init__(self, store, eng, batch, seconds=5.):
         self.store, self.eng, self.batch, self.seconds = store, eng, batch, seconds
-        self.waiting, self.last, self.lock = [], time.monotonic(), asyncio.Lock()
+        self.waiting, self.last, self.lock, self.broken = [], time.monotonic(), asyncio.Lock(), False
 
     async def add(self, result):
         "Take a result; write a batch when one is full, or the last was a while ago."
         self.waiting.append(result)
         due = len(self.waiting) >= self.batch or time.monotonic() - self.last > self.seconds
-        if due and not self.lock.locked(): await self.flush()
+        if due and not self.lock.locked(): await asyncio.shield(self.flush())
 
     async def flush(self):
-        "Write what is waiting, its photos first; it goes on waiting if that fails."
+        "Write what is waiting, its photos first; once that has failed, no more is written."
         async with self.lock:
             now, self.last = self.waiting[:], time.monotonic()
-            if not now: return
+            if self.broken or not now: return
+            self.broken = True
             await asyncio.to_thread(self.store.sync)
             await asyncio.to_thread(ask, record, self.eng, now)
+            self.broken = False
             del self.waiting[:len(now)]
 
 # %% ../../nbs/data/05_ingest.ipynb #a52acd86
