@@ -110,13 +110,13 @@ class Nest:
     def __enter__(self): return self
     def __exit__(self, *a): self.p.stdin.close(); self.p.wait(10)
 
-def kill_often(s, kw, times, n, seed):
+def kill_often(s, kw, times, seed):
     "Kill `times` ingestions after a random number of requests and a moment more, then let one finish; gives how many died."
-    rng, hit = random.Random(seed), 0
+    rng, hit, n = random.Random(seed), 0, 50 * times + 50
     with serve({f'/{i}.jpg': photo(i) for i in range(n)}, delay=.01) as site, Nest() as nest:
         eng = fill(s, urls(site))
         for _ in range(times):
-            until, pid = site.seen.total() + rng.randrange(60), nest.start(site, **kw)
+            until, pid = site.seen.total() + rng.randrange(40), nest.start(site, **kw)
             while site.seen.total() < until: time.sleep(.001)
             time.sleep(rng.uniform(0, .02))
             os.kill(pid, signal.SIGKILL)
@@ -132,13 +132,13 @@ def kill_often(s, kw, times, n, seed):
 
 def test_killed_at_20_moments(tmp_path):
     kw = dict(home=str(tmp_path), ingest_batch=7, ingest_concurrency=8)
-    hit, before = kill_often(settings(**kw), kw, 20, 1200, 1)
+    hit, before = kill_often(settings(**kw), kw, 20, 1)
     assert hit == 20 and before['stored'] > 100
 
 def test_killed_while_writing_to_s3(weed, tmp_path):
     kw = dict(home=str(tmp_path), ingest_batch=7, ingest_concurrency=8, store_url='s3://killed', s3_endpoint_url=weed.url)
     kw |= dict(s3_access_key=weed.key, s3_secret_key=weed.secret)
-    hit, before = kill_often(settings(**kw), kw, 4, 150, 2)
+    hit, before = kill_often(settings(**kw), kw, 4, 2)
     assert hit == 4
 
 def test_ctrl_c_writes_back_what_is_done(tmp_path):
