@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'Answer', 'Health', 'Problem', 'problem', 'add_problems', 'too_large', 'limited', 'read_input', 'find_model',
-           'the_model', 'describe', 'answer', 'add_routes', 'title_of', 'home_page', 'add_page', 'create_app', 'listen',
-           'run_server']
+           'the_model', 'describe', 'answer', 'add_routes', 'title_of', 'home_page', 'has_ui', 'add_page', 'create_app',
+           'listen', 'run_server']
 
 # %% ../../nbs/serve/15_api.ipynb #e2fd73a2
 import asyncio, contextlib, html, logging, os, socket
@@ -225,7 +225,11 @@ def home_page(
     return _page.format(title=title_of(model.classes) if model else 'No model yet', about=about,
                         links=''.join(f'<li><a href="{p}">{t}</a>' for p, t in links), url=html.escape(url))
 
-# %% ../../nbs/serve/15_api.ipynb #5098e043
+# %% ../../nbs/serve/15_api.ipynb #b62c31ba
+def has_ui(app: FastAPI) -> bool:
+    "Whether a page is mounted at `/ui`."
+    return any(getattr(o, 'path', '') == '/ui' for o in app.routes)
+
 def add_page(app: FastAPI):
     "The routes for people."
     @app.get('/favicon.ico', include_in_schema=False)
@@ -235,7 +239,7 @@ def add_page(app: FastAPI):
     async def home(request: Request):
         try: model, error = the_model(app), ''
         except PlantError as e: model, error = None, str(e)
-        return home_page(model, str(request.base_url), any(getattr(o, 'path', '') == '/ui' for o in app.routes), error)
+        return home_page(model, str(request.base_url), has_ui(app), error)
 
 # %% ../../nbs/serve/15_api.ipynb #d0bbf5c9
 @contextlib.asynccontextmanager
@@ -271,7 +275,7 @@ def listen(
     try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=1024)
     except OSError as e: raise PlantError(f'Cannot listen on {host}:{port}: {os.strerror(e.errno) if e.errno else e}. Stop what uses it, or set PLANT_PORT.') from None
 
-# %% ../../nbs/serve/15_api.ipynb #a288eefb
+# %% ../../nbs/serve/15_api.ipynb #7b8203bf
 def run_server(
     s: Settings, # host and port among them
     ready=partial(print, flush=True), # called with a line that says where it is
@@ -282,5 +286,5 @@ def run_server(
         app = create_app(s)
         host, port = sock.getsockname()[:2]
         url = f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
-        ready(f'Serving at {url} (page: {url}/ui, API: {url}/docs). Ctrl-C stops it.')
+        ready(f'Serving at {url}' + (f', the page at {url}/ui' if has_ui(app) else '') + f', the API at {url}/docs. Ctrl-C stops it.')
         uvicorn.Server(uvicorn.Config(app, log_level='warning', access_log=False, timeout_graceful_shutdown=20)).run(sockets=[sock])
