@@ -6,7 +6,7 @@
 __all__ = ['readers', 'register', 'model_bytes', 'Reader', 'predictions', 'evaluate', 'gate', 'champion', 'sync', 'promote',
            'rollback', 'history']
 
-# %% ../../nbs/model/14_registry.ipynb #98cb79db
+# %% ../../nbs/model/14_registry.ipynb #ef981cd7
 import json, tempfile
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +16,7 @@ import onnx
 from scipy.special import softmax
 from ..config import PlantError, Settings
 from ..data.store import Conflict, Corrupt, NotFound, open_store, sha256_of
-from .evaluate import compare, confusion, metrics
+from .evaluate import compare, confusion, metrics, plot_confusion, plot_reliability
 from .file import check, load, open_session, read_metadata, run_model, stamp
 from .tracking import mlflow_client
 
@@ -128,7 +128,7 @@ def _reader(s, meta):
     if kind in readers: return readers[kind]
     raise PlantError(f"The model takes {kind!r}, which nothing here can read: add a `Reader` to `model.registry.readers`. There are: {', '.join(readers)}.")
 
-# %% ../../nbs/model/14_registry.ipynb #94fad35c
+# %% ../../nbs/model/14_registry.ipynb #a03cf848
 def _say(s, v, dataset):
     "Run a version over the test split of a data set: ids, labels, classes, probabilities, logits."
     data = _file(s, v)
@@ -137,9 +137,10 @@ def _say(s, v, dataset):
     m = reader.manifest(s, dataset)
     m = m[m.split == 'test']
     if not len(m): raise PlantError(f"Data set {dataset} has no test examples. Add photos, then run `plant-mlops dataset` and `plant-mlops train` again.")
-    out = run_model(open_session(data, s.threads), reader.inputs(s, list(m.id), meta['input']))
-    said = {k: out[k].astype(float).tolist() for k in ('probabilities', 'logits') if k in out}
-    return dict(version=str(v.version), dataset=dataset, ids=list(m.id), labels=list(m.label), classes=meta['classes'], temperature=meta['temperature'], **said)
+    session, ids = open_session(data, s.threads), list(m.id)
+    outs = [run_model(session, reader.inputs(s, ids[i:i + 64], meta['input'])) for i in range(0, len(ids), 64)]
+    said = {k: np.concatenate([o[k] for o in outs]).astype(float).tolist() for k in ('probabilities', 'logits') if k in outs[0]}
+    return dict(version=str(v.version), dataset=dataset, ids=ids, labels=list(m.label), classes=meta['classes'], temperature=meta['temperature'], **said)
 
 # %% ../../nbs/model/14_registry.ipynb #60cf1b0d
 def _recorded(s, c, v, dataset):
@@ -168,18 +169,35 @@ def predictions(
         c.log_text(v.run_id, json.dumps(new), f'evaluation/version-{v.version}/{dataset}.json')
     return new
 
-# %% ../../nbs/model/14_registry.ipynb #1f191b20
+# %% ../../nbs/model/14_registry.ipynb #41a5b2ab
+def _arrays(p):
+    "Labels and probabilities of what a model said."
+    return np.array([p['classes'].index(l) for l in p['labels']]), np.array(p['probabilities'])
+
 def _figures(p):
     "Figures of what a model said, and of the same before the temperature."
     unknown = set(p['labels']) - set(p['classes'])
     if unknown: raise PlantError(f"The test split has photos of {', '.join(sorted(unknown))}, which the model does not know. Train again on this data set.")
-    y, probs = np.array([p['classes'].index(l) for l in p['labels']]), np.array(p['probabilities'])
+    y, probs = _arrays(p)
     out = metrics(y, probs) | dict(confusion=confusion(y, probs).tolist(), wrong=[i for i, k in zip(p['ids'], probs.argmax(1) != y) if k])
     if 'logits' not in p: return out
     before = metrics(y, softmax(np.array(p['logits']), 1))
     return out | dict(temperature=p['temperature'], **{f'{k}_uncalibrated': before[k] for k in ('nll', 'brier', 'ece')})
 
-# %% ../../nbs/model/14_registry.ipynb #4e3df9a5
+# %% ../../nbs/model/14_registry.ipynb #97a68902
+def _picture(p, source):
+    "Confusion matrix and reliability diagram of what a model said, side by side; a matplotlib figure."
+    from matplotlib.figure import Figure
+    fig, (y, probs) = Figure(figsize=(8, 3.8), layout='constrained'), _arrays(p)
+    a, b = fig.subplots(1, 2)
+    plot_confusion(y, probs, p['classes'], a)
+    before = [('before', softmax(np.array(p['logits']), 1))] if 'logits' in p else []
+    plot_reliability(y, *before, ('temperature {:.2f}'.format(p['temperature']), probs), ax=b)
+    kind = dict(synthetic=' (synthetic)', mixed=' (partly synthetic)').get(source, '')
+    fig.suptitle(f"version {p['version']}, {len(y)} test examples{kind}")
+    return fig
+
+# %% ../../nbs/model/14_registry.ipynb #561fa465
 def evaluate(
     s: Settings, # settings in force
     version=None, # of the model; None: the newest
@@ -192,6 +210,7 @@ def evaluate(
         v = _version(c, s, p['version'])
         if 'metrics' not in v.tags:
             for k, x in numbers.items(): c.log_metric(v.run_id, f'test_{k}', x)
+            c.log_figure(v.run_id, _picture(p, v.tags.get('source')), f'evaluation/version-{v.version}/test.png')
             c.set_model_version_tag(s.model, v.version, 'metrics', json.dumps(numbers))
     return dict(version=p['version'], dataset=p['dataset'], source=v.tags.get('source', ''), classes=p['classes'], **f)
 
