@@ -6,6 +6,12 @@
 __all__ = ['LITE0', 'M_TRIM_THRESHOLD', 'M_MMAP_MAX', 'find_arch', 'as_map', 'Body', 'build_body', 'keep_memory', 'device',
            'normalise', 'features', 'embed']
 
+# %% ../../nbs/model/08_backbone.ipynb #796eaaaf
+import warnings
+
+# %% ../../nbs/model/08_backbone.ipynb #28a8e488
+warnings.filterwarnings('ignore', '.*torch.jit.script.* is deprecated', FutureWarning) # said by libraries as they are imported
+
 # %% ../../nbs/model/08_backbone.ipynb #dedebb59
 import ctypes, difflib
 from functools import lru_cache

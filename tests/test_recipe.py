@@ -1,0 +1,39 @@
+"The training recipe on real photos."
+import io
+from collections import Counter
+from pathlib import Path
+import numpy as np, pytest
+from PIL import Image
+from plant_mlops.config import settings
+from plant_mlops.data.photo import open_photo
+
+PHOTOS = Path(__file__).resolve().parents[2]/'shared'/'photos'/'plants'
+pytestmark = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f'the real photos are not at {PHOTOS}')
+
+def jpeg(file):
+    out = io.BytesIO(); open_photo(file.read_bytes()).save(out, 'JPEG', quality=95, subsampling=0); return out.getvalue()
+
+@pytest.fixture(scope='module')
+def photos():
+    "Every fifth photo of each class, prepared."
+    files = sorted(PHOTOS.glob('*/*'))[::5]
+    classes = sorted({o.parent.name for o in files})
+    return [jpeg(o) for o in files], np.array([classes.index(o.parent.name) for o in files]), classes
+
+def test_a_quick_training_is_already_good(photos):
+    from plant_mlops.model.train import fit_learner
+    jpegs, y, classes = photos
+    idx = np.arange(len(y)); held = idx[idx % 3 == 0]
+    t = fit_learner(jpegs, y, idx[idx % 3 > 0], held, classes, settings(image_size=192, epochs=1, arch='tf_efficientnet_lite0', pretrained=True), progress=False)
+    assert Counter(y[held]).most_common()[0][1] < .7*len(held)
+    assert (t.valid_logits.argmax(1) == y[held]).mean() >= .85
+
+def test_what_is_evaluated_is_what_is_served(photos, tmp_path):
+    from plant_mlops.data.photo import to_pixels
+    from plant_mlops.model.export import export_onnx
+    from plant_mlops.model.file import run_model
+    from plant_mlops.model.train import fit_learner
+    jpegs, y, classes = photos
+    t = fit_learner(jpegs, y, np.arange(0, 60, 2), np.arange(1, 60, 6), classes, settings(image_size=128, epochs=0, arch='tf_efficientnet_lite0', pretrained=True), progress=False)
+    served = run_model(export_onnx(t, tmp_path/'model.onnx'), np.stack([to_pixels(jpegs[i], 128) for i in range(1, 60, 6)]))['probabilities']
+    assert (served.argmax(1) == t.valid_logits.argmax(1)).all()
