@@ -93,18 +93,19 @@ def metrics(
     return dict(n=n, accuracy=right/n, accuracy_low=low, accuracy_high=high, **_macro(confusion(labels, probs)),
                 auc=_auc(labels, probs), nll=float(nll), brier=float(_brier(labels, probs).mean()), ece=float(_ece(labels, probs)))
 
-# %% ../../nbs/model/10_evaluate.ipynb #13e3f4e3
+# %% ../../nbs/model/10_evaluate.ipynb #4ff40f67
 def fit_temperature(
     logits, # float [N, C], of examples the network was not trained on
     labels, # int [N]
+    alpha: float = 0.1, # unseen examples of each class supposed for each true class; 1 as in Platt 1999
     low: float = 0.05, # the temperature sought lies between `low` …
     high: float = 20., # … and `high`
 ) -> float: # divide logits by this before the softmax
-    "The temperature that makes the labels most likely (Guo et al. 2017), with the targets of Platt (1999)."
+    "The temperature that makes the labels most likely (Guo et al. 2017), with targets softened after Platt (1999)."
     labels, logits = _checked(labels, logits)
     c = logits.shape[1]
     if c < 2: return 1.
-    rest = 1/(np.bincount(labels, minlength=c)[labels] + c)
+    rest = alpha/(np.bincount(labels, minlength=c)[labels] + alpha*c)
     targets = np.where(np.eye(c, dtype=bool)[labels], 1 - (c - 1)*rest[:, None], rest[:, None])
     nll = lambda log_t: -(targets*log_softmax(logits/np.exp(log_t), 1)).sum(1).mean()
     return float(np.exp(minimize_scalar(nll, bounds=(np.log(low), np.log(high)), method='bounded').x))
