@@ -8,7 +8,8 @@ __all__ = ['ZOOM', 'MIN_SCALE', 'LIGHT', 'VIEWS', 'STRENGTHS', 'LABEL_SMOOTHING'
            'Trained', 'fit_learner', 'plot_confusions', 'activation_maps', 'plot_activations', 'top_losses',
            'git_commit', 'log_training', 'train']
 
-# %% ../../nbs/model/09_train.ipynb #a211943c
+# %% ../../nbs/model/09_train.ipynb #fd617052
+from .backbone import Body, build_body, device, features, keep_memory, normalise
 import os, subprocess, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ from ..config import PlantError, Settings
 from ..data.dataset import load_dataset, load_pixels
 from ..data.photo import square
 from ..data.prepare import progress_bar
-from .backbone import Body, build_body, device, features, keep_memory, normalise
 from .tracking import experiment_id, mlflow_client
 
 # %% ../../nbs/model/09_train.ipynb #f108146f
@@ -36,8 +36,8 @@ def set_seed(
     "Seed every source of chance, and ask for algorithms that are repeatable."
     fv.set_seed(seed, reproducible=True)
 
-# %% ../../nbs/model/09_train.ipynb #f1ccc368
-ZOOM, MIN_SCALE, LIGHT = 7/9, .35, .2 # training crops are 7/9 of image_size wide, and show at least 35 % of the photo
+# %% ../../nbs/model/09_train.ipynb #a0afd9e1
+ZOOM, MIN_SCALE, LIGHT = .9, .35, .2 # training crops are 0.9 of image_size wide, and show at least 35 % of the photo
 
 class TrainCrop(fv.RandomResizedCrop):
     "A random crop of a training photo."
@@ -71,8 +71,8 @@ def loaders(
     workers = min(8, os.cpu_count()-1) if device().type == 'cuda' else 0
     return block.dataloaders(idx, bs=min(s.batch_size, len(train_idx)), num_workers=workers, device=device())
 
-# %% ../../nbs/model/09_train.ipynb #0d75ccf1
-VIEWS, STRENGTHS = 4, (.1, 1., 10., 100.) # random views of a photo; inverse regularisations tried
+# %% ../../nbs/model/09_train.ipynb #6b50f733
+VIEWS, STRENGTHS = 5, (.1, 1., 10., 100.) # random views of a photo; inverse regularisations tried
 
 @torch.inference_mode()
 def views(
@@ -181,7 +181,7 @@ class Trained:
     git_commit: str = '' # of the code, '' outside a checkout
     source: str = '' # synthetic, photos or mixed
 
-# %% ../../nbs/model/09_train.ipynb #9dd3d469
+# %% ../../nbs/model/09_train.ipynb #e61cd7b1
 def _check(
     labels: np.ndarray, # (N,) int
     train_idx, valid_idx, # of the photos
@@ -192,7 +192,11 @@ def _check(
     have = Counter(np.asarray(labels)[train_idx].tolist())
     if len(have) < 2: raise PlantError(f'All the photos to train on are of one class, {classes[next(iter(have))]!r}. Add photos of at least one other class.')
     if not len(valid_idx): raise PlantError(f'There are too few photos ({len(train_idx)}) to keep some back for validation. Add photos: each class needs three or more.')
-    few = [classes[i] for i in range(len(classes)) if have[i] < 2]
+
+def _warn(labels, train_idx, classes):
+    "Name the classes that have hardly a photo; the others are trained all the same."
+    have = Counter(np.asarray(labels)[train_idx].tolist())
+    few = [o for i, o in enumerate(classes) if have[i] < 2]
     if few: warnings.warn(f'{", ".join(few)}: fewer than two photos to train on, so predictions of it mean little. Add photos.', stacklevel=3)
 
 @contextmanager
@@ -203,7 +207,7 @@ def _quiet(learn: fv.Learner):
 def _logits(learn, dl): # → (N, C) float32
     with _quiet(learn): return learn.get_preds(dl=dl, act=fv.noop)[0].float().cpu().numpy()
 
-# %% ../../nbs/model/09_train.ipynb #77a9a019
+# %% ../../nbs/model/09_train.ipynb #d9654bec
 def _fine_tune(
     learn: fv.Learner, # whose head is probed already
     s: Settings, # settings in force
@@ -225,7 +229,7 @@ def fit_learner(
     progress: bool = True, # show a bar
 ) -> Trained:
     "Linear probe, then fine-tuning; raises `PlantError` where the photos are too few."
-    _check(labels, train_idx, valid_idx, classes)
+    _check(labels, train_idx, valid_idx, classes); _warn(labels, train_idx, classes)
     set_seed(s.seed); keep_memory()
     body = build_body(s.arch, s.pretrained, s.image_size).to(device(), memory_format=torch.channels_last)
     dls = loaders(jpegs, np.asarray(labels), train_idx, valid_idx, list(classes), body, s)
