@@ -66,7 +66,7 @@ def prepare(
     from plant_mlops.data.prepare import prepare as pack
     return pack(s, shard, progress=progress)
 
-# %% ../../nbs/ops/20_stages.ipynb #fd5172f9
+# %% ../../nbs/ops/20_stages.ipynb #85c31b96
 def dataset(
     s: Settings, # settings in force
     progress: bool = True, # show a bar
@@ -74,7 +74,9 @@ def dataset(
     "Make a version of the dataset."
     from plant_mlops.data.dataset import build_dataset, load_dataset
     from plant_mlops.model.backbone import embed
-    card = load_dataset(s, build_dataset(s, embed=lambda x: embed(x, s), progress=progress)).card
+    def see(images): return embed(images, s)
+    see.name = s.arch
+    card = load_dataset(s, build_dataset(s, embed=see, progress=progress)).card
     return dict(version=card['version'], **{k: v for k, v in card.items() if k in ('photos', 'source', 'classes', 'splits')})
 
 # %% ../../nbs/ops/20_stages.ipynb #11f4ad99
