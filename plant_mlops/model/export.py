@@ -102,7 +102,7 @@ def _clean(model):
             if field in o.DESCRIPTOR.fields_by_name: o.ClearField(field)
     return model
 
-# %% ../../nbs/model/13_export.ipynb #bc7a573a
+# %% ../../nbs/model/13_export.ipynb #14a2bd29
 def _to_onnx(
     net, # ServingNet
     size: int, # side of the square photos, in pixels
@@ -115,7 +115,7 @@ def _to_onnx(
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             p = torch.onnx.export(net, (x,), dynamo=True, input_names=['images'], output_names=list(net(x)), opset_version=18, verbose=False,
-                                  dynamic_shapes={'images': {0: torch.export.Dim('N')}}, external_data=False)
+                                  dynamic_shapes={'images': {0: 'N'}}, external_data=False)
     finally: logging.getLogger('torch.onnx').setLevel(level)
     return _clean(p.model_proto)
 

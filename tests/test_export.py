@@ -1,0 +1,25 @@
+"Networks of several families become model files that answer as they do, for any number of photos."
+from types import SimpleNamespace
+import numpy as np, pytest, torch
+from torch import nn
+from plant_mlops.model.backbone import build_body
+from plant_mlops.model.export import check_export, embedding_bank, export_onnx
+from plant_mlops.model.file import check, run_model
+
+@pytest.mark.parametrize('arch', ['resnet18', 'vit_tiny_patch16_224', 'convnext_atto', 'squeezenet1_1'])
+def test_backbone_survives_export(arch, tmp_path):
+    "A residual network, a transformer, one with layer norm, and one of torchvision's."
+    torch.manual_seed(0)
+    body = build_body(arch, pretrained=False, size=64)
+    net = nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(body.d, 3)))
+    trained = SimpleNamespace(net=net, mean=body.mean, std=body.std, image_size=64, classes=['clover', 'daisy', 'grass'], arch=arch, embeddings=torch.rand(30, body.d))
+    path = export_onnx(trained, tmp_path/'model.onnx')
+    worst = check_export(path, trained, bank=embedding_bank(trained.embeddings))
+    assert set(worst) == {'probabilities', 'logits', 'embedding', 'heatmap', 'novelty'} and max(worst.values()) < 1e-4
+    weights = sum(p.numel() for p in net.parameters())
+    assert .9*4*weights < path.stat().st_size < 4*weights + 2e6
+    assert check(path)['provenance'] == dict(arch=arch)
+    x = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
+    whole = run_model(path, x, batch=9)
+    for batch in (1, 2, 4): assert all(np.allclose(v, whole[k], atol=1e-4) for k, v in run_model(path, x, batch=batch).items())
+    assert run_model(path, x[:0])['probabilities'].shape == (0, 3)
