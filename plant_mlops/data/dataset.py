@@ -243,7 +243,15 @@ def version_of(
     content = manifest.sort_values('sha256')[['sha256', 'label', 'group', 'split', 'flags']].astype(str).values.tolist()
     return sha256_of(json.dumps([recipe, content], sort_keys=True).encode())[:12]
 
-# %% ../../nbs/data/07_dataset.ipynb #45948694
+# %% ../../nbs/data/07_dataset.ipynb #4b0964fc
+def _real_first(
+    there: list, # rows of the catalog
+) -> tuple: # the rows to use, how many drawn ones were left out
+    "Without the drawn photos, once there is a real one."
+    real = [r for r in there if source_of([r['url_source']]) != 'synthetic']
+    return (real, len(there) - len(real)) if real else (there, 0)
+
+# %% ../../nbs/data/07_dataset.ipynb #d1aa9581
 def _photos(
     s: Settings, # settings in force
     store, # from `open_store`
@@ -253,13 +261,14 @@ def _photos(
     there, n = ask(stored, eng), ask(counts, eng)
     if not there: raise PlantError(f'No photo is stored: of {sum(n.values()):,} rows in the catalog, {n["rejected"]:,} were rejected and {n["failed"]:,} failed. '
                                    'Add photos with `plant-mlops catalog add DIR`, then run `plant-mlops ingest`; `plant-mlops catalog list` gives the reasons.')
+    there, practice = _real_first(there)
     labelled = [r for r in there if r['label']]
     if not labelled: raise PlantError('No stored photo has a label. Load a CSV with the columns url_source and label.')
     d = one_row_each(labelled).merge(load_fmt(store, side=s.photo_side), on='sha256')
     if d.empty: raise PlantError(f'None of the {len(there):,} stored photos is prepared. Run `plant-mlops prepare`.')
     names = d.label[~d.conflict].unique()
     if len(names) < 2: raise PlantError(f'A classifier needs two classes, and the photos have {len(names)}: {", ".join(names) or "all labels contradict each other"}. Add photos of another class.')
-    left = dict(rejected=n['rejected'], failed=n['failed'], new=n['new'], unlabelled=len(there)-len(labelled), unprepared=len({r['sha256'] for r in labelled})-len(d))
+    left = dict(rejected=n['rejected'], failed=n['failed'], new=n['new'], synthetic=practice, unlabelled=len(there)-len(labelled), unprepared=len({r['sha256'] for r in labelled})-len(d))
     return d, left
 
 # %% ../../nbs/data/07_dataset.ipynb #4f9ba916
