@@ -57,9 +57,9 @@ class Settings(BaseSettings):
     # train
     arch: str = _f('tf_efficientnet_lite0', 'Backbone: any timm or torchvision name')
     image_size: int = _f(320, 'Side of the square that the network sees, in pixels', ge=32)
-    epochs: int = _f(4, 'Epochs of fine-tuning after the linear probe', ge=0)
+    epochs: int = _f(2, 'Epochs of fine-tuning after the linear probe', ge=0)
     batch_size: int = _f(16, 'Photos in one training step', ge=2)
-    lr: float = _f(1e-3, 'Highest learning rate of fine-tuning, that of the head', gt=0)
+    lr: float = _f(3e-4, 'Highest learning rate of fine-tuning, that of the head', gt=0)
     pretrained: bool = _f(True, 'Start from ImageNet weights; false: from random ones')
 
     # serve
