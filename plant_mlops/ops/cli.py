@@ -66,7 +66,7 @@ def run(
     if as_json: return _say(r, True)
     _report(r, home)
 
-# %% ../../nbs/ops/24_cli.ipynb #cd038784
+# %% ../../nbs/ops/24_cli.ipynb #570b0b97
 def _report(
     r: dict, # what `run` found
     home: Path | None, # as given
@@ -76,7 +76,7 @@ def _report(
     note = ' [yellow](synthetic photos)[/]' if r['source'] == 'synthetic' else ''
     out.print(f"\n[bold]{Path(p['file']).name}[/] is [bold green]{p['prediction']}[/], {p['probability']:.1%}{note}", highlight=False)
     out.print(f"Accuracy {e['accuracy']:.1%} on {e['n']} test photos, 95 % interval {e['accuracy_low']:.1%} to {e['accuracy_high']:.1%}{note}", highlight=False)
-    out.print(f"In production: {r['model']} version {r['champion']}. {r['gate']}", highlight=False)
+    out.print(f"In production: {r['model']} version {r['champion']}; {r['gate']}", highlight=False)
     out.print(f"\nNext: [bold]plant-mlops serve{at}[/], then open http://127.0.0.1:8000/ui\n"
               f"      [bold]plant-mlops predict{at} {p['file']}[/]", highlight=False, soft_wrap=True)
 

@@ -125,7 +125,7 @@ def _step(
     what = ', '.join(f'{v:,} {k}' if isinstance(v, int) else str(v) for k, v in said.items() if v)
     console.print(f'[green]✓[/] [bold]{name:<9}[/] {time.perf_counter() - start:6.1f} s  {what}', highlight=False)
 
-# %% ../../nbs/ops/20_stages.ipynb #41f4a1fc
+# %% ../../nbs/ops/20_stages.ipynb #348684aa
 def run(
     s: Settings, # settings in force
     photos: Path | None = None, # folder with one folder of photos for each class
@@ -135,26 +135,31 @@ def run(
 ) -> dict: # model, champion, source, evaluation, gate, prediction
     "The main job: photos in, a prediction from the model in production out."
     console = console or Console(stderr=True)
-    with _step(console, 'catalog') as say: say.update(rows=(n := fill(s, photos, manifest, synthetic))['rows'], new=n['new'])
-    with _step(console, 'ingest') as say: say.update({k: v for k, v in ingest(s).items() if k in ('stored', 'failed', 'rejected', 'skipped')} or dict(nothing='new'))
-    with _step(console, 'prepare') as say: say.update({k: v for k, v in prepare(s).items() if k in ('prepared', 'failed', 'already')})
-    with _step(console, 'dataset') as say: say.update(what=_describe(d := dataset(s)))
-    with _step(console, 'train') as say: say.update(what=f"version {(t := train(s))['version']} of {s.model}")
-    with _step(console, 'evaluate') as say: say.update(what=f"{(e := evaluate(s, t['version']))['accuracy']:.1%} of {e['n']} test photos")
-    with _step(console, 'promote') as say: say.update(what=f"version {(p := promote(s, t['version']))['version'] if p['promoted'] else p['previous']} is in production")
-    with _step(console, 'predict') as say: say.update(photo=Path((a := _try_one(s, d['version']))['file']).name)
+    step = lambda name: _step(console, name)
+    with step('catalog') as say: say.update(rows=(n := fill(s, photos, manifest, synthetic))['rows'], new=n['new'])
+    with step('ingest') as say: say.update(_numbers(ingest(s), 'stored', 'failed', 'rejected', 'skipped'))
+    with step('prepare') as say: say.update(_numbers(prepare(s), 'prepared', 'failed', 'already'))
+    with step('dataset') as say: say.update(what=_describe(d := dataset(s)))
+    with step('train') as say: say.update(what=f"version {(t := train(s))['version']} of {s.model}")
+    with step('evaluate') as say: say.update(what=f"{(e := evaluate(s, t['version']))['accuracy']:.1%} of {e['n']} test photos")
+    with step('promote') as say: say.update(what=_gate(t['version'], p := promote(s, t['version'])))
+    with step('predict') as say: say.update(photo=Path((a := _try_one(s, d['version']))['file']).name)
     return dict(model=s.model, version=t['version'], champion=a['model_version'], promoted=p['promoted'], source=d['source'], dataset=d['version'],
                 evaluation=e, gate=_gate(t['version'], p), prediction=a)
 
-# %% ../../nbs/ops/20_stages.ipynb #26ae5b37
+# %% ../../nbs/ops/20_stages.ipynb #267756f4
 def _describe(d: dict) -> str:
     "A dataset in a few words."
     source = 'synthetic ' if d['source'] == 'synthetic' else ''
     return f"{d['version']}: {d['photos']:,} {source}photos of {', '.join(d['classes'])}"
 
+def _numbers(r: dict, *keys) -> dict:
+    "The figures of a stage that are not zero."
+    return {k: r[k] for k in keys if r.get(k)} or dict(what='nothing to do')
+
 def _gate(version: str, p: dict) -> str:
     "What the gate said, as a sentence."
-    return f"Version {version} {'was promoted' if p['promoted'] else 'was not promoted'}: {p['reason']}."
+    return f"version {version} {'was promoted' if p['promoted'] else 'was not promoted'}: {p['reason']}."
 
 def _try_one(
     s: Settings, # settings in force
