@@ -24,7 +24,8 @@ export: install       ## notebooks → modules and README, cleaned
 	nbdev-export && nbdev-clean && $(MAKE) --no-print-directory readme
 
 readme: install
-	@jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb > README.md
+	@jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | \
+	  sed -E 's#\]\(((data|model|serve|ops|bench)/|00_)#](nbs/\1#g' > README.md
 
 install: $(VENV)/.installed
 
