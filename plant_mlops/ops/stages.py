@@ -112,7 +112,7 @@ def promote(
     from plant_mlops.model.registry import promote as move
     return move(s, version, force=force)
 
-# %% ../../nbs/ops/21_stages.ipynb #ed0f0a94
+# %% ../../nbs/ops/21_stages.ipynb #6af27b62
 @contextmanager
 def _step(
     console: Console, # where to say it
@@ -120,7 +120,7 @@ def _step(
 ):
     "Time a stage; the caller fills in what to say of it."
     start, said = time.perf_counter(), {}
-    console.print(f'[dim]…[/] {name}', end='\r', highlight=False)
+    if console.is_terminal: console.print(f'[dim]…[/] {name}', end='\r', highlight=False)
     yield said
     what = ', '.join(f'{v:,} {k}' if isinstance(v, int) else str(v) for k, v in said.items() if v)
     console.print(f'[green]✓[/] [bold]{name:<9}[/] {time.perf_counter() - start:6.1f} s  {what}', highlight=False)
