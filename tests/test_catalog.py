@@ -7,12 +7,7 @@ from plant_mlops.data import catalog as cat
 @pytest.fixture(params=['sqlite', 'postgres', 'mariadb'])
 def s(request, tmp_path):
     if request.param == 'sqlite': yield settings(home=tmp_path)
-    else:
-        url = request.getfixturevalue(request.param)
-        eng = sa.create_engine(url)
-        with eng.begin() as c: c.exec_driver_sql('DROP TABLE IF EXISTS plants_data')
-        eng.dispose()
-        yield settings(catalog_url=url)
+    else: yield settings(catalog_url=request.getfixturevalue(request.param))
 
 @pytest.fixture
 def eng(s):

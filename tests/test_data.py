@@ -123,7 +123,7 @@ def test_unlabelled_and_unprepared_are_counted(tmp_path):
     fill(s, 4, seed=1)
     build_dataset(s)
     ds = load_dataset(s)
-    assert len(ds.manifest) == 17 and ds.card['left_out'] == dict(rejected=0, failed=0, new=0, unlabelled=3, unprepared=4)
+    assert len(ds.manifest) == 17 and ds.card['left_out'] == dict(rejected=0, failed=0, new=0, synthetic=0, unlabelled=3, unprepared=4)
     assert '3 rows unlabelled' in repr(ds)
 
 # -- again, and by several workers

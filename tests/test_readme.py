@@ -3,7 +3,7 @@ import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from PIL import Image
-from conftest import root
+from conftest import borrow_venv, root
 
 pytestmark = pytest.mark.timeout(900)
 readme = (root/'README.md').read_text()
@@ -25,8 +25,7 @@ def clone(tmp_path_factory):
         if (root/f).is_file():
             (to/f).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root/f, to/f, follow_symlinks=False)
-    (to/'.venv').symlink_to(Path(sys.executable).parent.parent)
-    (to/'.venv/.installed').touch()
+    borrow_venv(to)
     return to
 
 def test_main_job_then_every_other_command(clone):
