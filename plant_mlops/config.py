@@ -131,7 +131,7 @@ def allowed_hosts(
             names.add(o.lower())
     return names, nets
 
-# %% ../nbs/00_config.ipynb #32461e79
+# %% ../nbs/00_config.ipynb #3f301c31
 def provenance(
     s: Settings, # settings in force
 ) -> dict: # name → (value as text, where it came from, what it is)
@@ -152,7 +152,8 @@ def _found(
 def _show(v) -> str:
     "A value as text; a secret as stars; a password in a URL as stars."
     if isinstance(v, SecretStr): return '********' if v.get_secret_value() else ''
-    return re.sub(r'(?<=:)[^:/@]+(?=@)', '********', str(v))
+    hidden = re.sub(r'(?<=://)([^:/@]*):.*(?=@)', r'\1:********', str(v))
+    return re.sub(r'(?i)(?<=[?&])(\w*(?:password|token|secret|key)\w*=)[^&]+', r'\1********', hidden)
 
 # %% ../nbs/00_config.ipynb #5ec987e3
 def unknown_variables() -> list: # (variable, the one that was probably meant or '')

@@ -6,8 +6,8 @@
 __all__ = ['metadata', 'plants_data', 'statuses', 'photo_suffixes', 'open_catalog', 'add_rows', 'add_dir', 'load_file', 'pending',
            'stored', 'rows', 'counts', 'record', 'retry']
 
-# %% ../../nbs/data/02_catalog.ipynb #afa884d7
-import csv, sqlite3, time
+# %% ../../nbs/data/02_catalog.ipynb #e69ff3f9
+import csv, io, sqlite3, time
 from importlib import resources
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -125,7 +125,7 @@ def add_dir(
     if not files: raise PlantError(f'{path} holds no photo. Put photos into one folder for each class, as in {path.name}/grass/1.jpg.')
     return add_rows(eng, [dict(url_source=f.as_uri(), label=f.relative_to(path).parts[0]) for f in files])
 
-# %% ../../nbs/data/02_catalog.ipynb #d54f0b64
+# %% ../../nbs/data/02_catalog.ipynb #8a1a9a48
 def load_file(
     eng: sa.Engine, # catalog
     path: Path | str, # a .csv or .sql file, or the name of a script in the package
@@ -142,7 +142,7 @@ def load_file(
 
 def _load_csv(eng: sa.Engine, path: Path, text: str) -> int:
     "Add the rows of a CSV file."
-    rows = csv.DictReader(text.splitlines())
+    rows = csv.DictReader(io.StringIO(text, newline=''))
     if 'url_source' not in (rows.fieldnames or []):
         raise PlantError(f'{path} has no column "url_source"; its columns are {rows.fieldnames or "none"}. Name the column of the URLs url_source. Nothing was added.')
     try: return add_rows(eng, list(rows))

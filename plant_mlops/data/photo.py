@@ -23,7 +23,7 @@ class Limits:
     max_frames: int = 1000 # of an animation; the first is used
     formats: tuple = ('JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF') # names in Pillow; MPO is how some phones write JPEG
 
-# %% ../../nbs/data/03_photo.ipynb #02fefce2
+# %% ../../nbs/data/03_photo.ipynb #29270fdb
 def _open(
     data: bytes, # a file's content
     limits: Limits, # what is accepted
@@ -58,7 +58,7 @@ def _decode(
     except Exception as e: raise PhotoError(f'the photo is damaged or cut off ({e})') from None
     return img
 
-# %% ../../nbs/data/03_photo.ipynb #f61f8103
+# %% ../../nbs/data/03_photo.ipynb #bf5f2290
 @dataclass(frozen=True)
 class PhotoInfo:
     "What is known of a photo that can be decoded."
@@ -73,9 +73,10 @@ def check_photo(
     "Decode a photo as small as can be, to see that it is whole; raises `PhotoError`."
     img = _open(data, limits)
     w, h = img.size
-    if img.getexif().get(0x0112, 1) in (5, 6, 7, 8): w, h = h, w
     _decode(img, 1, limits)
-    return PhotoInfo(w, h, img.format)
+    try: turned = img.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except Exception as e: raise PhotoError(f'the photo is damaged ({e})') from None
+    return PhotoInfo(*((h, w) if turned else (w, h)), img.format)
 
 # %% ../../nbs/data/03_photo.ipynb #d1726f53
 def _rgb(

@@ -7,12 +7,13 @@ __all__ = ['app', 'catalog_app', 'out', 'err', 'Home', 'Json', 'Version', 'Shard
            'train', 'evaluate', 'cross_validate', 'promote', 'rollback', 'history', 'predict', 'serve', 'catalog_load',
            'catalog_add', 'catalog_list', 'catalog_retry', 'config', 'status', 'main']
 
-# %% ../../nbs/ops/25_cli.ipynb #d65a5547
+# %% ../../nbs/ops/25_cli.ipynb #a0b09632
 import json, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from ..config import PlantError, provenance, settings, unknown_variables
 
@@ -29,7 +30,7 @@ Version = Annotated[Optional[str], typer.Option('--version', help='Version of th
 Shard = Annotated[str, typer.Option(help='Which part of the work: 2/4 is the second of four workers')]
 Seed = Annotated[Optional[int], typer.Option(help='Seed of every random choice')]
 
-# %% ../../nbs/ops/25_cli.ipynb #5dc6f77a
+# %% ../../nbs/ops/25_cli.ipynb #b973c083
 def _say(
     result: dict, # what to print
     as_json: bool, # JSON for a script, else lines for a person
@@ -37,7 +38,7 @@ def _say(
     "Print a result."
     if as_json: return print(json.dumps(result, default=str, ensure_ascii=False))
     for k, v in result.items():
-        if v is not None: out.print(f'[bold]{k:>14}[/]  {v}', highlight=False)
+        if v is not None: out.print(f'[bold]{k:>14}[/]  {escape(str(v))}', highlight=False)
 
 def _part(
     shard: str, # such as 2/4
@@ -66,7 +67,7 @@ def run(
     if as_json: return _say(r, True)
     _report(r, home)
 
-# %% ../../nbs/ops/25_cli.ipynb #570b0b97
+# %% ../../nbs/ops/25_cli.ipynb #2902f54a
 def _report(
     r: dict, # what `run` found
     home: Path | None, # as given
@@ -74,11 +75,11 @@ def _report(
     "The end of a run, for a person."
     p, e, at = r['prediction'], r['evaluation'], f' --home {home}' if home else ''
     note = ' [yellow](synthetic photos)[/]' if r['source'] == 'synthetic' else ''
-    out.print(f"\n[bold]{Path(p['file']).name}[/] is [bold green]{p['prediction']}[/], {p['probability']:.1%}{note}", highlight=False)
+    out.print(f"\n[bold]{escape(Path(p['file']).name)}[/] is [bold green]{p['prediction']}[/], {p['probability']:.1%}{note}", highlight=False)
     out.print(f"Accuracy {e['accuracy']:.1%} on {e['n']} test photos, 95 % interval {e['accuracy_low']:.1%} to {e['accuracy_high']:.1%}{note}", highlight=False)
     out.print(f"In production: {r['model']} version {r['champion']}; {r['gate']}", highlight=False)
     out.print(f"\nNext: [bold]plant-mlops serve{at}[/], then open http://127.0.0.1:8000/ui\n"
-              f"      [bold]plant-mlops predict{at} {p['file']}[/]", highlight=False, soft_wrap=True)
+              f"      [bold]plant-mlops predict{at} {escape(p['file'])}[/]", highlight=False, soft_wrap=True)
 
 # %% ../../nbs/ops/25_cli.ipynb #58d9bcff
 @app.command()
@@ -103,7 +104,7 @@ def dataset(home: Home = None, as_json: Json = False):
     from plant_mlops.ops import stages
     _say(stages.dataset(settings(home=home), progress=not as_json), as_json)
 
-# %% ../../nbs/ops/25_cli.ipynb #6eb77d41
+# %% ../../nbs/ops/25_cli.ipynb #15ae440b
 @app.command()
 def train(home: Home = None, seed: Seed = None, epochs: Annotated[Optional[int], typer.Option(help='Epochs of fine-tuning', min=0)] = None,
           arch: Annotated[Optional[str], typer.Option(help='Backbone, by its timm or torchvision name')] = None, as_json: Json = False):
@@ -119,7 +120,7 @@ def evaluate(version: Version = None, home: Home = None, as_json: Json = False):
 
 @app.command('cross-validate')
 def cross_validate(
-    photos: Annotated[Optional[Path], typer.Option(help='Folder with one folder of photos for each class; default: the newest dataset')] = None,
+    photos: Annotated[Optional[Path], typer.Option(help='Folder with one folder of photos for each class; default: the photos that are prepared')] = None,
     folds: Annotated[int, typer.Option(help='Folds', min=2)] = 5,
     seeds: Annotated[Optional[str], typer.Option(help='Seeds, comma-separated; default: the seed in force')] = None,
     home: Home = None, as_json: Json = False,
@@ -127,7 +128,9 @@ def cross_validate(
     "Out-of-fold figures of the training recipe."
     from plant_mlops.ops import stages
     s = settings(home=home)
-    _say(stages.cross_validate(s, photos, folds, [int(o) for o in seeds.split(',')] if seeds else [s.seed], progress=not as_json), as_json)
+    try: each = [int(o) for o in seeds.split(',')] if seeds else [s.seed]
+    except ValueError: raise typer.BadParameter(f'{seeds!r}: write integers, such as 1,2,3', param_hint='--seeds') from None
+    _say(stages.cross_validate(s, photos, folds, each, progress=not as_json), as_json)
 
 # %% ../../nbs/ops/25_cli.ipynb #5e3ec2ca
 @app.command()
@@ -153,7 +156,7 @@ def history(home: Home = None, as_json: Json = False):
     if as_json: return print(json.dumps(rows, default=str))
     _table(rows, 'Nothing has been promoted yet.')
 
-# %% ../../nbs/ops/25_cli.ipynb #5ccffce3
+# %% ../../nbs/ops/25_cli.ipynb #dfe8796f
 def _table(
     rows: list, # dicts with the same keys
     nothing: str, # what to say of an empty list
@@ -163,10 +166,10 @@ def _table(
     if not rows: return out.print(nothing)
     columns = columns or tuple(rows[0])
     t = Table(*columns, box=None, pad_edge=False, header_style='bold')
-    for r in rows: t.add_row(*('' if r.get(k) is None else str(r[k]) for k in columns))
+    for r in rows: t.add_row(*('' if r.get(k) is None else escape(str(r[k])) for k in columns))
     out.print(t)
 
-# %% ../../nbs/ops/25_cli.ipynb #d65d2114
+# %% ../../nbs/ops/25_cli.ipynb #d3302c82
 @app.command()
 def predict(
     files: Annotated[list[Path], typer.Argument(help='Photos')],
@@ -184,9 +187,9 @@ def predict(
 
 def _answer(r: dict, model):
     "One prediction, for a person."
-    if 'error' in r: return err.print(f"[red]{r['file']}[/]: {r['error']}", highlight=False, soft_wrap=True)
+    if 'error' in r: return err.print(f"[red]{escape(r['file'])}[/]: {escape(r['error'])}", highlight=False, soft_wrap=True)
     note = ' [yellow](model trained on synthetic photos)[/]' if model.synthetic else ''
-    out.print(f"{r['file']}: [bold green]{r['prediction']}[/] {r['probability']:.1%}{note}", highlight=False, soft_wrap=True)
+    out.print(f"{escape(r['file'])}: [bold green]{r['prediction']}[/] {r['probability']:.1%}{note}", highlight=False, soft_wrap=True)
 
 # %% ../../nbs/ops/25_cli.ipynb #95608501
 @app.command()
@@ -249,18 +252,18 @@ def status(home: Home = None, as_json: Json = False):
     from plant_mlops.ops.stages import status as state
     _say(state(settings(home=home)), as_json)
 
-# %% ../../nbs/ops/25_cli.ipynb #c1f664c5
+# %% ../../nbs/ops/25_cli.ipynb #1a33876e
 def main():
     "The console script `plant-mlops`."
     try: app()
     except PlantError as e:
-        err.print(f'[bold red]error[/] {e}', highlight=False, soft_wrap=True)
+        err.print(f'[bold red]error[/] {escape(str(e))}', highlight=False, soft_wrap=True)
         sys.exit(1)
     except ModuleNotFoundError as e:
         if (e.name or '').startswith('plant_mlops'): raise
         extra = 'app' if e.name in ('gradio', 'voila') else 'train'
         err.print(f"[bold red]error[/] This needs {e.name}, which is not installed. Install it with: pip install 'plant_mlops\\[{extra}]'", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print('\nStopped. Nothing is lost: the same command goes on from here.')
-        sys.exit(130)
+    except SystemExit as e: # typer has turned Ctrl-C into this code
+        if e.code == 130: err.print('\nStopped. Nothing is lost: the same command goes on from here.')
+        raise

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['fill', 'ingest', 'prepare', 'dataset', 'train', 'evaluate', 'promote', 'run', 'status', 'cross_validate']
 
-# %% ../../nbs/ops/21_stages.ipynb #0498fa87
+# %% ../../nbs/ops/21_stages.ipynb #fd4f6c61
 import hashlib, json, time
 from contextlib import contextmanager
 from pathlib import Path
 from rich.console import Console
+from rich.markup import escape
 from ..config import PlantError, Settings
 
 # %% ../../nbs/ops/21_stages.ipynb #e16a0c56
@@ -112,7 +113,7 @@ def promote(
     from plant_mlops.model.registry import promote as move
     return move(s, version, force=force)
 
-# %% ../../nbs/ops/21_stages.ipynb #6af27b62
+# %% ../../nbs/ops/21_stages.ipynb #97a6f2af
 @contextmanager
 def _step(
     console: Console, # where to say it
@@ -123,7 +124,7 @@ def _step(
     if console.is_terminal: console.print(f'[dim]…[/] {name}', end='\r', highlight=False)
     yield said
     what = ', '.join(f'{v:,} {k}' if isinstance(v, int) else str(v) for k, v in said.items() if v)
-    console.print(f'[green]✓[/] [bold]{name:<9}[/] {time.perf_counter() - start:6.1f} s  {what}', highlight=False)
+    console.print(f'[green]✓[/] [bold]{name:<9}[/] {time.perf_counter() - start:6.1f} s  {escape(what)}', highlight=False)
 
 # %% ../../nbs/ops/21_stages.ipynb #348684aa
 def run(
