@@ -263,6 +263,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'plant_mlops/data/synthetic.py'),
                                             'plant_mlops.data.synthetic._Server': ( 'data/synthetic.html#_server',
                                                                                     'plant_mlops/data/synthetic.py'),
+                                            'plant_mlops.data.synthetic._Server.handle_error': ( 'data/synthetic.html#_server.handle_error',
+                                                                                                 'plant_mlops/data/synthetic.py'),
                                             'plant_mlops.data.synthetic._backdrop': ( 'data/synthetic.html#_backdrop',
                                                                                       'plant_mlops/data/synthetic.py'),
                                             'plant_mlops.data.synthetic._blades': ( 'data/synthetic.html#_blades',

@@ -31,8 +31,6 @@ def clone(tmp_path_factory):
 def test_main_job_then_every_other_command(clone):
     out = sh('make run', clone)
     assert re.search(r'is (dandelion|grass), .*synthetic photos', out) and '95 % interval' in out and '/ui' in out
-    for label, colour in dict(fern='darkgreen', moss='olive').items():
-        (clone/'my-photos'/label).mkdir(parents=True)
     for c in commands:
         if c in ('make run', 'make test') or c.startswith('source') or '--photos' in c: continue
         sh(c, clone)

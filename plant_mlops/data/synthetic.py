@@ -327,7 +327,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args): "Say nothing."
 
-class _Server(ThreadingHTTPServer): request_queue_size = 128
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    def handle_error(self, request, client_address): pass # the other side has gone
 
 # %% ../../nbs/data/08_synthetic.ipynb #a04d273a
 @contextmanager

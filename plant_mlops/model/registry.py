@@ -383,7 +383,7 @@ def rollback(
     "Put the champion before back; raises `PlantError` when there was none."
     sync(s)
     with mlflow_client(s) as c: stack = _stack([e['version'] for e in _events(c, s)])
-    if len(stack) < 2: raise PlantError(f'There is no champion of {s.model!r} to go back to. `plant-mlops history` lists them; `plant-mlops promote` chooses one.')
+    if len(stack) < 2: raise PlantError(f'There is no champion of {s.model!r} to go back to. `plant-mlops history` lists them; `plant-mlops promote --version N` chooses one.')
     reason = f'rolled back from version {stack[-1]}'
     _crown(s, stack[-2], reason)
     return dict(version=stack[-2], previous=stack[-1], reason=reason)

@@ -174,7 +174,7 @@ class Trained:
     embeddings: np.ndarray # (M, D) float32, rows of length 1, of the training photos
     history: list # a dict for each epoch
     probe: dict # regularisation and validation accuracy of the linear probe
-    temperature: float = 1. # by which logits are divided; fitted by `evaluate`
+    temperature: float = 1. # by which logits are divided; fitted by `export_onnx`
     side: int = 256 # shorter side that photos were prepared at, in pixels
     run_id: str = '' # of MLflow
     dataset: str = '' # version
