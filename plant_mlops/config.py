@@ -6,10 +6,11 @@
 __all__ = ['PlantError', 'Basics', 'Places', 'Ingest', 'Photos', 'Train', 'Serve', 'Settings', 'settings', 'allowed_hosts',
            'provenance', 'unknown_variables']
 
-# %% ../nbs/00_config.ipynb #7a1deeb1
+# %% ../nbs/00_config.ipynb #051451bc
 import difflib, os, re
 from ipaddress import ip_network
 from pathlib import Path
+from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
 
@@ -38,7 +39,7 @@ class Places(BaseSettings):
     s3_secret_key: SecretStr = _f(SecretStr(''), 'S3 secret key; empty: as boto3 finds it')
     s3_timeout: float = _f(20., 'Seconds to wait for the store before trying again', gt=0)
 
-# %% ../nbs/00_config.ipynb #bb4a30d5
+# %% ../nbs/00_config.ipynb #5b9ff8c6
 class Ingest(BaseSettings):
     "How photos are fetched."
     ingest_concurrency: int = _f(64, 'Photos fetched at a time', ge=1)
@@ -48,6 +49,7 @@ class Ingest(BaseSettings):
     ingest_timeout: float = _f(30., 'Seconds for one try', gt=0)
     ingest_max_bytes: int = _f(20_000_000, 'Largest photo accepted, in bytes', ge=1)
     ingest_batch: int = _f(200, 'Photos written back to the catalog at a time', ge=1)
+    ingest_schemes: str = _f('http,https,file,s3', 'Kinds of URL that are fetched; without file and s3 where strangers fill the catalog')
     ingest_allow_hosts: str = _f('', 'Host names and networks (comma-separated) allowed though their address is not public')
 
 # %% ../nbs/00_config.ipynb #7e2e30ac
@@ -91,7 +93,7 @@ class Settings(Serve, Train, Photos, Ingest, Places, Basics):
             if k == 'home' or not getattr(self, k): self.__dict__[k] = v
         return self
 
-# %% ../nbs/00_config.ipynb #d00a6fb7
+# %% ../nbs/00_config.ipynb #4244e312
 def settings(
     **overrides, # values that beat the environment and `.env`; None means not given
 ) -> Settings: # checked settings
@@ -109,7 +111,7 @@ def _explain(
 ) -> str: # a line a setting
     "Say which setting is wrong, and why."
     one = lambda o: f"{_variable(str(o['loc'][0])) if o['loc'] else 'settings'} = {o['input']!r}: {o['msg']}"
-    return 'A setting is not usable. ' + '; '.join(map(one, e.errors())) + '. Mend it in the environment or in .env.'
+    return 'A setting is not usable. ' + '; '.join(map(one, e.errors())) + '. Mend it on the command line, in the environment or in .env.'
 
 # %% ../nbs/00_config.ipynb #53060a7f
 def _variable(
@@ -155,9 +157,9 @@ def _show(v) -> str:
     hidden = re.sub(r'(?<=://)([^:/@]*):.*(?=@)', r'\1:********', str(v))
     return re.sub(r'(?i)(?<=[?&])(\w*(?:password|token|secret|key)\w*=)[^&]+', r'\1********', hidden)
 
-# %% ../nbs/00_config.ipynb #5ec987e3
+# %% ../nbs/00_config.ipynb #7ba407b6
 def unknown_variables() -> list: # (variable, the one that was probably meant or '')
-    "Variables that begin with `PLANT_` and are not a setting."
+    "Variables of the environment and of .env that begin with `PLANT_` and are not a setting."
     known = {_variable(k) for k in Settings.model_fields} | {'PLANT_TRACKING_URI'}
-    wrong = sorted(k for k in os.environ if k.startswith('PLANT_') and k not in known)
+    wrong = sorted(k for k in {*os.environ, *map(str.upper, dotenv_values('.env'))} if k.startswith('PLANT_') and k not in known)
     return [(k, next(iter(difflib.get_close_matches(k, known, 1)), '')) for k in wrong]

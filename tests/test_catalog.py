@@ -18,27 +18,43 @@ def eng(s):
 def _rows(n, label='grass'): return [dict(url_source=f'http://photos.example/{label}/{i}.jpg', label=label) for i in range(n)]
 
 def test_reference_script_runs_unchanged_twice(eng):
-    assert cat.load_file(eng, 'plants_data.sql') == 400
-    assert cat.load_file(eng, 'plants_data.sql') == 0
+    assert cat.load_file(eng, 'plants_data.sql')['new'] == 400
+    assert cat.load_file(eng, 'plants_data.sql')['new'] == 0
     labels = [r['label'] for r in cat.rows(eng)]
     assert labels.count('dandelion') == labels.count('grass') == 200
     assert cat.counts(eng)['new'] == 400
 
 def test_urls_are_unique_and_case_matters(eng):
-    assert cat.add_rows(eng, _rows(3)) == 3
-    assert cat.add_rows(eng, _rows(5)) == 2
-    assert cat.add_rows(eng, [dict(url_source='http://photos.example/grass/A.jpg'), dict(url_source='http://photos.example/grass/a.jpg')]) == 2
+    assert cat.add_rows(eng, _rows(3))['new'] == 3
+    assert cat.add_rows(eng, _rows(5))['new'] == 2
+    assert cat.add_rows(eng, [dict(url_source='http://photos.example/grass/A.jpg'), dict(url_source='http://photos.example/grass/a.jpg')])['new'] == 2
+
+def test_a_label_is_corrected_by_loading_it_again(eng):
+    cat.add_rows(eng, _rows(3))
+    again = [dict(r, label=o) for r, o in zip(_rows(4), ('grass', 'dandelion', '', 'grass'))]
+    assert cat.add_rows(eng, again) == dict(new=1, relabelled=1)
+    assert [r['label'] for r in cat.rows(eng)] == ['grass', 'dandelion', 'grass', 'grass']
+
+def test_only_files_of_that_folder_are_gone(eng, tmp_path):
+    for f in ('a_/x/1.jpg', 'a_/x/2.jpg', 'A_/x/1.jpg', 'ab/x/1.jpg'):
+        (tmp_path/f).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/f).write_bytes(b'')
+        cat.add_dir(eng, (tmp_path/f).parent.parent)
+    (tmp_path/'a_/x/1.jpg').unlink()
+    assert cat.add_dir(eng, tmp_path/'a_') == dict(new=0, relabelled=0, gone=1)
+    assert cat.add_dir(eng, tmp_path/'a_', mirror=True)['gone'] == 1
+    assert [r['url_source'].removeprefix(tmp_path.as_uri()) for r in cat.rows(eng)] == ['/a_/x/2.jpg', '/A_/x/1.jpg', '/ab/x/1.jpg']
 
 def test_accents_percent_signs_and_long_urls(eng, tmp_path):
     f = tmp_path/'données.csv'
     long = 'http://photos.example/' + 'x' * 670
     f.write_text(f'url_source,label\nhttp://photos.example/caf%C3%A9%20à.jpg,pâquerette 🌼\n{long},grass\n', encoding='utf-8-sig')
-    assert cat.load_file(eng, f) == 2
+    assert cat.load_file(eng, f)['new'] == 2
     assert cat.rows(eng)[0]['label'] == 'pâquerette 🌼' and cat.rows(eng)[1]['url_source'] == long
     with pytest.raises(PlantError, match='700'): cat.add_rows(eng, [dict(url_source='http://' + 'x' * 700)])
     sql = tmp_path/'one.sql'
     sql.write_text("-- a comment; with a semicolon\nINSERT INTO plants_data (url_source, label) VALUES ('http://photos.example/100%25.jpg', 'grass');\n")
-    assert cat.load_file(eng, sql) == 1
+    assert cat.load_file(eng, sql)['new'] == 1
     assert cat.rows(eng)[-1]['url_source'] == 'http://photos.example/100%25.jpg'
 
 def test_a_bad_file_adds_nothing(eng, tmp_path):

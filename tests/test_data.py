@@ -80,7 +80,7 @@ def test_one_empty_class_folder(tmp_path):
     s = settings(home=tmp_path/'home')
     for o in LABELS: (tmp_path/'photos'/o).mkdir(parents=True)
     for i in range(3): (tmp_path/f'photos/grass/{i}.jpg').write_bytes(photo('grass', 0, i))
-    assert add_dir(open_catalog(s), tmp_path/'photos') == 3
+    assert add_dir(open_catalog(s), tmp_path/'photos')['new'] == 3
     ingest(s, progress=False), prepare(s, progress=False)
     with pytest.raises(PlantError, match='needs two classes, and the photos have 1: grass'): build_dataset(s)
 
@@ -278,7 +278,7 @@ def test_growth_keeps_most_sides(tmp_path):
 def test_real_photos(photos, tmp_path):
     "300 photos from the web: splits as promised, flags with reasons, nothing dropped."
     s = settings(home=tmp_path/'home')
-    assert add_dir(open_catalog(s), photos/'plants') == 300
+    assert add_dir(open_catalog(s), photos/'plants')['new'] == 300
     ingest(s, progress=False)
     assert outcome(prepare(s, progress=False)) == dict(prepared=300, already=0, failed=0)
     build_dataset(s)

@@ -130,12 +130,12 @@ def die(*a): os.kill(os.getpid(), signal.SIGKILL)
 
 def promote_and_die(home, where):
     "Promote version 2, killed at one point on the way."
-    put, sync = FolderStore.put, registry.sync
+    put, sync, publish = FolderStore.put, registry.sync, registry._publish
     def at_pointer(self, k, *a, **kw):
         if k == key and where == 'before_the_pointer': die()
         put(self, k, *a, **kw)
         if k == key: die()
-    if where == 'before_the_alias': registry._publish = lambda s, store, v: die() if str(v.version) == '2' else None
+    if where == 'before_the_alias': registry._publish = lambda s, store, v: die() if str(v.version) == '2' else publish(s, store, v)
     elif where == 'after_the_alias': registry.sync = lambda s, reason='': die() if reason else sync(s)
     else: FolderStore.put = at_pointer
     registry.promote(settings(home=home), 2)

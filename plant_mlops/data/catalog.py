@@ -69,7 +69,7 @@ def _unusable(s: Settings, e: Exception) -> PlantError:
     except Exception: url = s.catalog_url
     return PlantError(f'The catalog {url} cannot be used: {str(getattr(e, "orig", e)).strip()}. Check PLANT_CATALOG_URL, and that the database runs.')
 
-# %% ../../nbs/data/02_catalog.ipynb #1d370594
+# %% ../../nbs/data/02_catalog.ipynb #05ba9f82
 _patient = tenacity.retry(retry=tenacity.retry_if_exception_type(sa.exc.OperationalError), reraise=True,
                           wait=tenacity.wait_random_exponential(.1, max=3), stop=tenacity.stop_after_attempt(8))
 
@@ -83,21 +83,35 @@ def _insert_or_ignore(
 
 def _count(c: sa.Connection) -> int: return c.scalar(sa.select(sa.func.count()).select_from(plants_data))
 
-# %% ../../nbs/data/02_catalog.ipynb #646029ff
+def _relabel(
+    c: sa.Connection, # in a transaction
+    rows: list, # checked rows
+) -> int: # how many labels changed
+    "Give rows that are there the label they come with now; no label changes nothing."
+    t, want = plants_data.c, {r['url_source']: r['label'] for r in rows if r['label']}
+    old = c.execute(sa.select(t.id, t.url_source, t.label).where(t.url_source.in_(want))).all()
+    new = [dict(i=i, l=want[u]) for i, u, l in old if u in want and l != want[u]]
+    if new: c.execute(sa.update(plants_data).where(t.id == sa.bindparam('i')).values(label=sa.bindparam('l')), new)
+    return len(new)
+
+# %% ../../nbs/data/02_catalog.ipynb #0d6f07b3
 def add_rows(
     eng: sa.Engine, # catalog
     rows, # iterable of dicts with `url_source` and `label`
-) -> int: # how many were new
-    "Add photos by URL; a URL that is already there keeps its row. Raises `PlantError` on a row without a usable URL."
+) -> dict: # rows that are `new`, and rows `relabelled`
+    "Add photos by URL; one that is already there may get another label. Raises `PlantError` on a row without a usable URL."
     return _insert(eng, [_row(i, r) for i, r in enumerate(rows, 1)])
 
 @_patient
-def _insert(eng: sa.Engine, rows: list) -> int:
+def _insert(eng: sa.Engine, rows: list) -> dict:
     "Add checked rows in one transaction."
+    parts, other = [rows[i:i + 500] for i in range(0, len(rows), 500)], 0
     with eng.begin() as c:
         before = _count(c)
-        for i in range(0, len(rows), 1000): c.execute(_insert_or_ignore(eng.dialect.name), rows[i:i + 1000])
-        return _count(c) - before
+        for o in parts:
+            other += _relabel(c, o)
+            c.execute(_insert_or_ignore(eng.dialect.name), o)
+        return dict(new=_count(c) - before, relabelled=other)
 
 def _row(
     i: int, # its number, for the message
@@ -110,26 +124,38 @@ def _row(
     if len(url) > 700 or len(label) > 100: raise PlantError(f'Row {i}: the URL may have 700 characters and the label 100. Nothing was added.')
     return dict(url_source=url, label=label or None)
 
-# %% ../../nbs/data/02_catalog.ipynb #f7d20232
+# %% ../../nbs/data/02_catalog.ipynb #a25a5604
 photo_suffixes = {'.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff'}
 
 def add_dir(
     eng: sa.Engine, # catalog
     path: Path | str, # folder with one folder a class
-) -> int: # how many were new
+    mirror: bool = False, # forget the rows of files that are no longer there
+) -> dict: # rows that are `new`, `relabelled` and `gone`: of files that are no longer there
     "Add the photos under a folder, labelled by the folder they are in; raises `PlantError` if there is none."
     path = Path(path).expanduser().absolute()
     if not path.is_dir(): raise PlantError(f'{path} is not a folder. Give a folder that holds one folder for each class.')
     files = sorted(f for f in path.glob('*/**/*') if f.suffix.lower() in photo_suffixes and f.is_file()
                    and not any(o.startswith('.') for o in f.relative_to(path).parts))
     if not files: raise PlantError(f'{path} holds no photo. Put photos into one folder for each class, as in {path.name}/grass/1.jpg.')
-    return add_rows(eng, [dict(url_source=f.as_uri(), label=f.relative_to(path).parts[0]) for f in files])
+    found = [dict(url_source=f.as_uri(), label=f.relative_to(path).parts[0]) for f in files]
+    return add_rows(eng, found) | dict(gone=_gone(eng, path, {o['url_source'] for o in found}, mirror))
 
-# %% ../../nbs/data/02_catalog.ipynb #8a1a9a48
+@_patient
+def _gone(eng: sa.Engine, path: Path, there: set, forget: bool) -> int:
+    "Count the rows of files that have left a folder, and forget them if so asked."
+    t, here = plants_data.c, path.as_uri() + '/'
+    with eng.begin() as c:
+        ours = c.execute(sa.select(t.id, t.url_source).where(t.url_source.startswith(here, autoescape=True))).all()
+        gone = [dict(i=i) for i, u in ours if u.startswith(here) and u not in there] # LIKE may not tell a from A
+        if gone and forget: c.execute(sa.delete(plants_data).where(t.id == sa.bindparam('i')), gone)
+    return len(gone)
+
+# %% ../../nbs/data/02_catalog.ipynb #477ebb3e
 def load_file(
     eng: sa.Engine, # catalog
     path: Path | str, # a .csv or .sql file, or the name of a script in the package
-) -> int: # how many rows were new
+) -> dict: # rows that are `new`, and rows `relabelled`
     "Add the rows of a CSV file, or run an SQL script; raises `PlantError` if the file is not usable, adding nothing."
     path = Path(path).expanduser()
     if not path.exists() and (packaged := Path(str(resources.files('plant_mlops.data')/path.name))).exists(): path = packaged
@@ -140,7 +166,7 @@ def load_file(
     if kind not in ('.csv', '.sql'): raise PlantError(f'{path}: a {kind or "nameless"} file cannot be loaded. Give a .csv or .sql file.')
     return _load_csv(eng, path, text) if kind == '.csv' else _load_sql(eng, path, text)
 
-def _load_csv(eng: sa.Engine, path: Path, text: str) -> int:
+def _load_csv(eng: sa.Engine, path: Path, text: str) -> dict:
     "Add the rows of a CSV file."
     rows = csv.DictReader(io.StringIO(text, newline=''))
     if 'url_source' not in (rows.fieldnames or []):
@@ -148,7 +174,7 @@ def _load_csv(eng: sa.Engine, path: Path, text: str) -> int:
     try: return add_rows(eng, list(rows))
     except PlantError as e: raise PlantError(f'{path}: {e}') from None
 
-# %% ../../nbs/data/02_catalog.ipynb #ea107986
+# %% ../../nbs/data/02_catalog.ipynb #fbfc7e6e
 def _statements(
     text: str, # SQL script
 ) -> list: # its statements
@@ -156,13 +182,13 @@ def _statements(
     lines = [o for o in text.splitlines() if not o.lstrip().startswith('--')]
     return [o.strip() for o in '\n'.join(lines).rstrip().rstrip(';').split(';\n') if o.strip()]
 
-def _load_sql(eng: sa.Engine, path: Path, text: str) -> int:
+def _load_sql(eng: sa.Engine, path: Path, text: str) -> dict:
     "Run an SQL script in one transaction."
     try:
         with eng.begin() as c:
             before = _count(c)
             for o in _statements(text): c.exec_driver_sql(o.replace('%', '%%') if eng.dialect.name != 'sqlite' else o)
-            return _count(c) - before
+            return dict(new=_count(c) - before, relabelled=0)
     except sa.exc.SQLAlchemyError as e: raise PlantError(f'{path} failed: {str(getattr(e, "orig", e)).strip()}. Nothing was added.') from e
 
 # %% ../../nbs/data/02_catalog.ipynb #db92f803

@@ -7,7 +7,7 @@ __all__ = ['HAMMING', 'COSINE', 'FRACTIONS', 'THRESHOLDS', 'MEANING', 'KIND', 'o
            'assign_splits', 'find_flags', 'embed_all', 'load_pixels', 'source_of', 'contact_sheet', 'make_card',
            'Dataset', 'version_of', 'make_manifest', 'build_dataset', 'load_dataset', 'load_features']
 
-# %% ../../nbs/data/07_dataset.ipynb #22f6cc80
+# %% ../../nbs/data/07_dataset.ipynb #7d9bcca4
 import io, json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from urllib.parse import urlsplit
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich.console import Console, Group
 from rich.table import Table
 from scipy.sparse import coo_array
@@ -109,7 +109,7 @@ def find_flags(
              exact_duplicate=d.copies > 1, label_conflict=d.conflict, only_photo=(alone == 1) & ~d.conflict)
     return [','.join(k for k in MEANING if found[k][i]) for i in d.index]
 
-# %% ../../nbs/data/07_dataset.ipynb #0bb18c91
+# %% ../../nbs/data/07_dataset.ipynb #427d315c
 def _name(
     s: Settings, # settings in force
     embed, # function, or None
@@ -121,7 +121,7 @@ def _pixels(
     jpegs: list, # prepared photos
     side: int, # of the squares, in pixels
 ) -> np.ndarray: # (n, side, side, 3) uint8
-    "The middle squares of prepared photos."
+    "Prepared photos as squares."
     with ThreadPoolExecutor(4) as pool: return np.stack(list(pool.map(lambda o: square(Image.open(io.BytesIO(o)).convert('RGB'), side), jpegs)))
 
 def embed_all(
@@ -151,7 +151,7 @@ def load_pixels(
     found = load_fmt(open_store(s), sorted(manifest.shard.unique()), ['jpeg'], s.photo_side).set_index('sha256').jpeg
     return found.loc[manifest.sha256].tolist()
 
-# %% ../../nbs/data/07_dataset.ipynb #dee3e5db
+# %% ../../nbs/data/07_dataset.ipynb #aeecf032
 KIND = dict(synthetic='synthetic photos', photos='photos', mixed='photos, some of them synthetic')
 
 def source_of(
@@ -176,7 +176,7 @@ def contact_sheet(
         if not h: d.text((4, y+4), what, 'black', font)
         for i, (data, caption) in enumerate(what if h else []):
             x = 4 + i*(side+4)
-            sheet.paste(Image.fromarray(square(Image.open(io.BytesIO(data)).convert('RGB'), side)), (x, y))
+            sheet.paste(ImageOps.fit(Image.open(io.BytesIO(data)).convert('RGB'), (side, side)), (x, y))
             d.text((x, y+side), caption if len(caption) < 20 else caption[:18] + '…', 'dimgray', ImageFont.load_default(10))
         y += h or 24
     out = io.BytesIO()

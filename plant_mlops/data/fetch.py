@@ -207,7 +207,7 @@ def fetch_s3(
     except ClientError as e: check_status(e.response['ResponseMetadata'].get('HTTPStatusCode', 500))
     except BotoCoreError as e: raise Unreachable(f'The bucket does not answer: {e}') from None
 
-# %% ../../nbs/data/04_fetch.ipynb #75755ec5
+# %% ../../nbs/data/04_fetch.ipynb #c3222862
 @asynccontextmanager
 async def fetcher(
     s: Settings, # limits and allow-list
@@ -222,9 +222,9 @@ async def fetcher(
     headers = {'User-Agent': 'plant_mlops', 'Accept': 'image/*,*/*;q=0.5'}
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, trust_env=False,
                                      cookie_jar=aiohttp.DummyCookieJar()) as session:
-        yield partial(_fetch, s=s, session=session, allow=allow, s3=lru_cache(partial(_client, s)), backoff=backoff)
+        yield partial(_fetch, s=s, session=session, allow=allow, s3=lru_cache(partial(_client, s, tries=1)), backoff=backoff)
 
-# %% ../../nbs/data/04_fetch.ipynb #aa20ff72
+# %% ../../nbs/data/04_fetch.ipynb #51f6055a
 async def _fetch(
     url: str, # http, https, file or s3
     s, session, allow, s3, backoff,
@@ -241,6 +241,8 @@ async def _fetch(
 async def _once(url, s, session, allow, s3):
     "One try, its errors put in our words."
     scheme = url.partition(':')[0].lower()
+    if scheme not in (allowed := [o.strip().lower() for o in s.ingest_schemes.split(',')]):
+        raise Refused(f'{url} begins with none of {", ".join(allowed)} (PLANT_INGEST_SCHEMES).')
     try:
         if scheme in ('http', 'https'): return await fetch_http(session, url, allow, s.ingest_max_bytes)
         if scheme == 'file': return await asyncio.to_thread(fetch_file, url, s.ingest_max_bytes)

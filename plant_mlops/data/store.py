@@ -6,10 +6,11 @@
 __all__ = ['StoreError', 'NotFound', 'Corrupt', 'Conflict', 'Stat', 'sha256_of', 'address', 'FolderStore', 'S3Store',
            'open_store']
 
-# %% ../../nbs/data/01_store.ipynb #14bfc106
+# %% ../../nbs/data/01_store.ipynb #009ca3a9
 import contextlib, ctypes, hashlib, io, os, platform, re, shutil, time, uuid
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from stat import S_ISDIR
 from fastcore.basics import patch
@@ -88,7 +89,14 @@ def _write(path: Path, data: bytes | Path, tmp: Path, sync: bool = True):
         with contextlib.suppress(OSError): tmp.unlink()
         raise
 
-# %% ../../nbs/data/01_store.ipynb #b71785b7
+# %% ../../nbs/data/01_store.ipynb #023f2bb3
+@cache
+def _place() -> str:
+    "Where process numbers mean what they mean here."
+    try: here = Path('/proc/sys/kernel/random/boot_id').read_text() + str(os.stat('/proc/self/ns/pid').st_ino)
+    except OSError: here = platform.node()
+    return sha256_of(here.encode())[:12]
+
 def _alive(pid: int) -> bool:
     "Whether a process with that number runs."
     try: os.kill(pid, 0)
@@ -97,11 +105,11 @@ def _alive(pid: int) -> bool:
     return True
 
 def _sweep(tmp: Path):
-    "Remove the temporary files of processes that are gone: of this host by number, of others after a day."
+    "Remove the temporary files of processes that are gone: of this place by number, of others after a day."
     for f in tmp.glob('*@*@*'):
-        pid, host, _ = f.name.split('@')
+        pid, place, _ = f.name.split('@')
         with contextlib.suppress(OSError):
-            if not _alive(int(pid)) if host == platform.node() else time.time() - f.stat().st_mtime > 86_400: f.unlink()
+            if not _alive(int(pid)) if place == _place() else time.time() - f.stat().st_mtime > 86_400: f.unlink()
 
 # %% ../../nbs/data/01_store.ipynb #ead7a92a
 class FolderStore:
@@ -119,13 +127,12 @@ class FolderStore:
         "Where an object is, as a URL."
         return (self.root/_check_key(key)).as_uri()
 
-# %% ../../nbs/data/01_store.ipynb #d1a3db59
+# %% ../../nbs/data/01_store.ipynb #3b22dbc8
 @contextlib.contextmanager
 def _disk(key: str):
     "Tell a person what the operating system said."
     try: yield
     except OSError as e:
-        if isinstance(e, (StoreError, FileNotFoundError)): raise
         raise StoreError(f'{key}: {e.strerror or e}. Nothing was changed. Make room or permit it, then run again.') from e
 
 @patch
@@ -135,7 +142,7 @@ def _lock(self:FolderStore, key: str):
     self.tmp.mkdir(parents=True, exist_ok=True)
     return FileLock(self.tmp/f'{sha256_of(key.encode())[:2]}.lock')
 
-# %% ../../nbs/data/01_store.ipynb #88fd9556
+# %% ../../nbs/data/01_store.ipynb #604a5c0b
 @patch
 def put(self:FolderStore,
     key: str, # name of the object
@@ -150,11 +157,26 @@ def put(self:FolderStore,
     with _disk(key), self._lock(key):
         if if_absent or if_match: _condition(key, self.stat(key), if_absent, if_match)
         self.tmp.mkdir(parents=True, exist_ok=True)
-        mark = self.sums/key
-        if not address(key): mark.unlink(missing_ok=True)
-        _write(path, data, self._tmp_file(), sync)
-        if not address(key): _write(mark, h.encode(), self._tmp_file())
+        if address(key): _write(path, data, self._tmp_file(), sync)
+        else: self._put_marked(key, data, h, sync)
     return self.stat(key)
+
+@patch
+def _put_marked(self:FolderStore, key: str, data: bytes | Path, h: str, sync: bool):
+    "Replace an object and its recorded checksum; all that may fail for want of room comes first."
+    path, mark, new, old, before = self.root/key, self.sums/key, self._tmp_file(), self._tmp_file(), self.stat(key)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(new, h.encode(), self._tmp_file())
+        with contextlib.suppress(FileNotFoundError): os.replace(mark, old)
+        try: _write(path, data, self._tmp_file(), sync)
+        except BaseException:
+            if old.exists() and self.stat(key).etag == before.etag: os.replace(old, mark) # the object is what it was
+            raise
+        os.replace(new, mark)
+        _fsync_dir(mark.parent)
+    finally:
+        for o in (new, old): o.unlink(missing_ok=True)
 
 def _condition(key: str, now: Stat | None, if_absent: bool, if_match: str):
     "Raise `Conflict` unless the object is as the caller thinks."
@@ -172,7 +194,7 @@ def sync(self:FolderStore):
     finally: os.close(fd)
 
 @patch
-def _tmp_file(self:FolderStore) -> Path: return self.tmp/f'{os.getpid()}@{platform.node()}@{uuid.uuid4().hex}'
+def _tmp_file(self:FolderStore) -> Path: return self.tmp/f'{os.getpid()}@{_place()}@{uuid.uuid4().hex}'
 
 # %% ../../nbs/data/01_store.ipynb #6cb06b38
 @patch
@@ -231,15 +253,16 @@ def delete(self:FolderStore,
     with _disk(key), self._lock(key):
         for p in (self.root/_check_key(key), self.sums/key): p.unlink(missing_ok=True)
 
-# %% ../../nbs/data/01_store.ipynb #6eb58785
+# %% ../../nbs/data/01_store.ipynb #c93979f3
 def _client(
     s: Settings, # endpoint, keys and timeout
+    tries: int = 4, # of a request
 ):
     "A boto3 client that retries what is worth retrying; every request has a time limit."
     import boto3
     from botocore.config import Config
     secret = lambda o: o.get_secret_value() or None
-    cfg = Config(retries=dict(max_attempts=4, mode='standard'), connect_timeout=s.s3_timeout, read_timeout=s.s3_timeout,
+    cfg = Config(retries=dict(max_attempts=tries, mode='standard'), connect_timeout=s.s3_timeout, read_timeout=s.s3_timeout,
                  max_pool_connections=64, request_checksum_calculation='when_required', response_checksum_validation='when_required',
                  s3=dict(addressing_style='path') if s.s3_endpoint_url else None)
     region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION') or 'us-east-1'

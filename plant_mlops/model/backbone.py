@@ -53,7 +53,7 @@ def _no_weights(
     return PlantError(f'The pretrained weights of {arch} cannot be had ({type(why).__name__}). Connect to the internet, or set PLANT_ARCH={LITE0}, '
                       'whose weights are installed, or PLANT_PRETRAINED=false to start from random weights.')
 
-# %% ../../nbs/model/10_backbone.ipynb #a0fece51
+# %% ../../nbs/model/10_backbone.ipynb #dcb38c32
 def as_map(
     x: torch.Tensor, # [N, D, h, w], [N, h, w, D], or tokens [N, extra + h·w, D] of a square photo
     d: int, # D
@@ -63,7 +63,7 @@ def as_map(
     if x.ndim == 3:
         x = x[:, extra:]
         side = round(x.shape[1]**.5)
-        return x.transpose(1, 2).reshape(len(x), d, side, side)
+        return x.transpose(1, 2).reshape(x.shape[0], d, side, side)
     return x if x.shape[1] == d else x.permute(0, 3, 1, 2)
 
 # %% ../../nbs/model/10_backbone.ipynb #d1af28c8

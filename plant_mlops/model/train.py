@@ -8,7 +8,7 @@ __all__ = ['ZOOM', 'MIN_SCALE', 'LIGHT', 'VIEWS', 'STRENGTHS', 'LABEL_SMOOTHING'
            'new_learner', 'Trained', 'fit_learner', 'plot_confusions', 'activation_maps', 'plot_activations',
            'top_losses', 'git_commit', 'log_training', 'train']
 
-# %% ../../nbs/model/11_train.ipynb #fd617052
+# %% ../../nbs/model/11_train.ipynb #d6f066c8
 from .backbone import Body, build_body, device, features, keep_memory, normalise
 import os, subprocess, warnings
 from collections import Counter
@@ -25,7 +25,7 @@ from torch import nn
 from .. import config
 from ..config import PlantError, Settings
 from ..data.dataset import load_dataset, load_pixels
-from ..data.photo import square
+from ..data.photo import shape_seen, square
 from ..data.prepare import progress_bar
 from .tracking import experiment_id, mlflow_client
 
@@ -36,15 +36,19 @@ def set_seed(
     "Seed every source of chance, and ask for algorithms that are repeatable."
     fv.set_seed(seed, reproducible=True)
 
-# %% ../../nbs/model/11_train.ipynb #a0afd9e1
+# %% ../../nbs/model/11_train.ipynb #479b1957
 ZOOM, MIN_SCALE, LIGHT = .9, .35, .2 # training crops are 0.9 of image_size wide, and show at least 35 % of the photo
 
 class TrainCrop(fv.RandomResizedCrop):
-    "A random crop of a training photo."
+    "A random crop of a training photo, of about the photo's own shape."
     split_idx = 0
+    def before_call(self, b, split_idx):
+        w, h = shape_seen(*(b[0] if isinstance(b, tuple) else b).size)
+        self.ratio = (3/4*w/h, 4/3*w/h)
+        super().before_call(b, split_idx)
 
 class WholeSquare(fv.Transform):
-    "The middle square of a validation photo, as serving sees it."
+    "A validation photo as serving sees it."
     split_idx, order = 1, 1
     def __init__(self, size): self.size = size
     def encodes(self, x: fv.PILImage): return fv.PILImage.create(square(x, self.size))
@@ -71,8 +75,8 @@ def loaders(
     workers = min(8, os.cpu_count()-1) if device().type == 'cuda' else 0
     return block.dataloaders(idx, bs=min(s.batch_size, len(train_idx)), num_workers=workers, device=device())
 
-# %% ../../nbs/model/11_train.ipynb #6b50f733
-VIEWS, STRENGTHS = 5, (.1, 1., 10., 100.) # random views of a photo; inverse regularisations tried
+# %% ../../nbs/model/11_train.ipynb #c26b6a69
+VIEWS, STRENGTHS = 8, (.1, 1., 10., 100.) # random views of a photo; inverse regularisations tried
 
 @torch.inference_mode()
 def views(

@@ -199,7 +199,7 @@ def serve(host: Annotated[Optional[str], typer.Option(help='Address to listen on
     from plant_mlops.serve.api import run_server
     run_server(settings(home=home, host=host, port=port))
 
-# %% ../../nbs/ops/25_cli.ipynb #c6ed4862
+# %% ../../nbs/ops/25_cli.ipynb #894e6fb2
 def _catalog(home):
     "The catalog in force."
     from plant_mlops.data.catalog import open_catalog
@@ -207,15 +207,22 @@ def _catalog(home):
 
 @catalog_app.command('load')
 def catalog_load(file: Annotated[Path, typer.Argument(help='CSV or SQL file; plants_data.sql comes with the package')], home: Home = None):
-    "Add the rows of a CSV file, or run an SQL script."
+    "Add the rows of a CSV file, or run an SQL script; a row that is there already gets the label it comes with."
     from plant_mlops.data.catalog import load_file
-    out.print(f'{load_file(_catalog(home), file):,} new rows. Next: plant-mlops ingest')
+    _added(load_file(_catalog(home), file))
 
 @catalog_app.command('add')
-def catalog_add(folder: Annotated[Path, typer.Argument(help='Folder with one folder of photos for each class')], home: Home = None):
+def catalog_add(folder: Annotated[Path, typer.Argument(help='Folder with one folder of photos for each class')],
+                mirror: Annotated[bool, typer.Option('--mirror', help='Forget the rows of photos that are no longer in the folder')] = False, home: Home = None):
     "Add a folder of photos."
     from plant_mlops.data.catalog import add_dir
-    out.print(f'{add_dir(_catalog(home), folder):,} new rows. Next: plant-mlops ingest')
+    _added(add_dir(_catalog(home), folder, mirror), mirror)
+
+def _added(r: dict, mirror: bool = False):
+    "What was added, and what comes next."
+    left = 'forgotten, because their file has left the folder' if mirror else 'of files that have left the folder; --mirror forgets them'
+    parts = [f"{r['new']:,} new rows"] + [f'{r[k]:,} {w}' for k, w in (('relabelled', 'relabelled'), ('gone', left)) if r.get(k)]
+    out.print(f"{', '.join(parts)}. Next: plant-mlops {'ingest' if r['new'] else 'dataset'}", highlight=False, soft_wrap=True)
 
 # %% ../../nbs/ops/25_cli.ipynb #9afa54ac
 @catalog_app.command('list')

@@ -13,21 +13,21 @@ from rich.console import Console
 from rich.markup import escape
 from ..config import PlantError, Settings
 
-# %% ../../nbs/ops/21_stages.ipynb #e16a0c56
+# %% ../../nbs/ops/21_stages.ipynb #e3ecb1fa
 def fill(
     s: Settings, # settings in force
     photos: Path | None = None, # folder with one folder of photos for each class
     manifest: Path | None = None, # CSV or SQL file
     synthetic: int = 240, # photos to draw for an empty catalog
-) -> dict: # new rows, and rows in all
+    mirror: bool = False, # forget the rows of photos that have left the folder
+) -> dict: # rows in all, those that are new, and those relabelled or gone
     "Add photos to the catalog: a folder, a file, or drawn ones if there are none at all."
     from plant_mlops.data import catalog
-    eng = catalog.open_catalog(s)
-    if photos: new = catalog.add_dir(eng, photos)
-    elif manifest: new = catalog.load_file(eng, manifest)
-    elif set(_hosts(eng)) <= {_synthetic_host()}: new = catalog.add_rows(eng, _drawn(synthetic, s.seed))
-    else: new = 0
-    return dict(new=new, rows=sum(catalog.counts(eng).values()))
+    eng, did = catalog.open_catalog(s), dict(new=0)
+    if photos: did = catalog.add_dir(eng, photos, mirror)
+    elif manifest: did = catalog.load_file(eng, manifest)
+    elif set(_hosts(eng)) <= {_synthetic_host()}: did = catalog.add_rows(eng, _drawn(synthetic, s.seed))
+    return dict(rows=sum(catalog.counts(eng).values()), **did)
 
 # %% ../../nbs/ops/21_stages.ipynb #6d079881
 def _synthetic_host() -> str:
@@ -67,15 +67,16 @@ def prepare(
     from plant_mlops.data.prepare import prepare as pack
     return pack(s, shard, progress=progress)
 
-# %% ../../nbs/ops/21_stages.ipynb #85c31b96
+# %% ../../nbs/ops/21_stages.ipynb #36bed372
 def dataset(
     s: Settings, # settings in force
     progress: bool = True, # show a bar
 ) -> dict: # version, photos, counts
     "Make a version of the dataset."
     from plant_mlops.data.dataset import build_dataset, load_dataset
-    from plant_mlops.model.backbone import embed
-    def see(images): return embed(images, s)
+    def see(images):
+        from plant_mlops.model.backbone import embed # PyTorch takes seconds to import, and there may be nothing new
+        return embed(images, s)
     see.name = s.arch
     card = load_dataset(s, build_dataset(s, embed=see, progress=progress)).card
     return dict(version=card['version'], **{k: v for k, v in card.items() if k in ('photos', 'source', 'classes', 'splits')})
@@ -95,14 +96,16 @@ def train(
         version = register(s, trained.run_id, export_onnx(trained, Path(d)/'model.onnx'))
     return dict(run=trained.run_id, version=version, dataset=trained.dataset)
 
-# %% ../../nbs/ops/21_stages.ipynb #96901e7f
+# %% ../../nbs/ops/21_stages.ipynb #3a41fecc
 def evaluate(
     s: Settings, # settings in force
     version: str | None = None, # of the model; None: the newest
 ) -> dict: # figures on the test photos
-    "The figures of a registered model on its test photos."
-    from plant_mlops.model.registry import evaluate as judge
-    return judge(s, version)
+    "The figures of a registered model on its test photos; published with it where it is in production already."
+    from plant_mlops.model.registry import evaluate as judge, sync
+    figures = judge(s, version)
+    sync(s)
+    return figures
 
 def promote(
     s: Settings, # settings in force
@@ -126,7 +129,7 @@ def _step(
     what = ', '.join(f'{v:,} {k}' if isinstance(v, int) else str(v) for k, v in said.items() if v)
     console.print(f'[green]✓[/] [bold]{name:<9}[/] {time.perf_counter() - start:6.1f} s  {escape(what)}', highlight=False)
 
-# %% ../../nbs/ops/21_stages.ipynb #348684aa
+# %% ../../nbs/ops/21_stages.ipynb #924257b0
 def run(
     s: Settings, # settings in force
     photos: Path | None = None, # folder with one folder of photos for each class
@@ -137,7 +140,7 @@ def run(
     "The main job: photos in, a prediction from the model in production out."
     console = console or Console(stderr=True)
     step = lambda name: _step(console, name)
-    with step('catalog') as say: say.update(rows=(n := fill(s, photos, manifest, synthetic))['rows'], new=n['new'])
+    with step('catalog') as say: say.update(_in_words(fill(s, photos, manifest, synthetic)))
     with step('ingest') as say: say.update(_numbers(ingest(s), 'stored', 'failed', 'rejected', 'skipped'))
     with step('prepare') as say: say.update(_numbers(prepare(s), 'prepared', 'failed', 'already'))
     with step('dataset') as say: say.update(what=_describe(d := dataset(s)))
@@ -148,11 +151,15 @@ def run(
     return dict(model=s.model, version=t['version'], champion=a['model_version'], promoted=p['promoted'], source=d['source'], dataset=d['version'],
                 evaluation=e, gate=_gate(t['version'], p), prediction=a)
 
-# %% ../../nbs/ops/21_stages.ipynb #267756f4
+# %% ../../nbs/ops/21_stages.ipynb #ae0e7b46
 def _describe(d: dict) -> str:
     "A dataset in a few words."
     source = 'synthetic ' if d['source'] == 'synthetic' else ''
     return f"{d['version']}: {d['photos']:,} {source}photos of {', '.join(d['classes'])}"
+
+def _in_words(r: dict) -> dict:
+    "What `fill` did."
+    return {k: v for k, v in r.items() if k != 'gone'} | ({'no longer in the folder, and kept': r['gone']} if r.get('gone') else {})
 
 def _numbers(r: dict, *keys) -> dict:
     "The figures of a stage that are not zero."
@@ -198,7 +205,7 @@ def _counts(s: Settings) -> dict | None:
     except ModuleNotFoundError: return None
     return counts(open_catalog(s))
 
-# %% ../../nbs/ops/21_stages.ipynb #4297d22e
+# %% ../../nbs/ops/21_stages.ipynb #27be483d
 def cross_validate(
     s: Settings, # settings in force
     photos: Path | None = None, # folder with one folder of photos for each class; None: the newest dataset
@@ -212,7 +219,7 @@ def cross_validate(
         name = hashlib.sha256(str(Path(photos).expanduser().absolute()).encode()).hexdigest()[:12]
         home = s.home/'cross-validate'/name
         s = s.model_copy(update=dict(home=home, catalog_url=f'sqlite:///{home}/catalog.db', store_url=str(home/'store'), tracking_uri=f'sqlite:///{home}/mlflow.db'))
-        fill(s, photos)
+        fill(s, photos, mirror=True)
         ingest(s, progress=progress)
         prepare(s, progress=progress)
     dataset(s, progress=progress)

@@ -44,14 +44,14 @@ def read_metadata(
     if missing: raise PlantError(f'The model file does not say its {" and ".join(missing)}. Export it again.')
     return meta | dict(version=str(meta.get('version', '')))
 
-# %% ../../nbs/serve/17_predict.ipynb #af439f03
+# %% ../../nbs/serve/17_predict.ipynb #e33b96be
 def decode_image(
     data: bytes, # a photo as uploaded
     spec: dict, # the metadata's `input`
     limits: Limits, # what is accepted
 ) -> np.ndarray: # uint8 [H, W, 3]
     "Pixels of a photo; raises `PhotoError` for what is none."
-    try: return to_pixels(data, spec['shape'][1], limits, spec.get('resize', {}).get('side', 256))
+    try: return to_pixels(data, **{'size': spec['shape'][1], **spec.get('resize', {})}, limits=limits)
     except PhotoError as e: raise PhotoError(f'{str(e)[:1].upper()}{str(e)[1:]}. Send another photo.') from None
 
 def decode_features(
@@ -200,13 +200,13 @@ def _fetch(
     _keep(cache, copy, data)
     return data
 
-# %% ../../nbs/serve/17_predict.ipynb #5b227eb6
+# %% ../../nbs/serve/17_predict.ipynb #72c236e0
 def load_champion(
     s: Settings, # home, store, name of the model, threads
     threads: int | None = None, # threads of one answer; None: as set
 ) -> Model: # the model in production; `origin` is its pointer
     "Load what is in production; raises `NoModel`, or `PlantError` when neither the store nor the kept copy will do."
-    cache, kept = FolderStore(s.home/'cache'), f'models/{s.model}.json'
+    cache, kept = FolderStore(s.home/'cache'), f'models/{s.model}-{_shop(s)}.json'
     load = partial(_load, cache=cache, threads=s.threads if threads is None else threads, limits=Limits(max_pixels=s.photo_max_pixels))
     if cache.stat(kept): s = s.model_copy(update=dict(s3_timeout=min(s.s3_timeout, 5.))) # no long wait for a store that is away
     try:
@@ -220,6 +220,10 @@ def load_champion(
         return load(pointer | dict(note=str(e)), None)
     _keep(cache, kept, json.dumps(pointer).encode())
     return model
+
+def _shop(s: Settings) -> str:
+    "A short name for the store in force: what was kept from another one is another model."
+    return sha256_of(f'{s.s3_endpoint_url} {s.store_url}'.encode())[:12]
 
 def _load(pointer, store, cache, threads, limits) -> Model:
     "Fetch, open and try one published model."
