@@ -7,7 +7,7 @@ from urllib.parse import quote, unquote
 import numpy as np, pytest, sqlalchemy as sa
 from PIL import Image
 from plant_mlops.config import PlantError, settings
-from plant_mlops.data import fetch, ingest as module
+from plant_mlops.data import catalog, fetch
 from plant_mlops.data.catalog import add_rows, counts, open_catalog, plants_data, retry, rows
 from plant_mlops.data.ingest import ingest
 from plant_mlops.data.store import open_store, sha256_of
@@ -377,7 +377,7 @@ def test_store_that_stops_answering(weed, tmp_path):
     check_whole(s, 80)
 
 def test_catalog_that_stops_answering(postgres, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, 'PATIENCE', 2.)
+    monkeypatch.setattr(catalog, 'PATIENCE', 2.)
     s = settings(home=tmp_path, catalog_url=postgres)
     with serve({f'/{i}.jpg': photo(i) for i in range(20)}) as site:
         eng = fill(s, urls(site))

@@ -7,7 +7,7 @@ __all__ = ['HAMMING', 'COSINE', 'FRACTIONS', 'THRESHOLDS', 'MEANING', 'KIND', 'o
            'assign_splits', 'find_flags', 'embed_all', 'load_pixels', 'source_of', 'contact_sheet', 'make_card',
            'Dataset', 'version_of', 'make_manifest', 'build_dataset', 'load_dataset', 'load_features']
 
-# %% ../../nbs/data/07_dataset.ipynb #7d9bcca4
+# %% ../../nbs/data/07_dataset.ipynb #00d349ab
 import io, json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +21,7 @@ from rich.table import Table
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from ..config import PlantError, Settings
-from .catalog import counts, open_catalog, rows, stored
-from .ingest import ask
+from .catalog import ask, counts, open_catalog, rows, stored
 from .photo import square
 from .prepare import load_fmt, progress_bar
 from .store import NotFound, open_store, sha256_of

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'SCHEMA', 'quality', 'prepare_photo', 'put_shard', 'load_fmt', 'progress_bar', 'prepare']
 
-# %% ../../nbs/data/06_prepare.ipynb #cec39c0c
+# %% ../../nbs/data/06_prepare.ipynb #708a4faa
 import io, os, time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +15,7 @@ from PIL import Image, ImageChops
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from ..config import Settings
-from .catalog import open_catalog, record, stored
-from .ingest import ask
+from .catalog import ask, open_catalog, record, stored
 from .photo import Limits, PhotoError, check_photo, open_photo
 from .store import Corrupt, NotFound, StoreError, address, open_store, sha256_of
 

@@ -23,7 +23,7 @@ def _client(s):
     if s.tracking_uri.startswith('sqlite:///'): Path(s.tracking_uri.removeprefix('sqlite:///')).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(s.tracking_uri, s.tracking_uri)
 
-# %% ../../nbs/model/09_tracking.ipynb #31e46cd6
+# %% ../../nbs/model/09_tracking.ipynb #fd825087
 @contextmanager
 def mlflow_client(
     s: Settings, # settings in force
@@ -32,7 +32,9 @@ def mlflow_client(
     try: yield _client(s)
     except PlantError: raise
     except Exception as e:
-        if not type(e).__module__.startswith(('mlflow', 'requests', 'urllib3', 'sqlalchemy', 'sqlite3')): raise
+        ours = not type(e).__module__.startswith(('mlflow', 'requests', 'urllib3', 'sqlalchemy', 'sqlite3'))
+        if ours and isinstance(e, OSError) and e.errno: raise PlantError(f'The record of MLflow could not be written: {e.strerror}. Make room or permit it, then run again.') from e
+        if ours: raise
         hidden = lambda x: re.sub(r'(?<=//)([^:/@]*):[^/@]+(?=@)', r'\1:********', x)
         raise PlantError(f"MLflow at {hidden(s.tracking_uri)} did not do what was asked: {hidden(str(e).splitlines()[0])[:300]} Is it running, and is MLFLOW_TRACKING_URI right? Nothing was lost: run again.") from e
 

@@ -199,24 +199,24 @@ def serve(host: Annotated[Optional[str], typer.Option(help='Address to listen on
     from plant_mlops.serve.api import run_server
     run_server(settings(home=home, host=host, port=port))
 
-# %% ../../nbs/ops/25_cli.ipynb #894e6fb2
+# %% ../../nbs/ops/25_cli.ipynb #76146800
 def _catalog(home):
     "The catalog in force."
-    from plant_mlops.data.catalog import open_catalog
-    return open_catalog(settings(home=home))
+    from plant_mlops.data.catalog import ask, open_catalog
+    return ask(open_catalog, settings(home=home))
 
 @catalog_app.command('load')
 def catalog_load(file: Annotated[Path, typer.Argument(help='CSV or SQL file; plants_data.sql comes with the package')], home: Home = None):
     "Add the rows of a CSV file, or run an SQL script; a row that is there already gets the label it comes with."
-    from plant_mlops.data.catalog import load_file
-    _added(load_file(_catalog(home), file))
+    from plant_mlops.data.catalog import ask, load_file
+    _added(ask(load_file, _catalog(home), file))
 
 @catalog_app.command('add')
 def catalog_add(folder: Annotated[Path, typer.Argument(help='Folder with one folder of photos for each class')],
                 mirror: Annotated[bool, typer.Option('--mirror', help='Forget the rows of photos that are no longer in the folder')] = False, home: Home = None):
     "Add a folder of photos."
-    from plant_mlops.data.catalog import add_dir
-    _added(add_dir(_catalog(home), folder, mirror), mirror)
+    from plant_mlops.data.catalog import add_dir, ask
+    _added(ask(add_dir, _catalog(home), folder, mirror), mirror)
 
 def _added(r: dict, mirror: bool = False):
     "What was added, and what comes next."
@@ -224,23 +224,23 @@ def _added(r: dict, mirror: bool = False):
     parts = [f"{r['new']:,} new rows"] + [f'{r[k]:,} {w}' for k, w in (('relabelled', 'relabelled'), ('gone', left)) if r.get(k)]
     out.print(f"{', '.join(parts)}. Next: plant-mlops {'ingest' if r['new'] else 'dataset'}", highlight=False, soft_wrap=True)
 
-# %% ../../nbs/ops/25_cli.ipynb #9afa54ac
+# %% ../../nbs/ops/25_cli.ipynb #59012520
 @catalog_app.command('list')
 def catalog_list(status: Annotated[Optional[str], typer.Option(help='new, stored, failed or rejected')] = None,
                  limit: Annotated[int, typer.Option(help='At most so many rows', min=1)] = 50, home: Home = None, as_json: Json = False):
     "Show rows, and how many have which status."
-    from plant_mlops.data.catalog import counts, rows
+    from plant_mlops.data.catalog import ask, counts, rows
     eng = _catalog(home)
-    found = rows(eng, status, limit)
+    found = ask(rows, eng, status, limit)
     if as_json: return [print(json.dumps(r, default=str, ensure_ascii=False)) for r in found] and None
     _table(found, 'No rows.', ('id', 'url_source', 'label', 'status', 'attempts', 'error'))
-    out.print(', '.join(f'{n:,} {k}' for k, n in counts(eng).items()), highlight=False)
+    out.print(', '.join(f'{n:,} {k}' for k, n in ask(counts, eng).items()), highlight=False)
 
 @catalog_app.command('retry')
 def catalog_retry(home: Home = None):
     "Make failed and rejected rows new again."
-    from plant_mlops.data.catalog import retry
-    out.print(f'{retry(_catalog(home)):,} rows are new again. Next: plant-mlops ingest')
+    from plant_mlops.data.catalog import ask, retry
+    out.print(f'{ask(retry, _catalog(home)):,} rows are new again. Next: plant-mlops ingest')
 
 # %% ../../nbs/ops/25_cli.ipynb #67b21fda
 @app.command()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from ..config import PlantError, Settings
 
-# %% ../../nbs/ops/21_stages.ipynb #e3ecb1fa
+# %% ../../nbs/ops/21_stages.ipynb #9c9b65dd
 def fill(
     s: Settings, # settings in force
     photos: Path | None = None, # folder with one folder of photos for each class
@@ -23,11 +23,11 @@ def fill(
 ) -> dict: # rows in all, those that are new, and those relabelled or gone
     "Add photos to the catalog: a folder, a file, or drawn ones if there are none at all."
     from plant_mlops.data import catalog
-    eng, did = catalog.open_catalog(s), dict(new=0)
-    if photos: did = catalog.add_dir(eng, photos, mirror)
-    elif manifest: did = catalog.load_file(eng, manifest)
-    elif set(_hosts(eng)) <= {_synthetic_host()}: did = catalog.add_rows(eng, _drawn(synthetic, s.seed))
-    return dict(rows=sum(catalog.counts(eng).values()), **did)
+    eng, did = catalog.ask(catalog.open_catalog, s), dict(new=0)
+    if photos: did = catalog.ask(catalog.add_dir, eng, photos, mirror)
+    elif manifest: did = catalog.ask(catalog.load_file, eng, manifest)
+    elif set(catalog.ask(_hosts, eng)) <= {_synthetic_host()}: did = catalog.ask(catalog.add_rows, eng, _drawn(synthetic, s.seed))
+    return dict(rows=sum(catalog.ask(catalog.counts, eng).values()), **did)
 
 # %% ../../nbs/ops/21_stages.ipynb #6d079881
 def _synthetic_host() -> str:
@@ -44,17 +44,17 @@ def _hosts(eng, status=None) -> list:
     from plant_mlops.data.catalog import rows
     return [urlsplit(r['url_source']).hostname for r in rows(eng, status)]
 
-# %% ../../nbs/ops/21_stages.ipynb #99e5e285
+# %% ../../nbs/ops/21_stages.ipynb #3a04fc94
 def ingest(
     s: Settings, # settings in force
     shard: tuple = (1, 1), # (i, n): worker i of n
     progress: bool = True, # show a bar
 ) -> dict: # photos stored, failed, rejected and skipped, and seconds
     "Fetch the photos that are due; drawn ones from a server on this machine."
-    from plant_mlops.data.catalog import open_catalog, pending
+    from plant_mlops.data.catalog import ask, open_catalog, pending
     from plant_mlops.data.ingest import ingest as fetch_all
     from plant_mlops.data.synthetic import HOST, serve_synthetic
-    drawn = any(f'://{HOST}/' in r['url_source'] for r in pending(open_catalog(s), shard, s.ingest_attempts))
+    drawn = any(f'://{HOST}/' in r['url_source'] for r in ask(pending, ask(open_catalog, s), shard, s.ingest_attempts))
     if not drawn: return fetch_all(s, shard, progress=progress)
     with serve_synthetic() as at: return fetch_all(s, shard, connect_to={HOST: at}, progress=progress)
 
@@ -184,7 +184,7 @@ def _try_one(
     file.write_bytes(open_store(s).get(f'raw/{one.sha256}'))
     return next(iter(predict_files(load_champion(s), [file])))
 
-# %% ../../nbs/ops/21_stages.ipynb #7d02f2b9
+# %% ../../nbs/ops/21_stages.ipynb #c95d8897
 def status(
     s: Settings, # settings in force
 ) -> dict: # what is in production, its figures, its data; rows of the catalog by status
@@ -201,9 +201,9 @@ def status(
 
 def _counts(s: Settings) -> dict | None:
     "Rows of the catalog by status, where the catalog can be read."
-    try: from plant_mlops.data.catalog import counts, open_catalog
+    try: from plant_mlops.data.catalog import ask, counts, open_catalog
     except ModuleNotFoundError: return None
-    return counts(open_catalog(s))
+    return ask(counts, ask(open_catalog, s))
 
 # %% ../../nbs/ops/21_stages.ipynb #27be483d
 def cross_validate(
