@@ -335,6 +335,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'plant_mlops/model/backbone.py'),
                                             'plant_mlops.model.backbone.Body.forward': ( 'model/backbone.html#body.forward',
                                                                                          'plant_mlops/model/backbone.py'),
+                                            'plant_mlops.model.backbone._before_pooling': ( 'model/backbone.html#_before_pooling',
+                                                                                            'plant_mlops/model/backbone.py'),
                                             'plant_mlops.model.backbone._body': ( 'model/backbone.html#_body',
                                                                                   'plant_mlops/model/backbone.py'),
                                             'plant_mlops.model.backbone._lite0_weights': ( 'model/backbone.html#_lite0_weights',

@@ -12,12 +12,11 @@ import warnings
 # %% ../../nbs/model/10_backbone.ipynb #28a8e488
 warnings.filterwarnings('ignore', '.*torch.jit.script.* is deprecated', FutureWarning) # said by libraries as they are imported
 
-# %% ../../nbs/model/10_backbone.ipynb #dedebb59
+# %% ../../nbs/model/10_backbone.ipynb #59567d43
 import ctypes, difflib
 from functools import lru_cache
 import numpy as np, timm, torch, torchvision
 import torch.nn.functional as F
-from fastai.vision.learner import create_body
 from torch import nn
 from ..config import PlantError, Settings
 
@@ -83,7 +82,7 @@ class Body(nn.Module):
         see = getattr(self.net, 'forward_features', self.net)
         return as_map(see(x), self.d, self.extra)
 
-# %% ../../nbs/model/10_backbone.ipynb #8861106c
+# %% ../../nbs/model/10_backbone.ipynb #8cb52ba0
 def _timm(
     arch: str, # name in timm
     pretrained: bool, # with ImageNet weights
@@ -97,15 +96,23 @@ def _timm(
     if pretrained and not online: net.load_state_dict(_lite0_weights(net))
     return Body(net, net.num_features, net.default_cfg['mean'], net.default_cfg['std'])
 
+def _before_pooling(
+    net: nn.Module, # torchvision's whole network
+) -> nn.Sequential: # without its global pooling and what follows
+    "The part of a network that keeps places apart; one with no pooling of its own loses its last child, the classifier."
+    parts = list(net.children())
+    pools = [i for i, o in enumerate(parts) if isinstance(o, nn.AdaptiveAvgPool2d)]
+    return nn.Sequential(*parts[:pools[-1] if pools else -1])
+
 def _torchvision(
     arch: str, # name in torchvision
     pretrained: bool, # with ImageNet weights
     size: int, # side of the photos, in pixels
 ) -> Body: # a network of torchvision's
-    "A network of torchvision's, which fastai cuts before its last pooling."
+    "A network of torchvision's, up to its last map."
     try: net = torchvision.models.get_model(arch, weights='DEFAULT' if pretrained else None)
     except Exception as e: raise (_no_weights(arch, e) if pretrained else e) from e
-    net = create_body(net, pretrained=False).eval()
+    net = _before_pooling(net).eval()
     return Body(net, net(torch.zeros(1, 3, size, size)).shape[1])
 
 # %% ../../nbs/model/10_backbone.ipynb #da56351d
