@@ -50,14 +50,14 @@ def _part(
     except ValueError: pass
     raise typer.BadParameter(f'{shard!r}: write i/n with 1 ≤ i ≤ n, such as 2/4', param_hint='--shard')
 
-# %% ../../nbs/ops/25_cli.ipynb #54fbbb1b
+# %% ../../nbs/ops/25_cli.ipynb #49197fc1
 @app.command()
 def run(
     photos: Annotated[Optional[Path], typer.Option(help='Folder with one folder of photos for each class')] = None,
     manifest: Annotated[Optional[Path], typer.Option(help='CSV or SQL file with the columns url_source and label')] = None,
     home: Home = None,
     seed: Seed = None,
-    synthetic: Annotated[int, typer.Option(help='How many photos to draw when there are none', min=20)] = 240,
+    synthetic: Annotated[int, typer.Option(help='How many photos to draw when there are none', min=20)] = 320,
     as_json: Json = False,
 ):
     "Ingest, prepare, train, evaluate, register, promote, and predict."

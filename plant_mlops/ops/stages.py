@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from ..config import PlantError, Settings
 
-# %% ../../nbs/ops/21_stages.ipynb #9c9b65dd
+# %% ../../nbs/ops/21_stages.ipynb #3157e791
 def fill(
     s: Settings, # settings in force
     photos: Path | None = None, # folder with one folder of photos for each class
     manifest: Path | None = None, # CSV or SQL file
-    synthetic: int = 240, # photos to draw for an empty catalog
+    synthetic: int = 320, # photos to draw for an empty catalog
     mirror: bool = False, # forget the rows of photos that have left the folder
 ) -> dict: # rows in all, those that are new, and those relabelled or gone
     "Add photos to the catalog: a folder, a file, or drawn ones if there are none at all."
@@ -129,12 +129,12 @@ def _step(
     what = ', '.join(f'{v:,} {k}' if isinstance(v, int) else str(v) for k, v in said.items() if v)
     console.print(f'[green]✓[/] [bold]{name:<9}[/] {time.perf_counter() - start:6.1f} s  {escape(what)}', highlight=False)
 
-# %% ../../nbs/ops/21_stages.ipynb #924257b0
+# %% ../../nbs/ops/21_stages.ipynb #6661b426
 def run(
     s: Settings, # settings in force
     photos: Path | None = None, # folder with one folder of photos for each class
     manifest: Path | None = None, # CSV or SQL file
-    synthetic: int = 240, # photos to draw if there are none
+    synthetic: int = 320, # photos to draw if there are none
     console: Console | None = None, # where to say what happens; None: standard error
 ) -> dict: # model, champion, source, evaluation, gate, prediction
     "The main job: photos in, a prediction from the model in production out."
