@@ -159,6 +159,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'plant_mlops.data.ingest._run': ('data/ingest.html#_run', 'plant_mlops/data/ingest.py'),
                                          'plant_mlops.data.ingest._summary': ('data/ingest.html#_summary', 'plant_mlops/data/ingest.py'),
                                          'plant_mlops.data.ingest.crew': ('data/ingest.html#crew', 'plant_mlops/data/ingest.py'),
+                                         'plant_mlops.data.ingest.had': ('data/ingest.html#had', 'plant_mlops/data/ingest.py'),
                                          'plant_mlops.data.ingest.host_of': ('data/ingest.html#host_of', 'plant_mlops/data/ingest.py'),
                                          'plant_mlops.data.ingest.ingest': ('data/ingest.html#ingest', 'plant_mlops/data/ingest.py'),
                                          'plant_mlops.data.ingest.keep': ('data/ingest.html#keep', 'plant_mlops/data/ingest.py')},

@@ -77,10 +77,10 @@ class Serve(BaseSettings):
     threads: int = _f(0, 'Threads of one ONNX Runtime session; 0: one for each core', ge=0)
     token: SecretStr = _f(SecretStr(''), 'Token of the routes that change something; empty: they are refused')
 
-# %% ../nbs/00_config.ipynb #bac33830
+# %% ../nbs/00_config.ipynb #25ffd358
 class Settings(Serve, Train, Photos, Ingest, Places, Basics):
     "Every setting of plant_mlops, with its default."
-    model_config = SettingsConfigDict(env_prefix='PLANT_', env_file='.env', extra='ignore', populate_by_name=True,
+    model_config = SettingsConfigDict(env_prefix='PLANT_', env_file='.env', env_ignore_empty=True, extra='ignore', populate_by_name=True,
                                       protected_namespaces=(), validate_default=True)
     _overrides: dict = PrivateAttr(default_factory=dict)
 

@@ -62,12 +62,21 @@ def test_a_bad_file_adds_nothing(eng, tmp_path):
     f.write_text("INSERT INTO plants_data (url_source) VALUES ('http://photos.example/1');\nINSERT INTO nowhere VALUES (1);\n")
     with pytest.raises(PlantError, match='Nothing was added'): cat.load_file(eng, f)
     f = tmp_path/'bad.csv'
-    for text, says in [('', 'no column'), ('a,b\n1,2\n', 'no column'), ('url_source\nhttp://ok.example/1\nftp://no.example/2\n', 'Row 2')]:
+    for text, says in [('url_source,label\nhttp://[bad/1.jpg,grass\n', 'Row 1'), ('', 'no column'), ('a,b\n1,2\n', 'no column'), ('url_source\nhttp://ok.example/1\nftp://no.example/2\n', 'Row 2')]:
         f.write_text(text)
         with pytest.raises(PlantError, match=says): cat.load_file(eng, f)
     f.write_bytes('url_source,label\nhttp://x.example/é,é\n'.encode('latin-1'))
     with pytest.raises(PlantError, match='UTF-8'): cat.load_file(eng, f)
     assert sum(cat.counts(eng).values()) == 0
+
+def test_a_dump_with_its_own_transaction_is_whole_or_not_there(eng, tmp_path):
+    f = tmp_path/'dump.sql'
+    f.write_text("BEGIN TRANSACTION;\nINSERT INTO plants_data (url_source) VALUES ('http://photos.example/1');\nCOMMIT;\nINSERT INTO nowhere VALUES (1);\n")
+    with pytest.raises(PlantError, match='Nothing was added'): cat.load_file(eng, f)
+    assert sum(cat.counts(eng).values()) == 0
+    f.write_text("INSERT INTO plants_data (url_source, status) VALUES ('http://photos.example/1', 'stored');\n")
+    assert cat.load_file(eng, f)['new'] == 1 and cat.stored(eng) == []
+    assert cat.retry(eng) == 0 and cat.retry(eng, everything=True) == 1 and len(cat.pending(eng)) == 1
 
 def test_life_of_a_row(eng):
     cat.add_rows(eng, _rows(4))

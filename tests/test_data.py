@@ -1,5 +1,5 @@
 "Preparation and datasets: odd photos, odd labels, several workers, sudden death, two kinds of store."
-import io, json, os, random, signal, subprocess, sys, time
+import io, json, os, random, shutil, signal, subprocess, sys, time
 import numpy as np, pytest, sqlalchemy as sa
 from PIL import Image
 from plant_mlops.config import PlantError, settings
@@ -226,6 +226,29 @@ def test_store_that_fails_while_preparing(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert outcome(prepare(s, progress=False)) == dict(prepared=10, already=10, failed=0)
     check_whole(s, 20)
+
+def test_another_store_by_mistake(tmp_path):
+    "A store that holds nothing is a mistake, and changes no row; a photo that its row has lost is found again without its source."
+    s = settings(home=tmp_path/'home')
+    eng = fill(s, 12)
+    with pytest.raises(PlantError, match='PLANT_STORE_URL'): prepare(settings(home=s.home, store_url=str(tmp_path/'other')), progress=False)
+    assert counts(eng)['stored'] == 12
+    for r in rows(eng): record(eng, [dict(id=r['id'], status='failed', error='lost')])
+    open_store(s).delete('raw/' + rows(eng)[0]['sha256'])
+    r = ingest(s, progress=False)
+    assert (r['stored'], r['rejected']) == (11, 1), 'the one whose file:///drawn is gone as well'
+    assert outcome(prepare(s, progress=False)) == dict(prepared=11, already=0, failed=0)
+
+def test_packed_anew_into_other_shards(tmp_path):
+    s = settings(home=tmp_path/'home')
+    for n in (6, 12):
+        fill(s, n)
+        prepare(s, progress=False)
+    version = build_dataset(s)
+    shutil.rmtree(s.home/'store/fmt')
+    with pytest.raises(PlantError, match='plant-mlops prepare'): load_pixels(s, load_dataset(s).manifest)
+    prepare(s, progress=False)
+    assert build_dataset(s) == version and len(load_pixels(s, load_dataset(s).manifest)) == 12
 
 # -- two kinds of store
 

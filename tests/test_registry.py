@@ -183,6 +183,16 @@ def test_a_slow_promotion_does_not_undo_a_later_one(s, monkeypatch):
     assert registry.promote(s, 2, force=True)['promoted'] is False
     consistent(s, '3')
 
+def test_another_record_with_the_same_numbers(s, tmp_path):
+    "Two MLflows share a store: the second one's version 1 takes nothing from the first one's."
+    was = pointer(s)
+    other = settings(home=tmp_path/'other', store_url=s.store_url)
+    other.home.mkdir()
+    registry.register(other, new_run(other), model_file(tmp_path/'m.onnx', good*3))
+    registry.promote(other, 1, force=True)
+    assert pointer(s)['sha256'] != was['sha256']
+    assert open_store(s).get(was['key'], sha256=was['sha256'])
+
 def test_store_that_does_not_answer(s):
     "Nothing moves while the store cannot be reached."
     away = settings(home=s.home, store_url='s3://plants', s3_endpoint_url=f'http://127.0.0.1:{free_port()}', s3_access_key='a', s3_secret_key='b')

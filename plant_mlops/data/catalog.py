@@ -108,13 +108,20 @@ def _relabel(
     if new: c.execute(sa.update(plants_data).where(t.id == sa.bindparam('i')).values(label=sa.bindparam('l')), new)
     return len(new)
 
-# %% ../../nbs/data/02_catalog.ipynb #0d6f07b3
+# %% ../../nbs/data/02_catalog.ipynb #54bd93b6
 def add_rows(
     eng: sa.Engine, # catalog
     rows, # iterable of dicts with `url_source` and `label`
 ) -> dict: # rows that are `new`, and rows `relabelled`
-    "Add photos by URL; one that is already there may get another label. Raises `PlantError` on a row without a usable URL."
-    return _insert(eng, [_row(i, r) for i, r in enumerate(rows, 1)])
+    "Add photos by URL; one that is already there may get another label. Raises `PlantError` on a row without a usable URL, and on two labels for one."
+    seen = {}
+    for i, r in enumerate(rows, 1):
+        r = _row(i, r)
+        n, first = seen.setdefault(r['url_source'], (i, r))
+        if first['label'] and r['label'] and first['label'] != r['label']:
+            raise PlantError(f'Row {i}: {r["url_source"][:80]} is {r["label"]!r} here and {first["label"]!r} in row {n}. Nothing was added.')
+        first['label'] = first['label'] or r['label']
+    return _insert(eng, [r for _, r in seen.values()])
 
 @_patient
 def _insert(eng: sa.Engine, rows: list) -> dict:
@@ -133,9 +140,11 @@ def _row(
 ) -> dict: # the same, tidied
     "Check a row before it is added."
     url, label = (r.get('url_source') or '').strip(), (r.get('label') or '').strip()
-    if urlsplit(url).scheme not in ('http', 'https', 'file', 's3'):
+    try: scheme = urlsplit(url).scheme
+    except ValueError: scheme = ''
+    if scheme not in ('http', 'https', 'file', 's3'):
         raise PlantError(f'Row {i}: {url[:80]!r} is not an http, https, file or s3 URL. Nothing was added.')
-    if len(url) > 700 or len(label) > 100: raise PlantError(f'Row {i}: the URL may have 700 characters and the label 100. Nothing was added.')
+    if len(url) > 700 or len(label) > 100: raise PlantError(f'Row {i}: the URL may have 700 characters (%-escapes count) and the label 100; this is {url[:80]}… Nothing was added.')
     return dict(url_source=url, label=label or None)
 
 # %% ../../nbs/data/02_catalog.ipynb #a25a5604
@@ -165,7 +174,7 @@ def _gone(eng: sa.Engine, path: Path, there: set, forget: bool) -> int:
         if gone and forget: c.execute(sa.delete(plants_data).where(t.id == sa.bindparam('i')), gone)
     return len(gone)
 
-# %% ../../nbs/data/02_catalog.ipynb #477ebb3e
+# %% ../../nbs/data/02_catalog.ipynb #825237f1
 def load_file(
     eng: sa.Engine, # catalog
     path: Path | str, # a .csv or .sql file, or the name of a script in the package
@@ -186,15 +195,17 @@ def _load_csv(eng: sa.Engine, path: Path, text: str) -> dict:
     if 'url_source' not in (rows.fieldnames or []):
         raise PlantError(f'{path} has no column "url_source"; its columns are {rows.fieldnames or "none"}. Name the column of the URLs url_source. Nothing was added.')
     try: return add_rows(eng, list(rows))
+    except csv.Error as e: raise PlantError(f'{path} is not a CSV file ({e}, after line {rows.line_num}). Nothing was added.') from None
     except PlantError as e: raise PlantError(f'{path}: {e}') from None
 
-# %% ../../nbs/data/02_catalog.ipynb #e2ca9fb4
+# %% ../../nbs/data/02_catalog.ipynb #eea2519d
 def _statements(
     text: str, # SQL script
 ) -> list: # its statements
     "Split a script at the semicolons that end a line, passing over comment lines."
     lines = [o for o in text.splitlines() if not o.lstrip().startswith('--')]
-    return [o.strip() for o in '\n'.join(lines).rstrip().rstrip(';').split(';\n') if o.strip()]
+    own = ('begin', 'start transaction', 'commit', 'end', 'rollback') # ours begins before the first and ends after the last
+    return [o.strip() for o in '\n'.join(lines).rstrip().rstrip(';').split(';\n') if o.strip() and not o.strip().lower().startswith(own)]
 
 def _load_sql(eng: sa.Engine, path: Path, text: str) -> dict:
     "Run an SQL script in one transaction."
@@ -218,7 +229,7 @@ def _fetch(eng: sa.Engine, *where, columns=(), limit=None) -> list:
     with eng.connect() as c:
         return [dict(r) for r in c.execute(sa.select(*cols).where(*where).order_by(plants_data.c.id).limit(limit)).mappings()]
 
-# %% ../../nbs/data/02_catalog.ipynb #14442d28
+# %% ../../nbs/data/02_catalog.ipynb #9f683f8d
 def pending(
     eng: sa.Engine, # catalog
     shard: tuple = (1, 1), # (i, n): rows of worker i of n
@@ -236,7 +247,7 @@ def stored(
     "Photos whose bytes are in the store."
     i, n = shard
     _turn(shard)
-    rows = _fetch(eng, plants_data.c.status == 'stored', columns=('id', 'url_source', 'label', 'sha256'))
+    rows = _fetch(eng, plants_data.c.status == 'stored', plants_data.c.sha256.is_not(None), columns=('id', 'url_source', 'label', 'sha256'))
     return [r for r in rows if int(r['sha256'][:8], 16) % n == i - 1]
 
 # %% ../../nbs/data/02_catalog.ipynb #1218aae2
@@ -256,16 +267,17 @@ def counts(
     with eng.connect() as c: found = dict(c.execute(sa.select(plants_data.c.status, sa.func.count()).group_by(plants_data.c.status)).all())
     return {o: found.get(o, 0) for o in statuses}
 
-# %% ../../nbs/data/02_catalog.ipynb #cada79c1
+# %% ../../nbs/data/02_catalog.ipynb #4cefd8ea
 @_patient
 def record(
     eng: sa.Engine, # catalog
     results: list, # dicts with id and status, and where known sha256, url_s3, error
 ):
-    "Write back what became of rows, in one transaction, and count an attempt for each."
+    "Write back what became of rows, in one transaction, and count an attempt for each; a checksum once known is kept."
     if not results: return
     t = plants_data
-    new = dict(status=sa.bindparam('s'), sha256=sa.bindparam('h'), url_s3=sa.bindparam('u'), error=sa.bindparam('e'),
+    was = lambda new, old: sa.func.coalesce(sa.bindparam(new, type_=sa.String), old)
+    new = dict(status=sa.bindparam('s'), sha256=was('h', t.c.sha256), url_s3=was('u', t.c.url_s3), error=sa.bindparam('e'),
                attempts=t.c.attempts + 1, updated_at=sa.func.current_timestamp())
     values = [dict(i=r['id'], s=r['status'], h=r.get('sha256'), u=r.get('url_s3'), e=r.get('error')) for r in results]
     with eng.begin() as c: c.execute(sa.update(t).where(t.c.id == sa.bindparam('i')).values(new), values)
@@ -273,11 +285,11 @@ def record(
 @_patient
 def retry(
     eng: sa.Engine, # catalog
+    everything: bool = False, # stored ones too, as for a new store
 ) -> int: # how many rows
     "Make failed and rejected rows new again."
-    t = plants_data
-    with eng.begin() as c:
-        return c.execute(sa.update(t).where(t.c.status.in_(['failed', 'rejected'])).values(status='new', attempts=0, error=None)).rowcount
+    t, some = plants_data, statuses[1:] if everything else ('failed', 'rejected')
+    with eng.begin() as c: return c.execute(sa.update(t).where(t.c.status.in_(some)).values(status='new', attempts=0, error=None)).rowcount
 
 # %% ../../nbs/data/02_catalog.ipynb #3c8763de
 PATIENCE = 60. # seconds for the catalog to answer, more than SQLite waits for a lock

@@ -63,18 +63,23 @@ def join_pairs(
     _, first, back = np.unique(g, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[back]
 
-# %% ../../nbs/data/07_dataset.ipynb #db715931
+# %% ../../nbs/data/07_dataset.ipynb #4ed6e12a
 FRACTIONS = dict(train=.70, valid=.15, test=.15)
 
 def _deal(
     sizes: np.ndarray, # photos in each group of one class, in the order of their hash
 ) -> np.ndarray: # split of each group
-    "Cut a row of groups into splits where the middle of a group falls."
+    "Cut a row of groups into splits where the middle of a group falls; what is far too large trains, and small groups make up for it."
     middle = (np.cumsum(sizes) - sizes/2) / sizes.sum()
     part = np.array(list(FRACTIONS))[np.searchsorted(np.cumsum(list(FRACTIONS.values()))[:-1], middle, side='right')]
-    if len(sizes) >= 3:
-        if 'test' not in part: part[-1] = 'test'
-        if 'valid' not in part: part[-2] = 'valid'
+    if len(sizes) < 3: return part
+    share = FRACTIONS['test']*sizes.sum()
+    part[(sizes > 2*share) & (sizes > 1)] = 'train'
+    has = lambda o: sizes[part == o].sum()
+    while len(rest := np.flatnonzero(part == 'train')) > 1 and has(least := min(('test', 'valid'), key=has)) < share/2:
+        part[max(rest, key=lambda i: (-sizes[i], i))] = least # the last of the smallest
+    for o, other in (('valid', 'test'), ('test', 'valid')):
+        if o not in part and (part == other).sum() > 1: part[np.argmax(part == other)] = o
     return part
 
 def assign_splits(
@@ -88,6 +93,8 @@ def assign_splits(
     g = d.groupby('group').agg(key=('sha256', 'min'), n=('label', 'size')).assign(label=kinds.label[~kinds.index.duplicated()])
     g = g.assign(key=[sha256_of(f'split {o}'.encode()) for o in g.key]).sort_values(['label', 'key'])
     g['split'] = np.concatenate([_deal(o.n.to_numpy()) for _, o in g.groupby('label', sort=True)]) if len(g) else []
+    for _, mine in d.groupby('label'): # in a group with photos of another class, a class may have ended up where nothing is learnt
+        if 'train' not in set(mine.group.map(g.split)): g.loc[g.n[mine.group.unique()].idxmin(), 'split'] = 'train'
     return d.group.map(g.split)
 
 # %% ../../nbs/data/07_dataset.ipynb #6f560211
@@ -141,14 +148,20 @@ def embed_all(
             bar.advance(task, len(part))
     return np.stack([known[o] for o in photos.sha256])
 
-# %% ../../nbs/data/07_dataset.ipynb #1056bfcb
+# %% ../../nbs/data/07_dataset.ipynb #e4167365
 def load_pixels(
     s: Settings, # settings in force
     manifest: pd.DataFrame, # sha256 and shard
 ) -> list: # JPEG bytes, in the manifest's order
     "Prepared photos of a manifest."
-    found = load_fmt(open_store(s), sorted(manifest.shard.unique()), ['jpeg'], s.photo_side).set_index('sha256').jpeg
-    return found.loc[manifest.sha256].tolist()
+    store = open_store(s)
+    try: found = load_fmt(store, sorted(manifest.shard.unique()), ['jpeg'], s.photo_side)
+    except NotFound: # packed anew since then, into other shards
+        now = load_fmt(store, columns=['sha256'], side=s.photo_side)
+        found = load_fmt(store, sorted(now.shard[now.sha256.isin(manifest.sha256)].unique()), ['jpeg'], s.photo_side)
+    gone = set(manifest.sha256) - set(found.sha256)
+    if gone: raise PlantError(f'{len(gone):,} photos of the dataset are not prepared any more. Run `plant-mlops prepare`.')
+    return found.set_index('sha256').jpeg.loc[manifest.sha256].tolist()
 
 # %% ../../nbs/data/07_dataset.ipynb #aeecf032
 KIND = dict(synthetic='synthetic photos', photos='photos', mixed='photos, some of them synthetic')

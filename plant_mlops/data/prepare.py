@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'SCHEMA', 'quality', 'prepare_photo', 'put_shard', 'load_fmt', 'progress_bar', 'prepare']
 
-# %% ../../nbs/data/06_prepare.ipynb #708a4faa
+# %% ../../nbs/data/06_prepare.ipynb #d78f454a
 import io, os, time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from PIL import Image, ImageChops
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from ..config import Settings
+from ..config import PlantError, Settings
 from .catalog import ask, open_catalog, record, stored
 from .photo import Limits, PhotoError, check_photo, open_photo
 from .store import Corrupt, NotFound, StoreError, address, open_store, sha256_of
@@ -126,7 +126,7 @@ def load_fmt(
     found = [o.to_pandas().assign(shard=k) for k, o in zip(keys, tables)] or [pd.DataFrame(columns=[*want, 'shard'])]
     return pd.concat(found).drop_duplicates('sha256').sort_values('sha256', ignore_index=True)
 
-# %% ../../nbs/data/06_prepare.ipynb #5a5e1956
+# %% ../../nbs/data/06_prepare.ipynb #5fee3554
 def _work(
     store, # from `open_store`
     sha256: str, # of a photo's bytes
@@ -136,7 +136,7 @@ def _work(
     "Prepare one stored photo; an error of the store itself goes on up."
     try: return dict(prepare_photo(store.get(f'raw/{sha256}'), side, limits), sha256=sha256)
     except PhotoError as e: return dict(status='rejected', error=str(e))
-    except (NotFound, Corrupt) as e: return dict(status='failed', error=f'{e} The next ingest fetches it again.')
+    except (NotFound, Corrupt) as e: return dict(status='failed', error=f'{e} The next ingest fetches it again, `catalog retry` if it has failed too often.')
 
 def _give_back(store, rows: list, sha256: str, bad: dict) -> list:
     "What to write into the catalog about a photo that could not be prepared."
@@ -150,7 +150,7 @@ def progress_bar(
     "A progress bar on stderr."
     return Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=not on)
 
-# %% ../../nbs/data/06_prepare.ipynb #ade31b3c
+# %% ../../nbs/data/06_prepare.ipynb #785a4852
 def prepare(
     s: Settings, # settings in force
     shard: tuple = (1, 1), # (i, n): photos of worker i of n, by their checksum
@@ -162,6 +162,9 @@ def prepare(
     for r in ask(stored, eng, shard): photos[r['sha256']].append(r)
     have, limits = set(load_fmt(store, columns=['sha256'], side=s.photo_side).sha256), Limits(max_pixels=s.photo_max_pixels)
     todo, failed = sorted(photos.keys() - have), 0
+    if todo and not have and next(iter(store.list('raw/')), None) is None:
+        raise PlantError(f'{store} holds no photo, though the catalog says that {len(photos):,} are stored. Is PLANT_STORE_URL right? '
+                         'If the store was emptied, `plant-mlops catalog retry --all` has them fetched again.')
     pool = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2))
     try:
         with progress_bar('prepare', progress and bool(todo)) as bar:

@@ -253,7 +253,7 @@ def delete(self:FolderStore,
     with _disk(key), self._lock(key):
         for p in (self.root/_check_key(key), self.sums/key): p.unlink(missing_ok=True)
 
-# %% ../../nbs/data/01_store.ipynb #c93979f3
+# %% ../../nbs/data/01_store.ipynb #eaa7254d
 def _client(
     s: Settings, # endpoint, keys and timeout
     tries: int = 4, # of a request
@@ -266,8 +266,9 @@ def _client(
                  max_pool_connections=64, request_checksum_calculation='when_required', response_checksum_validation='when_required',
                  s3=dict(addressing_style='path') if s.s3_endpoint_url else None)
     region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION') or 'us-east-1'
-    return boto3.client('s3', endpoint_url=s.s3_endpoint_url or None, region_name=region, config=cfg,
-                        aws_access_key_id=secret(s.s3_access_key), aws_secret_access_key=secret(s.s3_secret_key))
+    try: return boto3.client('s3', endpoint_url=s.s3_endpoint_url or None, region_name=region, config=cfg,
+                             aws_access_key_id=secret(s.s3_access_key), aws_secret_access_key=secret(s.s3_secret_key))
+    except ValueError: raise StoreError(f'PLANT_S3_ENDPOINT_URL = {s.s3_endpoint_url!r} is not a URL. Write it as http://host:9000.') from None
 
 # %% ../../nbs/data/01_store.ipynb #133e2e4e
 @contextlib.contextmanager

@@ -303,10 +303,11 @@ def champion(
     with mlflow_client(s) as c: v = _alias(c, s)
     return _about(v) if v else None
 
-# %% ../../nbs/model/16_registry.ipynb #1e6a20de
+# %% ../../nbs/model/16_registry.ipynb #e696ec63
 def _publish(s, store, v):
-    "Put a version's file into the store, unless it is there and whole; returns its key."
-    key, sha = f'models/{s.model}/{v.version}/model.onnx', v.tags['sha256']
+    "Put a version's file into the store, unless it is there and whole; returns its key, which ends in its checksum."
+    sha = v.tags['sha256']
+    key = f'models/{s.model}/{v.version}/{sha}.onnx'
     try: store.get(key, sha256=sha)
     except (NotFound, Corrupt): store.put(key, _file(s, v), sha256=sha)
     return key

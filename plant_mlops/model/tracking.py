@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['mlflow_client', 'experiment_id']
 
-# %% ../../nbs/model/09_tracking.ipynb #0f5bbe55
-import logging, os, re
+# %% ../../nbs/model/09_tracking.ipynb #8be653b5
+import errno, logging, os, re
 from contextlib import contextmanager
 from pathlib import Path
 from ..config import PlantError, Settings
@@ -23,7 +23,9 @@ def _client(s):
     if s.tracking_uri.startswith('sqlite:///'): Path(s.tracking_uri.removeprefix('sqlite:///')).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(s.tracking_uri, s.tracking_uri)
 
-# %% ../../nbs/model/09_tracking.ipynb #fd825087
+# %% ../../nbs/model/09_tracking.ipynb #c3d6588f
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
 @contextmanager
 def mlflow_client(
     s: Settings, # settings in force
@@ -33,7 +35,7 @@ def mlflow_client(
     except PlantError: raise
     except Exception as e:
         ours = not type(e).__module__.startswith(('mlflow', 'requests', 'urllib3', 'sqlalchemy', 'sqlite3'))
-        if ours and isinstance(e, OSError) and e.errno: raise PlantError(f'The record of MLflow could not be written: {e.strerror}. Make room or permit it, then run again.') from e
+        if ours and getattr(e, 'errno', None) in _NO_ROOM: raise PlantError(f'The record of MLflow could not be written: {e.strerror}. Make room or permit it, then run again.') from e
         if ours: raise
         hidden = lambda x: re.sub(r'(?<=//)([^:/@]*):[^/@]+(?=@)', r'\1:********', x)
         raise PlantError(f"MLflow at {hidden(s.tracking_uri)} did not do what was asked: {hidden(str(e).splitlines()[0])[:300]} Is it running, and is MLFLOW_TRACKING_URI right? Nothing was lost: run again.") from e

@@ -199,7 +199,7 @@ def serve(host: Annotated[Optional[str], typer.Option(help='Address to listen on
     from plant_mlops.serve.api import run_server
     run_server(settings(home=home, host=host, port=port))
 
-# %% ../../nbs/ops/25_cli.ipynb #76146800
+# %% ../../nbs/ops/25_cli.ipynb #f2b65546
 def _catalog(home):
     "The catalog in force."
     from plant_mlops.data.catalog import ask, open_catalog
@@ -207,24 +207,25 @@ def _catalog(home):
 
 @catalog_app.command('load')
 def catalog_load(file: Annotated[Path, typer.Argument(help='CSV or SQL file; plants_data.sql comes with the package')], home: Home = None):
-    "Add the rows of a CSV file, or run an SQL script; a row that is there already gets the label it comes with."
+    "Add the rows of a CSV file, or run an SQL script; a row of a CSV file that is there already gets the label it comes with."
     from plant_mlops.data.catalog import ask, load_file
-    _added(ask(load_file, _catalog(home), file))
+    _added(eng := _catalog(home), ask(load_file, eng, file))
 
 @catalog_app.command('add')
 def catalog_add(folder: Annotated[Path, typer.Argument(help='Folder with one folder of photos for each class')],
                 mirror: Annotated[bool, typer.Option('--mirror', help='Forget the rows of photos that are no longer in the folder')] = False, home: Home = None):
     "Add a folder of photos."
     from plant_mlops.data.catalog import add_dir, ask
-    _added(ask(add_dir, _catalog(home), folder, mirror), mirror)
+    _added(eng := _catalog(home), ask(add_dir, eng, folder, mirror), mirror)
 
-def _added(r: dict, mirror: bool = False):
+def _added(eng, r: dict, mirror: bool = False):
     "What was added, and what comes next."
     left = 'forgotten, because their file has left the folder' if mirror else 'of files that have left the folder; --mirror forgets them'
     parts = [f"{r['new']:,} new rows"] + [f'{r[k]:,} {w}' for k, w in (('relabelled', 'relabelled'), ('gone', left)) if r.get(k)]
-    out.print(f"{', '.join(parts)}. Next: plant-mlops {'ingest' if r['new'] else 'dataset'}", highlight=False, soft_wrap=True)
+    from plant_mlops.data.catalog import ask, counts
+    out.print(f"{', '.join(parts)}. Next: plant-mlops {'ingest' if ask(counts, eng)['new'] else 'dataset'}", highlight=False, soft_wrap=True)
 
-# %% ../../nbs/ops/25_cli.ipynb #59012520
+# %% ../../nbs/ops/25_cli.ipynb #cf7cb7b9
 @catalog_app.command('list')
 def catalog_list(status: Annotated[Optional[str], typer.Option(help='new, stored, failed or rejected')] = None,
                  limit: Annotated[int, typer.Option(help='At most so many rows', min=1)] = 50, home: Home = None, as_json: Json = False):
@@ -237,10 +238,11 @@ def catalog_list(status: Annotated[Optional[str], typer.Option(help='new, stored
     out.print(', '.join(f'{n:,} {k}' for k, n in ask(counts, eng).items()), highlight=False)
 
 @catalog_app.command('retry')
-def catalog_retry(home: Home = None):
+def catalog_retry(everything: Annotated[bool, typer.Option('--all', help='Stored rows too, as for a new store')] = False, home: Home = None):
     "Make failed and rejected rows new again."
     from plant_mlops.data.catalog import ask, retry
-    out.print(f'{ask(retry, _catalog(home)):,} rows are new again. Next: plant-mlops ingest')
+    n = ask(retry, _catalog(home), everything)
+    out.print(f'{n:,} rows are new again. Next: plant-mlops ingest' if n else 'No row has failed or was rejected.', highlight=False)
 
 # %% ../../nbs/ops/25_cli.ipynb #67b21fda
 @app.command()

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['fill', 'ingest', 'prepare', 'dataset', 'train', 'evaluate', 'promote', 'run', 'status', 'cross_validate']
 
-# %% ../../nbs/ops/21_stages.ipynb #fd4f6c61
-import hashlib, json, time
+# %% ../../nbs/ops/21_stages.ipynb #63365ca4
+import hashlib, json, re, time
 from contextlib import contextmanager
 from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from ..config import PlantError, Settings
 
-# %% ../../nbs/ops/21_stages.ipynb #3157e791
+# %% ../../nbs/ops/21_stages.ipynb #1767ff03
 def fill(
     s: Settings, # settings in force
     photos: Path | None = None, # folder with one folder of photos for each class
@@ -26,7 +26,7 @@ def fill(
     eng, did = catalog.ask(catalog.open_catalog, s), dict(new=0)
     if photos: did = catalog.ask(catalog.add_dir, eng, photos, mirror)
     elif manifest: did = catalog.ask(catalog.load_file, eng, manifest)
-    elif set(catalog.ask(_hosts, eng)) <= {_synthetic_host()}: did = catalog.ask(catalog.add_rows, eng, _drawn(synthetic, s.seed))
+    elif set(catalog.ask(_hosts, eng)) <= {_synthetic_host()}: did = catalog.ask(catalog.add_rows, eng, _drawn(synthetic, 42))
     return dict(rows=sum(catalog.ask(catalog.counts, eng).values()), **did)
 
 # %% ../../nbs/ops/21_stages.ipynb #6d079881
@@ -67,7 +67,7 @@ def prepare(
     from plant_mlops.data.prepare import prepare as pack
     return pack(s, shard, progress=progress)
 
-# %% ../../nbs/ops/21_stages.ipynb #36bed372
+# %% ../../nbs/ops/21_stages.ipynb #01173ce9
 def dataset(
     s: Settings, # settings in force
     progress: bool = True, # show a bar
@@ -78,7 +78,7 @@ def dataset(
         from plant_mlops.model.backbone import embed # PyTorch takes seconds to import, and there may be nothing new
         return embed(images, s)
     see.name = s.arch
-    card = load_dataset(s, build_dataset(s, embed=see, progress=progress)).card
+    card = load_dataset(s, build_dataset(s, embed=see if s.pretrained else None, progress=progress)).card
     return dict(version=card['version'], **{k: v for k, v in card.items() if k in ('photos', 'source', 'classes', 'splits')})
 
 # %% ../../nbs/ops/21_stages.ipynb #11f4ad99
@@ -151,7 +151,7 @@ def run(
     return dict(model=s.model, version=t['version'], champion=a['model_version'], promoted=p['promoted'], source=d['source'], dataset=d['version'],
                 evaluation=e, gate=_gate(t['version'], p), prediction=a)
 
-# %% ../../nbs/ops/21_stages.ipynb #ae0e7b46
+# %% ../../nbs/ops/21_stages.ipynb #e810f5a3
 def _describe(d: dict) -> str:
     "A dataset in a few words."
     source = 'synthetic ' if d['source'] == 'synthetic' else ''
@@ -179,7 +179,8 @@ def _try_one(
     from plant_mlops.serve.predict import load_champion, predict_files
     m = load_dataset(s, version).manifest
     one = m[m.split == 'test'].sort_values('sha256').iloc[0]
-    file = s.home/'sample'/f'{one.label}-{one.sha256[:8]}.jpg'
+    label = re.sub(r'[^\w-]', '_', one.label)[:40] # a label may be anything, even a path
+    file = s.home/'sample'/f'{label}-{one.sha256[:8]}.jpg'
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(open_store(s).get(f'raw/{one.sha256}'))
     return next(iter(predict_files(load_champion(s), [file])))
@@ -205,10 +206,10 @@ def _counts(s: Settings) -> dict | None:
     except ModuleNotFoundError: return None
     return ask(counts, ask(open_catalog, s))
 
-# %% ../../nbs/ops/21_stages.ipynb #27be483d
+# %% ../../nbs/ops/21_stages.ipynb #829816ef
 def cross_validate(
     s: Settings, # settings in force
-    photos: Path | None = None, # folder with one folder of photos for each class; None: the newest dataset
+    photos: Path | None = None, # folder with one folder of photos for each class; None: the photos that are prepared
     folds: int = 5, # folds
     seeds: list | None = None, # one cross-validation for each; None: the seed in force
     progress: bool = True, # show a bar

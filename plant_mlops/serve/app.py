@@ -6,7 +6,7 @@
 __all__ = ['CSS', 'overlay', 'size_seen', 'percent', 'bars_html', 'answer_html', 'note_html', 'warning_of', 'accuracy_of',
            'about_html', 'judge', 'greet', 'draw_examples', 'create_ui', 'theme', 'add_ui']
 
-# %% ../../nbs/serve/19_app.ipynb #45c2848b
+# %% ../../nbs/serve/19_app.ipynb #c6661521
 import html, inspect, os, re, tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +16,12 @@ from anyio import to_thread
 from fastapi import FastAPI
 from PIL import Image
 from ..config import PlantError
-from ..data.photo import check_photo, shape_seen
+from ..data.photo import Limits, check_photo, shape_seen
 from ..data.synthetic import LABELS, draw
 from .api import describe, the_model, title_of
 from .predict import Model, read_file
 
-# %% ../../nbs/serve/19_app.ipynb #7df4d935
+# %% ../../nbs/serve/19_app.ipynb #28f9cd59
 _warm = np.array([(0, 0, 0), (66, 10, 104), (187, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32) # matplotlib's inferno, at five places
 
 def overlay(
@@ -40,7 +40,7 @@ def size_seen(
     longer: int = 560, # longer side of the picture, in pixels
 ) -> tuple[int, int]: # width and height
     "The shape of what the model sees of a photo, for a picture of it; raises `PhotoError`."
-    info = check_photo(data)
+    info = check_photo(data, Limits(max_pixels=2**40)) # whoever answered for it has set the limits
     w, h = shape_seen(info.width, info.height)
     return round(longer*w/max(w, h)), round(longer*h/max(w, h))
 
@@ -110,7 +110,7 @@ def about_html(
             'Network': made.get('arch', ''), 'In production since': there.get('published_at', '')[:16].replace('T', ' '), 'Note': there.get('note', '')}
     return '<dl class="pm-about">' + ''.join(f'<dt>{k}</dt><dd>{html.escape(str(v))}</dd>' for k, v in rows.items() if v) + '</dl>'
 
-# %% ../../nbs/serve/19_app.ipynb #0dfdb636
+# %% ../../nbs/serve/19_app.ipynb #c18bf19a
 async def _call(f, *args):
     "Call a function, which may be async; what is not runs on a thread."
     return await f(*args) if inspect.iscoroutinefunction(f) else await to_thread.run_sync(f, *args)
@@ -126,8 +126,9 @@ async def judge(
     try:
         data = await _call(read_file, path, max_bytes)
         answer, pixels, heat = await _call(explain, data)
+        picture = None if heat is None else await _call(lambda: overlay(pixels, heat, size_seen(data)))
     except PlantError as e: return note_html(str(e), 'error'), nothing
-    return answer_html(answer), nothing if heat is None else gr.update(value=overlay(pixels, heat, size_seen(data)), visible=True)
+    return answer_html(answer), nothing if picture is None else gr.update(value=picture, visible=True)
 
 # %% ../../nbs/serve/19_app.ipynb #6548b481
 async def greet(

@@ -173,17 +173,18 @@ def champion_pointer(
     if not {'version', 'key', 'sha256'} <= set(pointer): raise StoreError(f'{key} in {store} is incomplete. Promote the model again.')
     return pointer
 
-# %% ../../nbs/serve/17_predict.ipynb #ca5e94bc
+# %% ../../nbs/serve/17_predict.ipynb #f88b30cd
 def _keep(
     cache: FolderStore, # beneath home
     key: str, # content-addressed for a file, else a pointer
     data: bytes, # to be kept
 ):
-    "Keep a copy, and of older files only two; a full disk is no reason not to serve."
+    "Keep a copy; of files that no kept pointer names only the two latest. A full disk is no reason not to serve."
     try:
         cache.put(key, data)
-        files = sorted((o for o in cache.list('models/') if o.key.endswith('.onnx')), key=lambda o: o.modified)
-        for o in files[:-3]: cache.delete(o.key)
+        named = {json.loads(cache.get(o.key))['sha256'] for o in cache.list('models/') if o.key.endswith('.json')}
+        spare = sorted((o for o in cache.list('models/') if o.key.endswith('.onnx') and o.sha256 not in named), key=lambda o: o.modified)
+        for o in spare[:-2]: cache.delete(o.key)
     except StoreError as e: log.warning('No copy of the model was kept. %s', e)
 
 def _fetch(
