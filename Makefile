@@ -31,7 +31,7 @@ readme: install
 install: $(VENV)/.installed
 
 # Only a change of what the package needs installs again.
-$(VENV)/.installed: settings.ini setup.py pyproject.toml
+$(VENV)/.installed: settings.ini setup.py
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11 or newer"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) -V). Name another: make PYTHON=python3.12"; exit 1; }

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from ..config import PlantError, Settings
 
-# %% ../../nbs/ops/21_stages.ipynb #1767ff03
+# %% ../../nbs/ops/21_stages.ipynb #a44eb2f0
 def fill(
     s: Settings, # settings in force
     photos: Path | None = None, # folder with one folder of photos for each class
@@ -26,15 +26,15 @@ def fill(
     eng, did = catalog.ask(catalog.open_catalog, s), dict(new=0)
     if photos: did = catalog.ask(catalog.add_dir, eng, photos, mirror)
     elif manifest: did = catalog.ask(catalog.load_file, eng, manifest)
-    elif set(catalog.ask(_hosts, eng)) <= {_synthetic_host()}: did = catalog.ask(catalog.add_rows, eng, _drawn(synthetic, 42))
+    elif set(catalog.ask(_hosts, eng)) <= {_synthetic_host()}: did = catalog.ask(catalog.add_rows, eng, _drawn(synthetic))
     return dict(rows=sum(catalog.ask(catalog.counts, eng).values()), **did)
 
-# %% ../../nbs/ops/21_stages.ipynb #6d079881
+# %% ../../nbs/ops/21_stages.ipynb #300e8158
 def _synthetic_host() -> str:
     from plant_mlops.data.synthetic import HOST
     return HOST
 
-def _drawn(n: int, seed: int):
+def _drawn(n: int, seed: int = 42): # the same drawings, whatever the seed of training
     from plant_mlops.data.synthetic import synthetic_rows
     return synthetic_rows(n, seed)
 
