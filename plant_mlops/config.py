@@ -69,12 +69,13 @@ class Train(BaseSettings):
     lr: float = _f(3e-4, 'Highest learning rate of fine-tuning, that of the head', gt=0)
     pretrained: bool = _f(True, 'Start from ImageNet weights; false: from random ones')
 
-# %% ../nbs/00_config.ipynb #df5408e6
+# %% ../nbs/00_config.ipynb #886ccb5f
 class Serve(BaseSettings):
     "How predictions are served."
     host: str = _f('127.0.0.1', 'Address that the API listens on')
     port: int = _f(8000, 'Port that the API listens on', ge=0, le=65535)
     threads: int = _f(0, 'Threads of one ONNX Runtime session; 0: one for each core', ge=0)
+    reload_every: float = _f(10., 'Seconds between two looks of the API for a newly promoted model', gt=0)
     token: SecretStr = _f(SecretStr(''), 'Token of the routes that change something; empty: they are refused')
 
 # %% ../nbs/00_config.ipynb #25ffd358

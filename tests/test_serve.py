@@ -8,7 +8,7 @@ from PIL import Image
 from conftest import free_port, stop, wait_for
 from plant_mlops.config import PlantError, settings
 from plant_mlops.data.store import StoreError
-from plant_mlops.serve.api import create_app, listen
+from plant_mlops.serve.api import Live, create_app, listen
 from plant_mlops.serve.predict import Model, NoModel, load_champion, predict_files
 from tiny import jpeg, publish, tiny_model
 
@@ -167,6 +167,73 @@ def test_few_copies_are_kept(tmp_path):
         publish(s, v)
         load_champion(s)
     assert len(list((tmp_path/'cache/models').glob('*.onnx'))) == 3
+
+# following what is in production
+
+crashing = """
+<ir_version: 8, opset_import: ["": 13]>
+crash (uint8[N,64,64,3] images) => (float[N,2] probabilities) <int64[2] shape = {7, 11}> {
+    pixels = Cast<to=1>(images)
+    probabilities = Reshape(pixels, shape)
+}
+"""
+
+def crashing_model():
+    "Opens, and fails on every input."
+    from onnx import helper, parser
+    model = parser.parse_model(crashing.strip())
+    meta = dict(classes=['dandelion', 'grass'], input=dict(kind='image', shape=[None, 64, 64, 3], resize=dict(side=64, size=64)))
+    helper.set_model_props(model, {k: json.dumps(v) for k, v in meta.items()})
+    return model.SerializeToString()
+
+@pytest.mark.parametrize('why, bad', [('not a usable ONNX file', lambda: dict(data=tiny_model()[:300])), ('checksum', lambda: dict(sha256='0'*64)),
+    ('answers in shape', lambda: dict(data=tiny_model(classes=['a', 'b', 'c']))), ('golden input', lambda: dict(data=crashing_model())),
+    ('no such object', lambda: dict(key='gone.onnx', sha256='1'*64))])
+def test_a_broken_model_is_refused_and_the_old_one_serves(tmp_path, why, bad):
+    s = settings(home=tmp_path)
+    publish(s, '1')
+    live = Live(s)
+    assert live.look() and live.model.version == '1' and live.error is None
+    publish(s, '2', **bad())
+    assert not live.look() and live.model.version == '1' and why in str(live.error)
+    assert load_champion(s).version == '1', 'a server that starts now serves it too'
+    publish(s, '3')
+    assert live.look() and live.model.version == '3' and live.error is None
+
+def test_models_change_under_load(tmp_path):
+    "No request fails, and each is answered by one version, whole: odd versions call gold a dandelion, even ones call it grass."
+    s = settings(home=tmp_path, reload_every=.05, token='hush')
+    kinds = [('grass', 'dandelion'), ('dandelion', 'grass')]
+    publish(s, '1')
+    seen, failed, end = set(), [], threading.Event()
+    def client(url):
+        with httpx.Client(base_url=url, timeout=20) as c:
+            while not end.is_set():
+                r = c.post('/predict', content=jpeg('gold'))
+                answer = r.json()
+                if r.status_code != 200 or answer['prediction'] != kinds[int(answer['model_version']) % 2][0]: failed.append(answer)
+                seen.add(answer.get('model_version'))
+    with running(create_app(s, ui=False)) as c, ThreadPoolExecutor(4) as pool:
+        for _ in range(4): pool.submit(client, str(c.base_url))
+        for v in range(2, 40):
+            publish(s, str(v), data=tiny_model(classes=kinds[v % 2], version=str(v)))
+            if v % 3 == 0: assert c.post('/reload', headers={'Authorization': 'Bearer hush'}).json()['model_version'] == str(v)
+            time.sleep(.1)
+        end.set()
+    assert not failed and len(seen) > 20
+
+def test_a_store_that_stops_under_way(weed, tmp_path):
+    s = weed.settings('under-way', home=tmp_path, s3_timeout=.3, reload_every=.1)
+    publish(s, '1')
+    with running(create_app(s, ui=False)) as c:
+        wait_for(lambda: c.get('/health').json()['ready'], 20)
+        with frozen(weed):
+            wait_for(lambda: c.get('/health').json()['detail'], 30)
+            assert c.post('/predict', content=jpeg('gold')).json()['model_version'] == '1'
+            assert 'cannot be used' in c.get('/model/info').json()['serving']['error']
+        wait_for(lambda: c.get('/health').json()['detail'] is None, 30)
+        publish(s, '2')
+        wait_for(lambda: c.get('/health').json()['model_version'] == '2', 20)
 
 # a real server
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'log', 'open_session', 'read_metadata', 'decode_image', 'decode_features', 'Model', 'golden_input',
-           'check_model', 'NoModel', 'champion_pointer', 'load_champion', 'read_file', 'predict_files']
+           'check_model', 'NoModel', 'champion_pointer', 'load_published', 'load_champion', 'read_file',
+           'predict_files']
 
 # %% ../../nbs/serve/17_predict.ipynb #ee08ab4e
 import json, logging, os
@@ -173,7 +174,7 @@ def champion_pointer(
     if not {'version', 'key', 'sha256'} <= set(pointer): raise StoreError(f'{key} in {store} is incomplete. Promote the model again.')
     return pointer
 
-# %% ../../nbs/serve/17_predict.ipynb #f88b30cd
+# %% ../../nbs/serve/17_predict.ipynb #817a8679
 def _keep(
     cache: FolderStore, # beneath home
     key: str, # content-addressed for a file, else a pointer
@@ -185,7 +186,7 @@ def _keep(
         named = {json.loads(cache.get(o.key))['sha256'] for o in cache.list('models/') if o.key.endswith('.json')}
         spare = sorted((o for o in cache.list('models/') if o.key.endswith('.onnx') and o.sha256 not in named), key=lambda o: o.modified)
         for o in spare[:-2]: cache.delete(o.key)
-    except StoreError as e: log.warning('No copy of the model was kept. %s', e)
+    except (StoreError, ValueError, KeyError) as e: log.warning('No copy of the model was kept. %s', e)
 
 def _fetch(
     pointer: dict, # which model
@@ -201,36 +202,41 @@ def _fetch(
     _keep(cache, copy, data)
     return data
 
-# %% ../../nbs/serve/17_predict.ipynb #72c236e0
-def load_champion(
-    s: Settings, # home, store, name of the model, threads
-    threads: int | None = None, # threads of one answer; None: as set
-) -> Model: # the model in production; `origin` is its pointer
-    "Load what is in production; raises `NoModel`, or `PlantError` when neither the store nor the kept copy will do."
-    cache, kept = FolderStore(s.home/'cache'), f'models/{s.model}-{_shop(s)}.json'
-    load = partial(_load, cache=cache, threads=s.threads if threads is None else threads, limits=Limits(max_pixels=s.photo_max_pixels))
-    if cache.stat(kept): s = s.model_copy(update=dict(s3_timeout=min(s.s3_timeout, 5.))) # no long wait for a store that is away
-    try:
-        store = open_store(s)
-        pointer = champion_pointer(store, s.model)
-        model = load(pointer, store)
-    except PlantError as e:
-        try: pointer = json.loads(cache.get(kept))
-        except (StoreError, ValueError): raise e from None
-        log.warning('%s Version %s, the last that was good, serves on.', e, pointer['version'])
-        return load(pointer | dict(note=str(e)), None)
-    _keep(cache, kept, json.dumps(pointer).encode())
-    return model
-
+# %% ../../nbs/serve/17_predict.ipynb #050bffe0
 def _shop(s: Settings) -> str:
     "A short name for the store in force: what was kept from another one is another model."
     return sha256_of(f'{s.s3_endpoint_url} {s.store_url}'.encode())[:12]
 
-def _load(pointer, store, cache, threads, limits) -> Model:
-    "Fetch, open and try one published model."
-    model = check_model(Model(_fetch(pointer, store, cache), threads, limits))
+def _kept(s: Settings): return FolderStore(s.home/'cache'), f'models/{s.model}-{_shop(s)}.json'
+
+def load_published(
+    s: Settings, # home, threads and limits among them
+    pointer: dict, # from `champion_pointer`
+    store, # where it was published; None: only the kept copy will do
+    threads: int | None = None, # threads of one answer; None: as set
+) -> Model: # its `origin` is the pointer
+    "Load and try a published model, and keep it as the last good one; raises `PlantError`, and then the last good one is another."
+    cache, kept = _kept(s)
+    model = check_model(Model(_fetch(pointer, store, cache), s.threads if threads is None else threads, Limits(max_pixels=s.photo_max_pixels)))
     model.origin, model.version = pointer, str(pointer['version'])
+    if store is not None: _keep(cache, kept, json.dumps(pointer).encode())
     return model
+
+def load_champion(
+    s: Settings, # home, store, name of the model, threads
+    threads: int | None = None, # threads of one answer; None: as set
+) -> Model: # the model in production; `origin` is its pointer, with a `note` where it is the last good one instead
+    "Load what is in production; raises `NoModel`, or `PlantError` when neither the store nor the kept copy will do."
+    cache, kept = _kept(s)
+    if cache.stat(kept): s = s.model_copy(update=dict(s3_timeout=min(s.s3_timeout, 5.))) # no long wait for a store that is away
+    try:
+        store = open_store(s)
+        return load_published(s, champion_pointer(store, s.model), store, threads)
+    except PlantError as e:
+        try: pointer = json.loads(cache.get(kept))
+        except (StoreError, ValueError): raise e from None
+        log.warning('%s Version %s, the last that was good, serves on.', e, pointer['version'])
+        return load_published(s, pointer | dict(note=str(e)), None, threads)
 
 # %% ../../nbs/serve/17_predict.ipynb #13013678
 def read_file(
