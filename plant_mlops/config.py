@@ -69,12 +69,14 @@ class Train(BaseSettings):
     lr: float = _f(3e-4, 'Highest learning rate of fine-tuning, that of the head', gt=0)
     pretrained: bool = _f(True, 'Start from ImageNet weights; false: from random ones')
 
-# %% ../nbs/00_config.ipynb #886ccb5f
+# %% ../nbs/00_config.ipynb #390fbf88
 class Serve(BaseSettings):
     "How predictions are served."
     host: str = _f('127.0.0.1', 'Address that the API listens on')
     port: int = _f(8000, 'Port that the API listens on', ge=0, le=65535)
     threads: int = _f(0, 'Threads of one ONNX Runtime session; 0: one for each core', ge=0)
+    batch_files: int = _f(64, 'Most photos or rows in one request', ge=1)
+    batch_max_bytes: int = _f(100_000_000, 'Largest request with many photos or rows, in bytes', ge=1)
     reload_every: float = _f(10., 'Seconds between two looks of the API for a newly promoted model', gt=0)
     token: SecretStr = _f(SecretStr(''), 'Token of the routes that change something; empty: they are refused')
 

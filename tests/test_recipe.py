@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from plant_mlops.config import settings
+from plant_mlops.data.dataset import load_dataset
 from plant_mlops.data.photo import open_photo
+from plant_mlops.data.store import open_store
 
 PHOTOS = Path(__file__).resolve().parents[2]/'shared'/'photos'/'plants'
 pytestmark = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f'the real photos are not at {PHOTOS}')
@@ -37,3 +39,20 @@ def test_what_is_evaluated_is_what_is_served(photos, tmp_path):
     t = fit_learner(jpegs, y, np.arange(0, 60, 2), np.arange(1, 60, 6), classes, settings(image_size=128, epochs=0, arch='tf_efficientnet_lite0', pretrained=True), progress=False)
     served = run_model(export_onnx(t, tmp_path/'model.onnx'), np.stack([to_pixels(jpegs[i], 128) for i in range(1, 60, 6)]))['probabilities']
     assert (served.argmax(1) == t.valid_logits.argmax(1)).all()
+
+@pytest.mark.timeout(600)
+def test_neither_is_an_answer(tmp_path):
+    "Photos of other things are told from plants that were held out; the threshold comes from validation photos alone."
+    from sklearn.metrics import roc_auc_score
+    from plant_mlops.ops import stages
+    from plant_mlops.serve.predict import load_champion
+    s = settings(home=tmp_path, epochs=0)
+    stages.fill(s, PHOTOS)
+    for stage in (stages.ingest, stages.prepare, stages.dataset, stages.train): stage(s, progress=False)
+    stages.promote(s)
+    model, m = load_champion(s), load_dataset(s).manifest
+    held = [open_store(s).get(f'raw/{h}') for h in m.sha256[m.split.isin(['valid', 'test'])]]
+    other = [f.read_bytes() for f in sorted((PHOTOS.parent/'neither').iterdir())]
+    known, strange = (model.predict(o) for o in (held, other))
+    assert roc_auc_score([0]*len(known) + [1]*len(strange), [o['novelty'] for o in known + strange]) >= .98
+    assert np.mean([o['novel'] for o in strange]) > .9 and np.mean([o['novel'] for o in known]) < .2

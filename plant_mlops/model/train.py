@@ -163,7 +163,7 @@ def new_learner(
     learn.remove_cb(fv.ProgressCallback)
     return learn.to_fp16() if device().type == 'cuda' else learn
 
-# %% ../../nbs/model/11_train.ipynb #46f6a28a
+# %% ../../nbs/model/11_train.ipynb #3fde92c9
 @dataclass
 class Trained:
     "A trained network and what is known about it."
@@ -178,6 +178,7 @@ class Trained:
     embeddings: np.ndarray # (M, D) float32, rows of length 1, of the training photos
     history: list # a dict for each epoch
     probe: dict # regularisation and validation accuracy of the linear probe
+    valid_embeddings: np.ndarray | None = None # (V, D) float32, likewise, of the validation photos
     temperature: float = 1. # by which logits are divided; fitted by `export_onnx`
     side: int = 256 # shorter side that photos were prepared at, in pixels
     run_id: str = '' # of MLflow
@@ -211,7 +212,7 @@ def _quiet(learn: fv.Learner):
 def _logits(learn, dl): # → (N, C) float32
     with _quiet(learn): return learn.get_preds(dl=dl, act=fv.noop)[0].float().cpu().numpy()
 
-# %% ../../nbs/model/11_train.ipynb #1907875c
+# %% ../../nbs/model/11_train.ipynb #8bd0594c
 def _fine_tune(
     learn: fv.Learner, # whose head is probed already
     s: Settings, # settings in force
@@ -250,9 +251,12 @@ def fit_learner(
         probe = dict(C=C, accuracy=float((_logits(learn, dls.valid).argmax(1) == truth).mean()))
         history = _fine_tune(learn, s)
     logits, net = _logits(learn, dls.valid), nn.Sequential(body, learn.model[1]).eval()
-    seen = features(net[0], np.stack([square(fv.PILImage.create(jpegs[i]), s.image_size) for i in train_idx]))
-    return Trained(net, list(classes), s.arch, s.image_size, body.mean, body.std, logits, truth, seen/np.linalg.norm(seen, axis=1, keepdims=True).clip(1e-12),
-                   history, probe, side=s.photo_side)
+    seen, held = (_embed(net[0], jpegs, idx, s.image_size) for idx in (train_idx, valid_idx))
+    return Trained(net, list(classes), s.arch, s.image_size, body.mean, body.std, logits, truth, seen, history, probe, side=s.photo_side, valid_embeddings=held)
+
+def _embed(body, jpegs, idx, size): # → (len(idx), D) float32, rows of length 1
+    f = features(body, np.stack([square(fv.PILImage.create(jpegs[i]), size) for i in idx]))
+    return f/np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12)
 
 # %% ../../nbs/model/11_train.ipynb #1d2f5244
 _SAID = dict(synthetic=' (synthetic photos)', mixed=' (partly synthetic photos)')

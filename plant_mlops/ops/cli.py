@@ -169,7 +169,7 @@ def _table(
     for r in rows: t.add_row(*('' if r.get(k) is None else escape(str(r[k])) for k in columns))
     out.print(t)
 
-# %% ../../nbs/ops/25_cli.ipynb #d3302c82
+# %% ../../nbs/ops/25_cli.ipynb #bc79701a
 @app.command()
 def predict(
     files: Annotated[list[Path], typer.Argument(help='Photos')],
@@ -189,7 +189,9 @@ def _answer(r: dict, model):
     "One prediction, for a person."
     if 'error' in r: return err.print(f"[red]{escape(r['file'])}[/]: {escape(r['error'])}", highlight=False, soft_wrap=True)
     note = ' [yellow](model trained on synthetic photos)[/]' if model.synthetic else ''
-    out.print(f"{escape(r['file'])}: [bold green]{r['prediction']}[/] {r['probability']:.1%}{note}", highlight=False, soft_wrap=True)
+    what = f"[bold green]{escape(r['prediction'])}[/] {r['probability']:.1%}"
+    if r['novel']: what = f"[bold yellow]{'neither' if len(model.classes) == 2 else 'none of them'}[/], it seems: unlike any training photo; closest is {what}"
+    out.print(f"{escape(r['file'])}: {what}{note}", highlight=False, soft_wrap=True)
 
 # %% ../../nbs/ops/25_cli.ipynb #95608501
 @app.command()

@@ -49,7 +49,7 @@ def percent(p: float) -> str:
     "A probability for people: never a certainty."
     return 'over 99.9 %' if .999 < p else 'under 0.1 %' if p < .001 else f'{100*p:.1f} %'
 
-# %% ../../nbs/serve/19_app.ipynb #06497a9f
+# %% ../../nbs/serve/19_app.ipynb #b091d93b
 def bars_html(
     probabilities: dict, # class → probability
 ) -> str: # HTML
@@ -59,12 +59,16 @@ def bars_html(
     return '<ul class="pm-bars">' + ''.join(bar.format(html.escape(c), 100*p, percent(p)) for c, p in rank) + '</ul>'
 
 _novelty = '<p class="pm-small">Novelty <b>{:.2f}</b>: how unlike the training photos this one is. Near 0 is a twin; a large value calls for doubt.</p>'
+_novel = '<p class="pm-small">This photo is unlike those that the model was trained on (novelty <b>{:.2f}</b>), so what follows means little.</p>'
 
 def answer_html(
-    answer: dict, # prediction, probability, probabilities, novelty
+    answer: dict, # prediction, probability, probabilities, novelty, novel
 ) -> str: # HTML
     "The card with an answer."
     p, novelty = answer['probability'], answer.get('novelty')
+    if answer.get('novel'):
+        none = 'Neither' if len(answer['probabilities']) == 2 else 'None of these'
+        return f'<div class="pm-card pm-novel" role="status"><p class="pm-small">Looks like</p><h2>{none}</h2>{_novel.format(novelty)}{bars_html(answer["probabilities"])}</div>'
     say = 'Looks like' if p >= .9 else 'Probably' if p >= .65 else 'Hard to say; perhaps'
     return (f'<div class="pm-card" role="status"><p class="pm-small">{say}</p><h2>{html.escape(answer["prediction"])}</h2>'
             f'{bars_html(answer["probabilities"])}{"" if novelty is None else _novelty.format(novelty)}</div>')
@@ -197,7 +201,7 @@ def create_ui(
         ui.load(on_load, None, [at[k] for k in ('head', 'banner', 'about', 'examples')], api_visibility='private')
     return ui
 
-# %% ../../nbs/serve/19_app.ipynb #3f0b1ddc
+# %% ../../nbs/serve/19_app.ipynb #f4ee3b16
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: auto; --muted: #5f5a55 }
 .dark .gradio-container, .gradio-container.dark { --muted: #b9b3ab }
@@ -208,6 +212,7 @@ CSS = """
 .pm-card p { margin: 0 }
 .pm-card h2 { font-size: clamp(1.8rem, 5vw, 2.4rem); line-height: 1.15; margin: .1rem 0 1rem; text-transform: capitalize; color: #15803d }
 .dark .pm-card h2 { color: #86efac }
+.pm-novel h2 { color: #a16207 } .dark .pm-novel h2 { color: #fcd34d } .pm-novel .pm-small { margin: 0 0 1rem } .pm-novel .pm-bars { opacity: .6 }
 .pm-small, .pm-empty p { font-size: .92rem; color: var(--muted) !important }
 .pm-empty { border: 2px dashed var(--border-color-primary); min-height: 400px; display: grid; place-items: center }
 .pm-card code { font-size: .92em; padding: .1em .35em; border-radius: .3em; background: #0001 }

@@ -72,7 +72,7 @@ def decode_features(
 
 DECODERS = {'image': decode_image, 'features': decode_features}
 
-# %% ../../nbs/serve/17_predict.ipynb #cf87a34f
+# %% ../../nbs/serve/17_predict.ipynb #57c9d86d
 class Model:
     "A model file, ready to answer."
     def __init__(self,
@@ -83,7 +83,7 @@ class Model:
         self.session, self.limits = open_session(source, threads), limits
         self.metadata = read_metadata(self.session)
         self.classes, self.version, self.spec = (self.metadata[k] for k in ('classes', 'version', 'input'))
-        self.kind = self.spec['kind']
+        self.kind, self.threshold = self.spec['kind'], self.metadata.get('novelty', {}).get('threshold', float('inf'))
         self.input, self.outputs = self.session.get_inputs()[0].name, [o.name for o in self.session.get_outputs()]
         self.synthetic, self.origin = self.metadata.get('provenance', {}).get('source') == 'synthetic', {}
         if self.kind not in DECODERS: raise PlantError(f'The model takes {self.kind!r}, and this version knows {", ".join(DECODERS)}. Update plant_mlops.')
@@ -94,7 +94,7 @@ class Model:
         "One input as an array: uint8 [H, W, 3] from a photo's bytes, float32 [F] from a list of numbers."
         return DECODERS[self.kind](item, self.spec, self.limits)
 
-# %% ../../nbs/serve/17_predict.ipynb #076857a0
+# %% ../../nbs/serve/17_predict.ipynb #8ac867d5
 def _run(self,
     batch: np.ndarray, # decoded inputs, stacked: [N, …]
 ) -> dict: # name of output → [N, …]
@@ -104,13 +104,14 @@ def _run(self,
 def _answer(self,
     out: dict, # what `run` returned
     i: int, # which of the batch
-) -> dict: # prediction, probability, probabilities, novelty, model_version
-    "One answer, in plain Python types."
-    p = out['probabilities'][i]
-    best, novelty = int(p.argmax()), out.get('novelty')
+) -> dict: # prediction, probability, probabilities, novelty, novel, model_version
+    "One answer, in plain Python types; `novel` where the input is like nothing the model knows, so that the prediction means little."
+    p, far = out['probabilities'][i], None
+    best, known = int(p.argmax()), out.get('novelty')
+    if known is not None: far = round(float(known[i]), 6)
     return dict(prediction=self.classes[best], probability=round(float(p[best]), 6),
                 probabilities={c: round(float(o), 6) for c, o in zip(self.classes, p)},
-                novelty=None if novelty is None else round(float(novelty[i]), 6), model_version=self.version)
+                novelty=far, novel=far is not None and far > self.threshold, model_version=self.version)
 
 Model.run, Model.answer = _run, _answer
 
