@@ -4,7 +4,7 @@ import numpy as np, pytest, sqlalchemy as sa
 from PIL import Image
 from plant_mlops.config import PlantError, settings
 from plant_mlops.data import prepare as module
-from plant_mlops.data.catalog import add_dir, add_rows, counts, open_catalog, record, rows, stored
+from plant_mlops.data.catalog import add_dir, add_rows, counts, open_catalog, record, retry, rows, stored
 from plant_mlops.data.dataset import FRACTIONS, build_dataset, load_dataset, load_features, load_pixels
 from plant_mlops.data.ingest import ingest
 from plant_mlops.data.prepare import SCHEMA, load_fmt, prepare, prepare_photo, put_shard
@@ -238,6 +238,16 @@ def test_another_store_by_mistake(tmp_path):
     r = ingest(s, progress=False)
     assert (r['stored'], r['rejected']) == (11, 1), 'the one whose file:///drawn is gone as well'
     assert outcome(prepare(s, progress=False)) == dict(prepared=11, already=0, failed=0)
+
+def test_a_mended_photo_is_fetched_again(tmp_path):
+    "Bytes that are no photo are not found again in the store when their source has been mended."
+    s = settings(home=tmp_path/'home')
+    add(s, tmp_path, 'a.jpg', photo('grass', 0, 1), 'grass')
+    eng, store, bad = open_catalog(s), open_store(s), b'no photo'
+    store.put(f'raw/{sha256_of(bad)}', bad)
+    record(eng, [dict(id=rows(eng)[0]['id'], status='rejected', sha256=sha256_of(bad), error='damaged')])
+    retry(eng)
+    assert ingest(s, progress=False)['stored'] == 1 and rows(eng)[0]['sha256'] == sha256_of(photo('grass', 0, 1))
 
 def test_packed_anew_into_other_shards(tmp_path):
     s = settings(home=tmp_path/'home')

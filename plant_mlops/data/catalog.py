@@ -83,9 +83,9 @@ def _unusable(s: Settings, e: Exception) -> PlantError:
     except Exception: url = s.catalog_url
     return PlantError(f'The catalog {url} cannot be used: {reason(e)}. Check PLANT_CATALOG_URL, and that the database runs.')
 
-# %% ../../nbs/data/02_catalog.ipynb #09d8869f
-_patient = tenacity.retry(retry=tenacity.retry_if_exception(lambda e: isinstance(e, sa.exc.OperationalError) and may_pass(e)), reraise=True,
-                          wait=tenacity.wait_random_exponential(.1, max=3), stop=tenacity.stop_after_attempt(8))
+# %% ../../nbs/data/02_catalog.ipynb #48b9a9a4
+_passing = tenacity.retry_if_exception(lambda e: isinstance(e, sa.exc.OperationalError) and may_pass(e))
+_patient = tenacity.retry(retry=_passing, reraise=True, wait=tenacity.wait_random_exponential(.1, max=3), stop=tenacity.stop_after_attempt(8))
 
 def _insert_or_ignore(
     dialect: str, # sqlite, postgresql, mysql or mariadb
@@ -108,7 +108,21 @@ def _relabel(
     if new: c.execute(sa.update(plants_data).where(t.id == sa.bindparam('i')).values(label=sa.bindparam('l')), new)
     return len(new)
 
-# %% ../../nbs/data/02_catalog.ipynb #54bd93b6
+# %% ../../nbs/data/02_catalog.ipynb #397ef2bd
+def _row(
+    i: int, # its number, for the message
+    r: dict, # `url_source`, `label`
+) -> dict: # the same, tidied
+    "Check a row before it is added."
+    url, label = (r.get('url_source') or '').strip(), (r.get('label') or '').strip()
+    try: scheme = urlsplit(url).scheme
+    except ValueError: scheme = ''
+    if scheme not in ('http', 'https', 'file', 's3'):
+        raise PlantError(f'Row {i}: {url[:80]!r} is not an http, https, file or s3 URL. Nothing was added.')
+    if len(url) > 700 or len(label) > 100: raise PlantError(f'Row {i}: the URL may have 700 characters (%-escapes count) and the label 100; this is {url[:80]}… Nothing was added.')
+    return dict(url_source=url, label=label or None)
+
+# %% ../../nbs/data/02_catalog.ipynb #e657aee8
 def add_rows(
     eng: sa.Engine, # catalog
     rows, # iterable of dicts with `url_source` and `label`
@@ -133,19 +147,6 @@ def _insert(eng: sa.Engine, rows: list) -> dict:
             other += _relabel(c, o)
             c.execute(_insert_or_ignore(eng.dialect.name), o)
         return dict(new=_count(c) - before, relabelled=other)
-
-def _row(
-    i: int, # its number, for the message
-    r: dict, # `url_source`, `label`
-) -> dict: # the same, tidied
-    "Check a row before it is added."
-    url, label = (r.get('url_source') or '').strip(), (r.get('label') or '').strip()
-    try: scheme = urlsplit(url).scheme
-    except ValueError: scheme = ''
-    if scheme not in ('http', 'https', 'file', 's3'):
-        raise PlantError(f'Row {i}: {url[:80]!r} is not an http, https, file or s3 URL. Nothing was added.')
-    if len(url) > 700 or len(label) > 100: raise PlantError(f'Row {i}: the URL may have 700 characters (%-escapes count) and the label 100; this is {url[:80]}… Nothing was added.')
-    return dict(url_source=url, label=label or None)
 
 # %% ../../nbs/data/02_catalog.ipynb #a25a5604
 photo_suffixes = {'.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff'}
@@ -291,7 +292,7 @@ def retry(
     t, some = plants_data, statuses[1:] if everything else ('failed', 'rejected')
     with eng.begin() as c: return c.execute(sa.update(t).where(t.c.status.in_(some)).values(status='new', attempts=0, error=None)).rowcount
 
-# %% ../../nbs/data/02_catalog.ipynb #3c8763de
+# %% ../../nbs/data/02_catalog.ipynb #5cb74510
 PATIENCE = 60. # seconds for the catalog to answer, more than SQLite waits for a lock
 
 def ask(
@@ -300,7 +301,7 @@ def ask(
 ):
     "Call the catalog; raises `PlantError` where it keeps failing or does not answer."
     tries = tenacity.Retrying(stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_exponential_jitter(.3, 5, jitter=.3), reraise=True,
-                              retry=tenacity.retry_if_exception(lambda e: isinstance(e, sa.exc.OperationalError) and may_pass(e)))
+                              retry=_passing)
     try: return _within(PATIENCE, partial(tries, f, *args))
     except TimeoutError: why = f'has not answered for {PATIENCE:g} s'
     except sa.exc.SQLAlchemyError as e: why = f'failed: {reason(e)}'

@@ -21,7 +21,7 @@ from .fetch import Fetched, Refused, Unreachable, fetcher, run_async
 from .photo import Limits, PhotoError, check_photo
 from .store import Corrupt, NotFound, open_store
 
-# %% ../../nbs/data/05_ingest.ipynb #753e5ad8
+# %% ../../nbs/data/05_ingest.ipynb #f58a626f
 def keep(
     store, # from `open_store`
     limits: Limits, # of a photo
@@ -35,12 +35,13 @@ def keep(
 
 def had(
     store, # from `open_store`
+    limits: Limits, # of a photo
     row: dict, # of the catalog
 ) -> dict | None: # what to write back; None: it has to be fetched
-    "A photo that the store has already, whole: its row had lost it, or was given another store for a while."
+    "A good photo that the store has already: its row had lost it, or was given another store for a while."
     key = f'raw/{row["sha256"]}'
-    try: store.get(key)
-    except (NotFound, Corrupt): return None
+    try: check_photo(store.get(key), limits)
+    except (NotFound, Corrupt, PhotoError): return None
     return dict(status='stored', sha256=row['sha256'], url_s3=store.url(key))
 
 async def _one(row, fetch, had_, keep_, pool):
@@ -106,7 +107,7 @@ class Ledger:
             self.broken = False
             del self.waiting[:len(now)]
 
-# %% ../../nbs/data/05_ingest.ipynb #eb9e6064
+# %% ../../nbs/data/05_ingest.ipynb #3489ff62
 THREADS = 16 # that decode and store; more than cores, because most of them wait for a disk or a network
 
 async def _run(s, eng, store, todo, connect_to, tick):
@@ -116,7 +117,7 @@ async def _run(s, eng, store, todo, connect_to, tick):
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(s.ingest_concurrency + 1)) # names, files, buckets, catalog
     async with fetcher(s, connect_to) as fetch:
         async def do(row):
-            done = await _one(row, fetch, partial(had, store), partial(keep, store, limits), pool)
+            done = await _one(row, fetch, partial(had, store, limits), partial(keep, store, limits), pool)
             await ledger.add(done)
             seen[done['status']] += 1
             tick(done, row)

@@ -142,7 +142,7 @@ def _lock(self:FolderStore, key: str):
     self.tmp.mkdir(parents=True, exist_ok=True)
     return FileLock(self.tmp/f'{sha256_of(key.encode())[:2]}.lock')
 
-# %% ../../nbs/data/01_store.ipynb #604a5c0b
+# %% ../../nbs/data/01_store.ipynb #84374ee0
 @patch
 def put(self:FolderStore,
     key: str, # name of the object
@@ -161,6 +161,15 @@ def put(self:FolderStore,
         else: self._put_marked(key, data, h, sync)
     return self.stat(key)
 
+def _condition(key: str, now: Stat | None, if_absent: bool, if_match: str):
+    "Raise `Conflict` unless the object is as the caller thinks."
+    if (if_absent and now) or (if_match and (not now or now.etag != if_match)):
+        raise Conflict(f'{key}: somebody else changed it in the meantime. Read it again, then decide.')
+
+@patch
+def _tmp_file(self:FolderStore) -> Path: return self.tmp/f'{os.getpid()}@{_place()}@{uuid.uuid4().hex}'
+
+# %% ../../nbs/data/01_store.ipynb #d1177ee1
 @patch
 def _put_marked(self:FolderStore, key: str, data: bytes | Path, h: str, sync: bool):
     "Replace an object and its recorded checksum; all that may fail for want of room comes first."
@@ -178,11 +187,7 @@ def _put_marked(self:FolderStore, key: str, data: bytes | Path, h: str, sync: bo
     finally:
         for o in (new, old): o.unlink(missing_ok=True)
 
-def _condition(key: str, now: Stat | None, if_absent: bool, if_match: str):
-    "Raise `Conflict` unless the object is as the caller thinks."
-    if (if_absent and now) or (if_match and (not now or now.etag != if_match)):
-        raise Conflict(f'{key}: somebody else changed it in the meantime. Read it again, then decide.')
-
+# %% ../../nbs/data/01_store.ipynb #b76a92d0
 @patch
 def sync(self:FolderStore):
     "Make all that was put safe from a power cut; raises `StoreError` if the disk fails."
@@ -192,9 +197,6 @@ def sync(self:FolderStore):
         with _disk(str(self)):
             if _syncfs(fd): raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     finally: os.close(fd)
-
-@patch
-def _tmp_file(self:FolderStore) -> Path: return self.tmp/f'{os.getpid()}@{_place()}@{uuid.uuid4().hex}'
 
 # %% ../../nbs/data/01_store.ipynb #6cb06b38
 @patch

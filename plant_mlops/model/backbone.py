@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LITE0', 'M_TRIM_THRESHOLD', 'M_MMAP_MAX', 'find_arch', 'as_map', 'Body', 'build_body', 'keep_memory', 'device',
-           'normalise', 'features', 'embed']
+           'normalise', 'features', 'unit', 'embed']
 
 # %% ../../nbs/model/10_backbone.ipynb #796eaaaf
 import warnings
@@ -158,7 +158,7 @@ def normalise(
     mean, std = (torch.tensor(o, device=dev)[:, None, None] for o in (body.mean, body.std))
     return ((x - mean)/std).contiguous(memory_format=torch.channels_last)
 
-# %% ../../nbs/model/10_backbone.ipynb #945785ff
+# %% ../../nbs/model/10_backbone.ipynb #62824e72
 @torch.inference_mode()
 def features(
     body: Body, # in evaluation mode
@@ -168,6 +168,10 @@ def features(
     "Each photo's mean over the places of its feature map."
     keep_memory()
     return np.concatenate([body(normalise(images[i:i+batch], body)).mean((2, 3)).float().cpu().numpy() for i in range(0, len(images), batch)])
+
+def unit(f: np.ndarray) -> np.ndarray:
+    "The rows of (N, D), each at length 1."
+    return f/np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12)
 
 @lru_cache(maxsize=1)
 def _body(arch, pretrained, size): return build_body(arch, pretrained, size).to(device(), memory_format=torch.channels_last)
@@ -179,5 +183,4 @@ def embed(
     "Embeddings of photos by the pretrained backbone."
     from plant_mlops.config import settings
     s, images = s or settings(), np.asarray(images)
-    f = features(_body(s.arch, s.pretrained, images.shape[1]), images)
-    return f/np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12)
+    return unit(features(_body(s.arch, s.pretrained, images.shape[1]), images))

@@ -107,16 +107,16 @@ class Reader(NamedTuple):
     manifest: Callable # (s, dataset) → DataFrame with id, label, group and split ('train', 'valid', 'test' or 'none')
     inputs: Callable # (s, ids, input metadata) → array [N, …] for the model
 
-# %% ../../nbs/model/16_registry.ipynb #1f08b6e0
+# %% ../../nbs/model/16_registry.ipynb #10158419
 def _photo_manifest(s, dataset):
     from plant_mlops.data.dataset import load_dataset
     return load_dataset(s, dataset).manifest.rename(columns={'sha256': 'id'})
 
 def _photo_inputs(s, ids, spec):
     from concurrent.futures import ThreadPoolExecutor
-    from plant_mlops.data.photo import Limits, to_pixels
+    from plant_mlops.data.photo import Limits, pixels_for
     store, limits = open_store(s), Limits(max_pixels=s.photo_max_pixels)
-    with ThreadPoolExecutor(8) as pool: return np.stack(list(pool.map(lambda i: to_pixels(store.get(f'raw/{i}'), **{'size': spec['shape'][1], **spec.get('resize', {})}, limits=limits), ids)))
+    with ThreadPoolExecutor(8) as pool: return np.stack(list(pool.map(lambda i: pixels_for(store.get(f'raw/{i}'), spec, limits), ids)))
 
 readers = {'image': Reader(_photo_manifest, _photo_inputs)}
 

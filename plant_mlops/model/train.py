@@ -8,8 +8,8 @@ __all__ = ['ZOOM', 'MIN_SCALE', 'LIGHT', 'VIEWS', 'STRENGTHS', 'LABEL_SMOOTHING'
            'new_learner', 'Trained', 'fit_learner', 'plot_confusions', 'activation_maps', 'plot_activations',
            'top_losses', 'git_commit', 'log_training', 'train']
 
-# %% ../../nbs/model/11_train.ipynb #d6f066c8
-from .backbone import Body, build_body, device, features, keep_memory, normalise
+# %% ../../nbs/model/11_train.ipynb #30e5a335
+from .backbone import Body, build_body, device, features, keep_memory, normalise, unit
 import os, subprocess, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -212,7 +212,7 @@ def _quiet(learn: fv.Learner):
 def _logits(learn, dl): # → (N, C) float32
     with _quiet(learn): return learn.get_preds(dl=dl, act=fv.noop)[0].float().cpu().numpy()
 
-# %% ../../nbs/model/11_train.ipynb #8bd0594c
+# %% ../../nbs/model/11_train.ipynb #96fc9ef7
 def _fine_tune(
     learn: fv.Learner, # whose head is probed already
     s: Settings, # settings in force
@@ -227,6 +227,10 @@ def _fine_tune(
     names = ('train_loss', 'valid_loss', 'accuracy')
     return [dict(epoch=i, **{k: float(v) for k, v in zip(names, row)}) for i, row in enumerate(learn.recorder.values, 1)]
 
+def _embed(body, jpegs, idx, size): # → (len(idx), D) float32, rows of length 1
+    return unit(features(body, np.stack([square(fv.PILImage.create(jpegs[i]), size) for i in idx])))
+
+# %% ../../nbs/model/11_train.ipynb #7838b78c
 def fit_learner(
     jpegs: list, # prepared photos, JPEG bytes
     labels: np.ndarray, # (N,) int, index into `classes`
@@ -253,10 +257,6 @@ def fit_learner(
     logits, net = _logits(learn, dls.valid), nn.Sequential(body, learn.model[1]).eval()
     seen, held = (_embed(net[0], jpegs, idx, s.image_size) for idx in (train_idx, valid_idx))
     return Trained(net, list(classes), s.arch, s.image_size, body.mean, body.std, logits, truth, seen, history, probe, side=s.photo_side, valid_embeddings=held)
-
-def _embed(body, jpegs, idx, size): # → (len(idx), D) float32, rows of length 1
-    f = features(body, np.stack([square(fv.PILImage.create(jpegs[i]), size) for i in idx]))
-    return f/np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12)
 
 # %% ../../nbs/model/11_train.ipynb #1d2f5244
 _SAID = dict(synthetic=' (synthetic photos)', mixed=' (partly synthetic photos)')

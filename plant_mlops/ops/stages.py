@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from ..config import PlantError, Settings
 
-# %% ../../nbs/ops/21_stages.ipynb #a44eb2f0
+# %% ../../nbs/ops/21_stages.ipynb #3b4e2a8e
 def fill(
     s: Settings, # settings in force
     photos: Path | None = None, # folder with one folder of photos for each class
@@ -26,23 +26,17 @@ def fill(
     eng, did = catalog.ask(catalog.open_catalog, s), dict(new=0)
     if photos: did = catalog.ask(catalog.add_dir, eng, photos, mirror)
     elif manifest: did = catalog.ask(catalog.load_file, eng, manifest)
-    elif set(catalog.ask(_hosts, eng)) <= {_synthetic_host()}: did = catalog.ask(catalog.add_rows, eng, _drawn(synthetic))
+    elif (drawn := _drawn(catalog.ask(catalog.rows, eng), synthetic)): did = catalog.ask(catalog.add_rows, eng, drawn)
     return dict(rows=sum(catalog.ask(catalog.counts, eng).values()), **did)
 
-# %% ../../nbs/ops/21_stages.ipynb #300e8158
-def _synthetic_host() -> str:
-    from plant_mlops.data.synthetic import HOST
-    return HOST
-
-def _drawn(n: int, seed: int = 42): # the same drawings, whatever the seed of training
-    from plant_mlops.data.synthetic import synthetic_rows
-    return synthetic_rows(n, seed)
-
-def _hosts(eng, status=None) -> list:
-    "Hosts of the catalog's URLs."
-    from urllib.parse import urlsplit
-    from plant_mlops.data.catalog import rows
-    return [urlsplit(r['url_source']).hostname for r in rows(eng, status)]
+# %% ../../nbs/ops/21_stages.ipynb #569126c8
+def _drawn(
+    rows: list, # of the catalog
+    n: int, # photos to draw
+) -> list: # rows to add; none where the catalog holds anything else
+    "Drawn photos for a catalog that has no others: always the same, whatever the seed of training."
+    from plant_mlops.data.synthetic import HOST, synthetic_rows
+    return synthetic_rows(n, 42) if all(f'://{HOST}/' in r['url_source'] for r in rows) else []
 
 # %% ../../nbs/ops/21_stages.ipynb #3a04fc94
 def ingest(

@@ -123,24 +123,26 @@ def limited(
         return message
     return Request(request.scope, receive)
 
-# %% ../../nbs/serve/18_api.ipynb #60c5695b
+# %% ../../nbs/serve/18_api.ipynb #f51ab6c6
+def _is_form(request): return request.headers.get('content-type', '').lower().startswith('multipart/form-data')
+
+async def _content(file: UploadFile) -> tuple: return await file.read(), os.path.basename(file.filename or '') or None
+
 async def read_input(
     request: Request, # a form, or raw bytes
-    max_bytes: int, # of the input itself
+    max_bytes: int, # of the input itself; what is around it in a form may come on top
 ) -> tuple: # bytes, name of the file or None
-    "The one input of a request; raises 400 if there is none, 413 if it is too large."
-    if not request.headers.get('content-type', '').lower().startswith('multipart/form-data'):
-        data, name = await limited(request, max_bytes).body(), None
+    "The one input of a request; raises 400 if there is none, 413 as soon as it is too large."
+    if not _is_form(request): data, name = await limited(request, max_bytes).body(), None
     else:
         async with limited(request, max_bytes, slack=64_000).form(max_files=1, max_fields=8) as form:
             file = form.get('file')
             if not isinstance(file, UploadFile): raise HTTPException(400, 'The form has no file in its field "file". Send one, as `curl -F file=@photo.jpg` does.')
-            data, name = await file.read(), os.path.basename(file.filename or '') or None
-    if len(data) > max_bytes: raise too_large(max_bytes)
+            data, name = await _content(file)
     if not data: raise HTTPException(400, 'There is nothing in the request. Send a photo as the body, or in the form field "file".')
     return data, name
 
-# %% ../../nbs/serve/18_api.ipynb #6c1a329f
+# %% ../../nbs/serve/18_api.ipynb #1b301599
 async def _read_rows(request, s) -> list:
     "Rows of numbers from JSON, each with no name."
     try: rows = json.loads(await limited(request, s.batch_max_bytes).body())['features']
@@ -153,10 +155,10 @@ async def read_inputs(
     s: Settings, # with the limits
 ) -> list: # (bytes or list of numbers, name of the file or None) of each
     "All inputs of a request, in order; raises 400 if there is none, 413 for too many or too much."
-    if request.headers.get('content-type', '').lower().startswith('multipart/form-data'):
+    if _is_form(request):
         try:
             async with limited(request, s.batch_max_bytes, slack=64_000).form(max_files=s.batch_files + 1, max_fields=8) as form:
-                got = [(await o.read(), os.path.basename(o.filename or '') or None) for o in form.getlist('files') if isinstance(o, UploadFile)]
+                got = [await _content(o) for o in form.getlist('files') if isinstance(o, UploadFile)]
         except StarletteHTTPException as e:
             if 'Too many files' not in str(e.detail): raise
             raise HTTPException(413, _too_many(s)) from None
@@ -234,7 +236,7 @@ def describe(
     figures = dict(metrics=model.origin['metrics']) if model.origin.get('metrics') else {} # on the test split, after the file was written
     return model.metadata | figures | dict(version=model.version, published=model.origin)
 
-# %% ../../nbs/serve/18_api.ipynb #d945a892
+# %% ../../nbs/serve/18_api.ipynb #c295d41b
 _photos = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'RIFF', b'BM', b'II*\0', b'MM\0*') # how JPEG, PNG, GIF, WebP, BMP and TIFF begin
 
 async def answer(
@@ -243,11 +245,12 @@ async def answer(
     "Read, decode and answer; raises `PlantError` without a model, 415 for what is no photo, 422 for a broken one."
     st, model = request.app.state, the_model(request.app)
     data, name = await read_input(request, st.settings.ingest_max_bytes)
-    return await _answer_one(model, data, name, st.limiter)
+    return await _answer_one(st, model, data, name)
 
-async def _answer_one(model, data, name, limiter) -> dict:
+async def _answer_one(st, model, data, name) -> dict:
     "Answer for one input, on a thread."
-    try: out, = await to_thread.run_sync(model.predict, [data], limiter=limiter)
+    if isinstance(data, bytes) and len(data) > st.settings.ingest_max_bytes: raise too_large(st.settings.ingest_max_bytes)
+    try: out, = await to_thread.run_sync(model.predict, [data], limiter=st.limiter)
     except PlantError as e: raise HTTPException(422 if model.kind != 'image' or data.startswith(_photos) else 415, str(e)) from None
     return dict(id=str(uuid4()), timestamp=datetime.now(timezone.utc), file=name, **out)
 
@@ -256,11 +259,8 @@ async def answer_all(
 ) -> dict: # fields of `Answers`
     "Answer for every input of a request, all by the same model; one that cannot be judged says why, and the others are answered."
     st, model = request.app.state, the_model(request.app)
-    most = st.settings.ingest_max_bytes
     async def one(data, name):
-        try:
-            if isinstance(data, bytes) and len(data) > most: raise too_large(most)
-            return await _answer_one(model, data, name, st.limiter)
+        try: return await _answer_one(st, model, data, name)
         except HTTPException as e: return dict(file=name, status=e.status_code, error=e.detail)
     return dict(results=await asyncio.gather(*(one(*o) for o in await read_inputs(request, st.settings))))
 
@@ -295,7 +295,7 @@ def authorise(
     if not hmac.compare_digest(sent.encode(), f'Bearer {token}'.encode()):
         raise HTTPException(401, 'The token is missing or wrong. Send it as "Authorization: Bearer …".', {'WWW-Authenticate': 'Bearer'})
 
-# %% ../../nbs/serve/18_api.ipynb #fbe4370f
+# %% ../../nbs/serve/18_api.ipynb #7c24564b
 def add_routes(app: FastAPI):
     "The routes for programs."
     @app.get('/health', summary='Is the server up, and has it a model?')
@@ -328,7 +328,7 @@ def add_routes(app: FastAPI):
     @app.get('/predict/demo', summary='Answer for a made-up input, to see that all is well', responses={503: _problems[503]})
     async def predict_demo() -> Answer:
         model = the_model(app)
-        return await _answer_one(model, *demo_input(model), app.state.limiter)
+        return await _answer_one(app.state, model, *demo_input(model))
 
 # %% ../../nbs/serve/18_api.ipynb #974b6dfb
 def title_of(

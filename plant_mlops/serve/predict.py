@@ -7,7 +7,7 @@ __all__ = ['DECODERS', 'log', 'open_session', 'read_metadata', 'decode_image', '
            'check_model', 'NoModel', 'champion_pointer', 'load_published', 'load_champion', 'read_file',
            'predict_files']
 
-# %% ../../nbs/serve/17_predict.ipynb #ee08ab4e
+# %% ../../nbs/serve/17_predict.ipynb #a8343790
 import json, logging, os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 from ..config import PlantError, Settings
-from ..data.photo import Limits, PhotoError, to_pixels
+from ..data.photo import Limits, PhotoError, pixels_for
 from ..data.store import FolderStore, NotFound, StoreError, open_store, sha256_of
 
 # %% ../../nbs/serve/17_predict.ipynb #dffc0658
@@ -45,14 +45,14 @@ def read_metadata(
     if missing: raise PlantError(f'The model file does not say its {" and ".join(missing)}. Export it again.')
     return meta | dict(version=str(meta.get('version', '')))
 
-# %% ../../nbs/serve/17_predict.ipynb #e33b96be
+# %% ../../nbs/serve/17_predict.ipynb #c10dcc3d
 def decode_image(
     data: bytes, # a photo as uploaded
     spec: dict, # the metadata's `input`
     limits: Limits, # what is accepted
 ) -> np.ndarray: # uint8 [H, W, 3]
     "Pixels of a photo; raises `PhotoError` for what is none."
-    try: return to_pixels(data, **{'size': spec['shape'][1], **spec.get('resize', {})}, limits=limits)
+    try: return pixels_for(data, spec, limits)
     except PhotoError as e: raise PhotoError(f'{str(e)[:1].upper()}{str(e)[1:]}. Send another photo.') from None
 
 def decode_features(
@@ -203,13 +203,14 @@ def _fetch(
     _keep(cache, copy, data)
     return data
 
-# %% ../../nbs/serve/17_predict.ipynb #050bffe0
+# %% ../../nbs/serve/17_predict.ipynb #51777104
 def _shop(s: Settings) -> str:
     "A short name for the store in force: what was kept from another one is another model."
     return sha256_of(f'{s.s3_endpoint_url} {s.store_url}'.encode())[:12]
 
 def _kept(s: Settings): return FolderStore(s.home/'cache'), f'models/{s.model}-{_shop(s)}.json'
 
+# %% ../../nbs/serve/17_predict.ipynb #b8eff692
 def load_published(
     s: Settings, # home, threads and limits among them
     pointer: dict, # from `champion_pointer`
@@ -223,6 +224,7 @@ def load_published(
     if store is not None: _keep(cache, kept, json.dumps(pointer).encode())
     return model
 
+# %% ../../nbs/serve/17_predict.ipynb #2e58e920
 def load_champion(
     s: Settings, # home, store, name of the model, threads
     threads: int | None = None, # threads of one answer; None: as set
