@@ -39,11 +39,12 @@ class Places(BaseSettings):
     s3_secret_key: SecretStr = _f(SecretStr(''), 'S3 secret key; empty: as boto3 finds it')
     s3_timeout: float = _f(20., 'Seconds to wait for the store before trying again', gt=0)
 
-# %% ../nbs/00_config.ipynb #5b9ff8c6
+# %% ../nbs/00_config.ipynb #134ace6e
 class Ingest(BaseSettings):
     "How photos are fetched."
     ingest_concurrency: int = _f(64, 'Photos fetched at a time', ge=1)
     ingest_per_host: int = _f(32, 'Photos fetched at a time from one host', ge=1)
+    ingest_processes: int = _f(0, 'Processes that fetch; 0: one for each core where there is much to fetch, four at most', ge=0)
     ingest_retries: int = _f(4, 'Tries for a photo in one run', ge=1)
     ingest_attempts: int = _f(5, 'Runs after which a failing photo is left to `catalog retry`', ge=1)
     ingest_timeout: float = _f(30., 'Seconds for one try', gt=0)

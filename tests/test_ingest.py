@@ -4,12 +4,12 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote, unquote
-import numpy as np, pytest, sqlalchemy as sa
+import numpy as np, psutil, pytest, sqlalchemy as sa
 from PIL import Image
 from plant_mlops.config import PlantError, settings
 from plant_mlops.data import catalog, fetch
 from plant_mlops.data.catalog import add_rows, counts, open_catalog, plants_data, retry, rows
-from plant_mlops.data.ingest import ingest
+from plant_mlops.data.ingest import _follow, _start, _stop, ingest
 from plant_mlops.data.store import open_store, sha256_of
 
 def picture(seed=0, size=(64, 48), mode='RGB'):
@@ -33,7 +33,7 @@ class Site(ThreadingHTTPServer):
     def to(self): return {'photos.test': self.server_address[:2]}
 
 class Page(BaseHTTPRequestHandler):
-    protocol_version = 'HTTP/1.1'
+    protocol_version, disable_nagle_algorithm = 'HTTP/1.1', True
     def log_message(self, *a): pass
     def handle(self):
         try: super().handle()
@@ -152,6 +152,83 @@ def test_ctrl_c_writes_back_what_is_done(tmp_path):
         assert nest.end() == 130
         assert 30 < counts(eng)['stored'] <= len(list(open_store(s).list())) < 800
         assert counts(eng)['new'] == 800 - counts(eng)['stored']
+
+# -- several processes
+
+def until(what, seconds=30):
+    "Wait until something holds."
+    end = time.monotonic() + seconds
+    while not (got := what()): assert time.monotonic() < end; time.sleep(.005)
+    return got
+
+def gone(p): return not p.is_running() or p.status() == psutil.STATUS_ZOMBIE
+
+@contextmanager
+def at_work(tmp_path, n, **kw):
+    "An ingestion in three processes that has stored rows of each; gives settings, catalog, site, nest, its number and its helpers'."
+    kw = dict(home=str(tmp_path), ingest_processes=3, ingest_batch=20, ingest_per_host=9) | kw
+    with serve({f'/{i}.jpg': photo(i) for i in range(n)}, delay=.02) as site, Nest(stderr=subprocess.DEVNULL) as nest:
+        s = settings(**kw)
+        eng = fill(s, urls(site))
+        def start():
+            before = {r['id'] for r in rows(eng, 'stored')}
+            pid = nest.start(site, **kw)
+            helpers = until(lambda: len(o := psutil.Process(pid).children()) == 2 and o)
+            until(lambda: len({r['id'] % 3 for r in rows(eng, 'stored') if r['id'] not in before}) == 3)
+            return pid, helpers
+        yield s, eng, site, nest, start
+
+def test_killed_with_its_helpers_at_work(tmp_path):
+    with at_work(tmp_path, 2000) as (s, eng, site, nest, start):
+        for i in range(2):
+            pid, helpers = start()
+            time.sleep(.05 * i)
+            os.kill(pid, signal.SIGKILL)
+            assert nest.end() == -signal.SIGKILL
+            until(lambda: all(map(gone, helpers)), 5)
+        before = counts(eng)
+        assert before['stored'] > 100 and before['new'] > 100 and before['failed'] + before['rejected'] == 0
+        assert outcome(ingest(settings(home=tmp_path), connect_to=site.to, progress=False)) == {'stored': before['new']}
+        check_whole(s, 2000)
+
+def test_ctrl_c_stops_the_helpers_too(tmp_path):
+    with at_work(tmp_path, 1500) as (s, eng, site, nest, start):
+        pid, helpers = start()
+        asked = site.seen.total()
+        os.kill(pid, signal.SIGINT)
+        assert nest.end() == 130 and all(map(gone, helpers))
+        assert asked - 30 < counts(eng)['stored'] < 1500
+        assert counts(eng)['new'] == 1500 - counts(eng)['stored']
+
+def test_a_helper_that_dies_loses_nothing(tmp_path):
+    with at_work(tmp_path, 1200) as (s, eng, site, nest, start):
+        pid, helpers = start()
+        helpers[0].kill()
+        assert nest.end() == 0
+        check_whole(s, 1200)
+
+def test_one_host_is_asked_for_no_more_by_three_processes(tmp_path):
+    now, most, lock = collections.Counter(), [0], threading.Lock()
+    def page(h):
+        with lock: now['n'] += 1; most[0] = max(most[0], now['n'])
+        time.sleep(.02)
+        with lock: now['n'] -= 1
+        h.answer(200, {'Content-Length': len(data)}, data)
+    data, s = photo(0), settings(home=tmp_path, ingest_processes=3, ingest_per_host=9)
+    with serve({f'/{i}.jpg': page for i in range(900)}) as site:
+        fill(s, urls(site))
+        assert outcome(ingest(s, connect_to=site.to, progress=False)) == {'stored': 900}
+    assert 3 < most[0] <= 9
+
+def test_what_a_helper_cannot_do_is_told(tmp_path):
+    (tmp_path/'file').write_bytes(b'')
+    (tmp_path/'a.jpg').write_bytes(photo(1))
+    s = settings(home=tmp_path/'home', store_url=str(tmp_path/'file'))
+    fill(s, [(tmp_path/'a.jpg').as_uri()])
+    helper = _start(s, (1, 1), None)
+    with pytest.raises(PlantError, match='run again'): _follow(helper, print)
+    _stop(helper)
+    assert helper.returncode == 0
 
 # -- bad photos
 

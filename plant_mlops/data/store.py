@@ -6,13 +6,14 @@
 __all__ = ['StoreError', 'NotFound', 'Corrupt', 'Conflict', 'Stat', 'sha256_of', 'address', 'FolderStore', 'S3Store',
            'open_store']
 
-# %% ../../nbs/data/01_store.ipynb #009ca3a9
+# %% ../../nbs/data/01_store.ipynb #0cc792bd
 import contextlib, ctypes, hashlib, io, os, platform, re, shutil, time, uuid
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from stat import S_ISDIR
+from urllib.parse import quote
 from fastcore.basics import patch
 from filelock import FileLock
 from ..config import PlantError, Settings
@@ -33,7 +34,7 @@ class Stat:
     sha256: str        # checksum recorded at put, '' if none was
     modified: datetime # time of the last put, UTC
 
-# %% ../../nbs/data/01_store.ipynb #6f03a85f
+# %% ../../nbs/data/01_store.ipynb #be9f3a29
 def sha256_of(
     data: bytes | Path, # bytes, or the file that holds them
 ) -> str: # 64 hexadecimal digits
@@ -41,6 +42,7 @@ def sha256_of(
     if isinstance(data, (bytes, bytearray, memoryview)): return hashlib.sha256(data).hexdigest()
     with open(data, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+@lru_cache(1000)
 def address(
     key: str, # key of an object
 ) -> str: # its checksum, or '' if the key does not say
@@ -63,7 +65,7 @@ def _check(key: str, data: bytes | Path, *expected: str) -> str:
         if h != e: raise Corrupt(f'{key}: the checksum is {h[:12]}…, expected {e[:12]}…. The object is damaged: fetch or build it again.')
     return h
 
-# %% ../../nbs/data/01_store.ipynb #4802e22d
+# %% ../../nbs/data/01_store.ipynb #25447169
 def _fsync_dir(path: Path):
     "Flush a folder's entries to the disk."
     fd = os.open(path, os.O_RDONLY)
@@ -73,21 +75,26 @@ def _fsync_dir(path: Path):
 _syncfs = getattr(ctypes.CDLL(None, use_errno=True), 'syncfs', None) if os.name == 'posix' else None
 
 def _write(path: Path, data: bytes | Path, tmp: Path, sync: bool = True):
-    "Write a file so that it is whole or not there."
+    "Write a file so that it is whole or not there; folders that are missing are made."
     sync = sync or not _syncfs
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, 'wb') as f:
+        with _with_folder(tmp, lambda: open(tmp, 'wb')) as f:
             if isinstance(data, Path):
                 with open(data, 'rb') as src: shutil.copyfileobj(src, f, 1 << 20)
             else: f.write(data)
             f.flush()
             if sync: os.fsync(f.fileno())
-        os.replace(tmp, path)
+        _with_folder(path, lambda: os.replace(tmp, path))
         if sync: _fsync_dir(path.parent)
     except BaseException:
         with contextlib.suppress(OSError): tmp.unlink()
         raise
+
+def _with_folder(path: Path, f):
+    "Do something that needs the folder of a file, and make the folder only if it turns out to be missing."
+    try: return f()
+    except FileNotFoundError: path.parent.mkdir(parents=True, exist_ok=True)
+    return f()
 
 # %% ../../nbs/data/01_store.ipynb #023f2bb3
 @cache
@@ -111,21 +118,22 @@ def _sweep(tmp: Path):
         with contextlib.suppress(OSError):
             if not _alive(int(pid)) if place == _place() else time.time() - f.stat().st_mtime > 86_400: f.unlink()
 
-# %% ../../nbs/data/01_store.ipynb #ead7a92a
+# %% ../../nbs/data/01_store.ipynb #15f86c47
 class FolderStore:
     "Objects as files in a folder."
+    threads = 2 # worth having at once: the work is the processor's
     def __init__(self,
         root: Path | str, # folder of the store, made at the first put
     ):
         self.root = Path(root).expanduser().absolute()
-        self.tmp, self.sums = self.root/'.tmp', self.root/'.sha256'
+        self.tmp, self.sums, self.base = self.root/'.tmp', self.root/'.sha256', self.root.as_uri()
         if self.tmp.is_dir(): _sweep(self.tmp)
 
     def __repr__(self): return f'FolderStore({str(self.root)!r})'
 
     def url(self, key: str) -> str:
         "Where an object is, as a URL."
-        return (self.root/_check_key(key)).as_uri()
+        return f'{self.base}/{quote(_check_key(key))}'
 
 # %% ../../nbs/data/01_store.ipynb #3b22dbc8
 @contextlib.contextmanager
@@ -142,7 +150,7 @@ def _lock(self:FolderStore, key: str):
     self.tmp.mkdir(parents=True, exist_ok=True)
     return FileLock(self.tmp/f'{sha256_of(key.encode())[:2]}.lock')
 
-# %% ../../nbs/data/01_store.ipynb #84374ee0
+# %% ../../nbs/data/01_store.ipynb #ca52cd58
 @patch
 def put(self:FolderStore,
     key: str, # name of the object
@@ -156,7 +164,6 @@ def put(self:FolderStore,
     path, h = self.root/_check_key(key), _check(key, data, sha256, address(key))
     with _disk(key), self._lock(key):
         if if_absent or if_match: _condition(key, self.stat(key), if_absent, if_match)
-        self.tmp.mkdir(parents=True, exist_ok=True)
         if address(key): _write(path, data, self._tmp_file(), sync)
         else: self._put_marked(key, data, h, sync)
     return self.stat(key)
@@ -289,9 +296,10 @@ def _s3(key: str, where: str):
     except (BotoCoreError, Boto3Error) as e:
         raise StoreError(f'{key}: {where} cannot be used ({e}). Is it running, and is PLANT_S3_ENDPOINT_URL right? Nothing was lost: run again.') from e
 
-# %% ../../nbs/data/01_store.ipynb #891f497a
+# %% ../../nbs/data/01_store.ipynb #d3534afc
 class S3Store:
     "Objects in a bucket, under a prefix."
+    threads = 16 # worth having at once: the work is to wait for the network
     def __init__(self,
         url: str, # s3://bucket/prefix
         s: Settings, # endpoint, keys and timeout
