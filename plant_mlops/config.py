@@ -70,7 +70,7 @@ class Train(BaseSettings):
     lr: float = _f(3e-4, 'Highest learning rate of fine-tuning, that of the head', gt=0)
     pretrained: bool = _f(True, 'Start from ImageNet weights; false: from random ones')
 
-# %% ../nbs/00_config.ipynb #390fbf88
+# %% ../nbs/00_config.ipynb #3b673995
 class Serve(BaseSettings):
     "How predictions are served."
     host: str = _f('127.0.0.1', 'Address that the API listens on')
@@ -78,8 +78,14 @@ class Serve(BaseSettings):
     threads: int = _f(0, 'Threads of one ONNX Runtime session; 0: one for each core', ge=0)
     batch_files: int = _f(64, 'Most photos or rows in one request', ge=1)
     batch_max_bytes: int = _f(100_000_000, 'Largest request with many photos or rows, in bytes', ge=1)
+    queue: int = _f(64, 'Requests for predictions that may wait in one process; more are refused', ge=1)
     reload_every: float = _f(10., 'Seconds between two looks of the API for a newly promoted model', gt=0)
     token: SecretStr = _f(SecretStr(''), 'Token of the routes that change something; empty: they are refused')
+    cors_origins: str = _f('', 'Origins (comma-separated) whose pages may call the API; empty: none but its own')
+    log_format: str = _f('auto', 'Log of the server: json, text, or auto, which is text at a terminal', pattern='^(auto|json|text)$')
+    log_level: str = _f('INFO', 'Least that the server logs', pattern='^(DEBUG|INFO|WARNING|ERROR)$')
+    log_predictions: bool = _f(True, 'Keep every prediction in the table `predictions` of the catalog')
+    log_max_bytes: int = _f(100_000_000, 'Predictions that may wait for the catalog in one folder, in bytes', ge=1000)
 
 # %% ../nbs/00_config.ipynb #25ffd358
 class Settings(Serve, Train, Photos, Ingest, Places, Basics):

@@ -8,7 +8,8 @@ from PIL import Image
 from conftest import free_port, stop, wait_for
 from plant_mlops.config import PlantError, settings
 from plant_mlops.data.store import StoreError
-from plant_mlops.serve.api import Live, create_app, listen
+from plant_mlops.serve.api import Live, create_app
+from plant_mlops.serve.server import listen
 from plant_mlops.serve.predict import Model, NoModel, load_champion, predict_files
 from tiny import jpeg, publish, tiny_model
 
