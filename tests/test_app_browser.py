@@ -1,10 +1,13 @@
 "The page, driven in a real Chromium: what a person does and sees."
-import base64, shutil
+import base64, csv, json, shutil
+from pathlib import Path
 import pytest
+from conftest import wait_for
 from plant_mlops.config import settings
 from plant_mlops.data.synthetic import draw
 from plant_mlops.serve.api import create_app
 from plant_mlops.serve.predict import Model
+from plant_mlops.serve.record import log_folder, waiting
 from test_serve import running
 from tiny import jpeg, tiny_model
 
@@ -22,9 +25,12 @@ def chromium():
         b.close()
 
 @pytest.fixture(scope='module')
-def site(tmp_path_factory):
+def site_home(tmp_path_factory): return tmp_path_factory.mktemp('site')
+
+@pytest.fixture(scope='module')
+def site(site_home):
     "The API with its page, serving a model that was trained on synthetic photos."
-    tmp = tmp_path_factory.mktemp('site')
+    tmp = site_home
     with pytest.MonkeyPatch.context() as m:
         m.setenv('GRADIO_TEMP_DIR', str(tmp/'gradio'))
         with running(create_app(settings(home=tmp), Model(tiny_model(version='3')))) as c: yield str(c.base_url)
@@ -102,6 +108,42 @@ def test_camera(page):
     page.wait_for_function("document.querySelector('.pm-photo video')?.videoWidth > 0")
     page.click('.pm-photo [aria-label="capture photo"]')
     assert answer(page) in ('dandelion', 'grass')
+
+def noted(folder):
+    "What has been sent on its way to the table `feedback`."
+    rows = [json.loads(o) for f in waiting(folder) for o in f.read_text().splitlines()]
+    return [(r['prediction_id'], r['label']) for r in rows if r['kind'] == 'feedback'], {r['id']: r['prediction'] for r in rows if r['kind'] == 'predictions'}
+
+def test_what_it_really_is_goes_to_the_log(page, site_home, tmp_path):
+    folder = log_folder(settings(home=site_home))
+    before = len(noted(folder)[0])
+    (tmp_path/'a.jpg').write_bytes(jpeg('gold'))
+    (tmp_path/'b.jpg').write_bytes(jpeg('green'))
+    upload(page, tmp_path/'a.jpg')
+    assert answer(page) == 'dandelion'
+    page.click('.pm-truth label:has-text("neither")')
+    page.wait_for_selector('text=Thank you. Noted: neither.')
+    page.click('[aria-label="Remove Image"]')
+    upload(page, tmp_path/'b.jpg')
+    page.wait_for_selector('.pm-card h2:has-text("grass")')
+    assert page.locator('text=Thank you').count() == 0 and page.locator('.pm-truth input:checked').count() == 0
+    page.click('.pm-last button:has-text("dandelion") >> nth=0')
+    page.wait_for_selector('.pm-card h2:has-text("dandelion")')
+    page.click('.pm-truth label:has-text("grass")')
+    page.wait_for_selector('text=Thank you. Noted: grass.')
+    wait_for(lambda: len(noted(folder)[0]) == before + 2)
+    (first, one), (again, two) = noted(folder)[0][before:]
+    assert first == again and (one, two) == ('neither', 'grass') and noted(folder)[1][first] == 'dandelion'
+
+def test_many_photos_become_a_table_and_a_file(page, tmp_path):
+    for name, data in (('a.jpg', jpeg('gold')), ('Grün.jpg', jpeg('green')), ('cut.jpg', jpeg('gold')[:-200])): (tmp_path/name).write_bytes(data)
+    page.click('button[role=tab]:has-text("Many photos")')
+    page.set_input_files('.pm-many input[type=file]', [str(tmp_path/o) for o in ('a.jpg', 'Grün.jpg', 'cut.jpg')])
+    page.wait_for_selector('.pm-table td:has-text("dandelion")')
+    with page.expect_download() as got: page.click('text=Save as CSV')
+    rows = list(csv.reader(Path(got.value.path()).read_text('utf-8-sig').splitlines()))
+    assert rows[0] == ['file', 'answer', 'probability', 'novelty'] and [r[:2] for r in rows[1:3]] == [['a.jpg', 'dandelion'], ['Grün.jpg', 'grass']]
+    assert rows[3][0] == 'cut.jpg' and 'cut off' in rows[3][1] and page.evaluate('document.documentElement.scrollWidth <= innerWidth')
 
 def test_clipboard(page):
     png = base64.b64encode(jpeg('green', 'PNG')).decode()

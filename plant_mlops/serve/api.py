@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'Answer', 'Failure', 'Answers', 'Health', 'Problem', 'problem', 'add_problems', 'too_large', 'limited',
-           'read_input', 'read_inputs', 'Live', 'follow', 'the_model', 'describe', 'place', 'note', 'answer',
-           'answer_all', 'demo_input', 'authorise', 'Truth', 'take_feedback', 'add_service', 'add_routes', 'title_of',
-           'home_page', 'has_ui', 'add_page', 'create_app']
+           'read_input', 'read_inputs', 'Live', 'follow', 'the_model', 'describe', 'place', 'answer_noted', 'note',
+           'answer', 'answer_all', 'demo_input', 'authorise', 'Truth', 'labels_of', 'take_feedback', 'add_service',
+           'add_routes', 'title_of', 'home_page', 'has_ui', 'add_page', 'create_app']
 
 # %% ../../nbs/serve/19_api.ipynb #619299e0
 import asyncio, contextlib, hmac, html, json, logging, os, time
@@ -262,17 +262,30 @@ def place(
     try: yield
     finally: st.waiting -= 1
 
-# %% ../../nbs/serve/19_api.ipynb #35b9a30d
+# %% ../../nbs/serve/19_api.ipynb #313e0ec8
 def _timed(metrics, model, data) -> tuple:
-    "An answer, and what is to be noted about it."
+    "Decoded input, what the graph says of it, and what is to be noted."
     start = time.perf_counter()
     x = model.decode(data)
     mid = time.perf_counter()
-    out = model.answer(model.run(x[None]), 0)
+    out = model.run(x[None])
     end = time.perf_counter()
     metrics.stage_seconds.labels('decode').observe(mid - start)
     metrics.stage_seconds.labels('infer').observe(end - mid)
-    return out, dict(seconds=end - start, input=sha256_of(data if isinstance(data, bytes) else json.dumps(data).encode()))
+    return x, out, dict(seconds=end - start, input=sha256_of(data if isinstance(data, bytes) else json.dumps(data).encode()))
+
+async def answer_noted(
+    st, # state of the app
+    model: Model, # that answers
+    data: bytes | list, # a photo, or a row of numbers
+    name: str | None = None, # of the file
+    keep: bool = True, # count and log it
+) -> tuple: # fields of `Answer`, decoded input, heatmap float32 [h, w] or None
+    "Answer for one input, and keep a record of it; raises `PlantError` where it cannot be decoded."
+    x, out, about = await to_thread.run_sync(_timed, st.metrics, model, data, limiter=st.limiter)
+    got = dict(id=str(uuid4()), timestamp=datetime.now(timezone.utc), file=name, variant='champion', **model.answer(out, 0))
+    if keep: note(st, model, got, about)
+    return got, x, out['heatmap'][0] if 'heatmap' in out else None
 
 def note(
     st, # state of the app
@@ -289,7 +302,7 @@ def note(
         st.spool.add('predictions', model=st.settings.model, version=model.version, **about,
                      **{k: got[k] for k in ('id', 'timestamp', 'variant', 'prediction', 'probability', 'novelty', 'novel')})
 
-# %% ../../nbs/serve/19_api.ipynb #7ab1fac0
+# %% ../../nbs/serve/19_api.ipynb #99fae6ac
 _photos = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'RIFF', b'BM', b'II*\0', b'MM\0*') # how JPEG, PNG, GIF, WebP, BMP and TIFF begin
 
 async def answer(
@@ -304,11 +317,8 @@ async def answer(
 async def _answer_one(st, model, data, name, keep=True) -> dict:
     "Answer for one input, on a thread."
     if isinstance(data, bytes) and len(data) > st.settings.ingest_max_bytes: raise too_large(st.settings.ingest_max_bytes)
-    try: out, about = await to_thread.run_sync(_timed, st.metrics, model, data, limiter=st.limiter)
+    try: return (await answer_noted(st, model, data, name, keep))[0]
     except PlantError as e: raise HTTPException(422 if model.kind != 'image' or data.startswith(_photos) else 415, str(e)) from None
-    got = dict(id=str(uuid4()), timestamp=datetime.now(timezone.utc), file=name, variant='champion', **out)
-    if keep: note(st, model, got, about)
-    return got
 
 async def answer_all(
     request: Request, # a form, or JSON
@@ -351,20 +361,26 @@ def authorise(
     if not hmac.compare_digest(sent.encode(), f'Bearer {token}'.encode()):
         raise HTTPException(401, 'The token is missing or wrong. Send it as "Authorization: Bearer …".', {'WWW-Authenticate': 'Bearer'})
 
-# %% ../../nbs/serve/19_api.ipynb #96ef3aab
+# %% ../../nbs/serve/19_api.ipynb #f8159ab9
 class Truth(BaseModel):
     "What a photo really showed."
     id: UUID = Field(description='`id` of the prediction')
     label: str = Field(description='A class of the model, or "neither"', min_length=1, max_length=100)
+
+def labels_of(
+    model: Model, # that answered
+) -> list: # its classes, and 'neither'
+    "What a photo may turn out to be."
+    return [*model.classes, *({'neither'} - set(model.classes))]
 
 def take_feedback(
     app: FastAPI, # as `create_app` makes it
     truth: Truth, # for one prediction
 ):
     "Send a true label on its way to the database; raises 422 for a label that the model does not know, 503 where no log is kept."
-    classes, st = the_model(app).classes, app.state
+    known, st = labels_of(the_model(app)), app.state
     if not st.spool: raise HTTPException(503, 'This server keeps no log of its predictions. Set PLANT_LOG_PREDICTIONS=true.')
-    if truth.label not in [*classes, 'neither']: raise HTTPException(422, f'There is no class {truth.label!r}. Send one of {", ".join(classes)}, or neither.')
+    if truth.label not in known: raise HTTPException(422, f'There is no class {truth.label!r}. Send one of {", ".join(known)}.')
     st.metrics.feedback.inc()
     st.spool.add('feedback', id=str(uuid4()), prediction_id=str(truth.id), timestamp=datetime.now(timezone.utc), label=truth.label)
 
