@@ -8,6 +8,7 @@ from PIL import Image
 from conftest import free_port, stop, wait_for
 from plant_mlops.config import PlantError, settings
 from plant_mlops.data.store import StoreError
+from plant_mlops.model.file import linear_model
 from plant_mlops.serve.api import Live, create_app
 from plant_mlops.serve.server import listen
 from plant_mlops.serve.predict import Model, NoModel, load_champion, predict_files
@@ -99,6 +100,35 @@ def test_scratched_photos_never_break_the_server(client):
 def test_broken_forms(client, headers, body):
     r = client.post('/predict', content=body, headers=headers)
     assert r.status_code == 400 and r.json()['detail']
+
+def test_two_thousand_malformed_bodies(tmp_path):
+    "Photos scratched, cut and grown, in forms and bare: no failure inside, and no memory kept."
+    publish(settings(home=tmp_path))
+    port, rng = free_port(), random.Random(2)
+    corpus = [o for o in {**good, **bad}.values() if o]
+    def body():
+        data = bytearray(rng.choice(corpus))
+        for _ in range(rng.randrange(1, 30)): data[rng.randrange(len(data))] = rng.randrange(256)
+        return bytes(data[:rng.randrange(1, len(data) + 1)]) * rng.choice([1, 1, 1, 3])
+    p = subprocess.Popen([*cli, 'serve', '--home', str(tmp_path), '--port', str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    memory = lambda: int(next(o for o in open(f'/proc/{p.pid}/status') if o.startswith('VmRSS')).split()[1]) / 1024
+    try:
+        with httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=30) as c, ThreadPoolExecutor(4) as pool:
+            wait_for(lambda: c.get('/ready').status_code == 200)
+            def send(data): return (c.post('/predict', files={'file': data}) if len(data) % 2 else c.post('/predict', content=data)).status_code
+            seen = set(pool.map(send, [body() for _ in range(1000)]))
+            before = memory()
+            seen |= set(pool.map(send, [body() for _ in range(1000)]))
+            assert seen <= {200, 400, 415, 422} and memory() < before + 25 and c.post('/predict', content=jpeg()).status_code == 200
+    finally: stop(p)
+
+@pytest.mark.parametrize('kind', ['photos', 'numbers'])
+def test_fuzzed_by_its_own_description(kind, model, tmp_path):
+    numbers = linear_model([[2, 0], [0, 1], [-1, 1]], ['up', 'down'], version='1').SerializeToString()
+    with running(create_app(settings(home=tmp_path, token='hush'), model if kind == 'photos' else Model(numbers), ui=False)) as c:
+        r = subprocess.run([Path(sys.executable).parent/'st', 'run', str(c.base_url.join('/openapi.json')), '--checks=not_a_server_error', '--max-examples=50', '--seed=1',
+                            '--no-color', '-H', 'Authorization: Bearer hush'], capture_output=True, text=True, cwd=tmp_path)
+    assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-500:]
 
 def test_openapi_describes_what_is_sent_and_answered(client):
     doc = client.get('/openapi.json').json()

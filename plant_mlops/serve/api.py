@@ -302,7 +302,7 @@ def note(
         st.spool.add('predictions', model=st.settings.model, version=model.version, **about,
                      **{k: got[k] for k in ('id', 'timestamp', 'variant', 'prediction', 'probability', 'novelty', 'novel')})
 
-# %% ../../nbs/serve/19_api.ipynb #99fae6ac
+# %% ../../nbs/serve/19_api.ipynb #97253582
 _photos = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'RIFF', b'BM', b'II*\0', b'MM\0*') # how JPEG, PNG, GIF, WebP, BMP and TIFF begin
 
 async def answer(
@@ -318,7 +318,7 @@ async def _answer_one(st, model, data, name, keep=True) -> dict:
     "Answer for one input, on a thread."
     if isinstance(data, bytes) and len(data) > st.settings.ingest_max_bytes: raise too_large(st.settings.ingest_max_bytes)
     try: return (await answer_noted(st, model, data, name, keep))[0]
-    except PlantError as e: raise HTTPException(422 if model.kind != 'image' or data.startswith(_photos) else 415, str(e)) from None
+    except PlantError as e: raise HTTPException(415 if model.kind == 'image' and not (isinstance(data, bytes) and data.startswith(_photos)) else 422, str(e)) from None
 
 async def answer_all(
     request: Request, # a form, or JSON

@@ -45,13 +45,14 @@ def read_metadata(
     if missing: raise PlantError(f'The model file does not say its {" and ".join(missing)}. Export it again.')
     return meta | dict(version=str(meta.get('version', '')))
 
-# %% ../../nbs/serve/17_predict.ipynb #c10dcc3d
+# %% ../../nbs/serve/17_predict.ipynb #a107d21c
 def decode_image(
     data: bytes, # a photo as uploaded
     spec: dict, # the metadata's `input`
     limits: Limits, # what is accepted
 ) -> np.ndarray: # uint8 [H, W, 3]
     "Pixels of a photo; raises `PhotoError` for what is none."
+    if not isinstance(data, bytes): raise PhotoError('The model takes photos, not numbers. Send a file.')
     try: return pixels_for(data, spec, limits)
     except PhotoError as e: raise PhotoError(f'{str(e)[:1].upper()}{str(e)[1:]}. Send another photo.') from None
 
