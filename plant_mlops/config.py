@@ -70,7 +70,7 @@ class Train(BaseSettings):
     lr: float = _f(3e-4, 'Highest learning rate of fine-tuning, that of the head', gt=0)
     pretrained: bool = _f(True, 'Start from ImageNet weights; false: from random ones')
 
-# %% ../nbs/00_config.ipynb #3b673995
+# %% ../nbs/00_config.ipynb #23ba5c1a
 class Serve(BaseSettings):
     "How predictions are served."
     host: str = _f('127.0.0.1', 'Address that the API listens on')
@@ -80,6 +80,7 @@ class Serve(BaseSettings):
     batch_max_bytes: int = _f(100_000_000, 'Largest request with many photos or rows, in bytes', ge=1)
     queue: int = _f(64, 'Requests for predictions that may wait in one process; more are refused', ge=1)
     reload_every: float = _f(10., 'Seconds between two looks of the API for a newly promoted model', gt=0)
+    upload_timeout: float = _f(30., 'Seconds in which a request has to arrive', gt=0)
     token: SecretStr = _f(SecretStr(''), 'Token of the routes that change something; empty: they are refused')
     cors_origins: str = _f('', 'Origins (comma-separated) whose pages may call the API; empty: none but its own')
     log_format: str = _f('auto', 'Log of the server: json, text, or auto, which is text at a terminal', pattern='^(auto|json|text)$')

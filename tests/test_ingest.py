@@ -207,6 +207,36 @@ def test_a_helper_that_dies_loses_nothing(tmp_path):
         assert nest.end() == 0
         check_whole(s, 1200)
 
+@pytest.mark.parametrize('how', ['killed', 'interrupted', 'killed, and deaf to Ctrl-C'])
+def test_helpers_that_wait_for_a_silent_server_stop_too(tmp_path, how):
+    deaf = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if 'deaf' in how else {}
+    hang, kw = threading.Event(), dict(home=str(tmp_path), ingest_processes=3)
+    with serve({f'/{i}.jpg': lambda h: hang.wait(30) for i in range(200)}) as site, Nest(stderr=subprocess.DEVNULL, **deaf) as nest:
+        eng = fill(settings(**kw), urls(site))
+        pid = nest.start(site, **kw)
+        helpers = until(lambda: len(o := psutil.Process(pid).children()) == 2 and o)
+        ids = {r['url_source'].rpartition('/')[2]: r['id'] for r in rows(eng)}
+        until(lambda: len({ids[o.strip('/')] % 3 for o in list(site.seen)}) == 3)
+        os.kill(pid, signal.SIGKILL if 'killed' in how else signal.SIGINT)
+        assert nest.end() == (-signal.SIGKILL if 'killed' in how else 130)
+        until(lambda: all(map(gone, helpers)), 5)
+        hang.set()
+    assert counts(eng)['new'] == 200
+
+def test_a_slow_host_leaves_room_for_the_others(tmp_path):
+    done = {}
+    def slow(h): time.sleep(.2); h.answer(200, {'Content-Length': len(data)}, data); done['slow'] = time.monotonic()
+    data = photo(0)
+    with serve({f'/{i}.jpg': slow for i in range(300)}) as site, serve({f'/{i}.jpg': photo(i) for i in range(10)}) as quick:
+        s = settings(home=tmp_path)
+        fill(s, [f'http://slow.test/{i}.jpg' for i in range(300)] + [f'http://quick.test/{i}.jpg' for i in range(10)])
+        start = time.monotonic()
+        until_quick = threading.Thread(target=lambda: (until(lambda: quick.seen.total() == 10), done.__setitem__('quick', time.monotonic())))
+        until_quick.start()
+        ingest(s, connect_to={'slow.test': site.server_address, 'quick.test': quick.server_address}, progress=False)
+        until_quick.join()
+    assert done['quick'] - start < (done['slow'] - start) / 2
+
 def test_one_host_is_asked_for_no_more_by_three_processes(tmp_path):
     now, most, lock = collections.Counter(), [0], threading.Lock()
     def page(h):
@@ -227,7 +257,7 @@ def test_what_a_helper_cannot_do_is_told(tmp_path):
     fill(s, [(tmp_path/'a.jpg').as_uri()])
     helper = _start(s, (1, 1), None)
     with pytest.raises(PlantError, match='run again'): _follow(helper, print)
-    _stop(helper)
+    _stop([helper])
     assert helper.returncode == 0
 
 # -- bad photos

@@ -1,5 +1,5 @@
 "What a server keeps of its work: figures, log lines and predictions, also when the database, the disk or the server itself goes away."
-import contextlib, json, os, signal, subprocess, threading, time
+import contextlib, json, os, signal, socket, subprocess, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 import httpx, pytest, sqlalchemy as sa
@@ -170,7 +170,7 @@ def test_a_model_that_cannot_serve_shows_in_the_figures(tmp_path):
         publish(s, '3')
         c.post('/reload', headers={'Authorization': 'Bearer hush'})
         text = c.get('/metrics').text
-        assert figure(text, 'plant_model_error') == 0 and 'version="1"' not in ''.join(l for l in text.splitlines() if 'plant_serving' in l)
+        assert figure(text, 'plant_model_error') == figure(text, 'plant_serving', version='1') == 0 and figure(text, 'plant_serving', version='3') == 1
 
 # -- requests
 
@@ -195,7 +195,8 @@ def test_every_answer_has_its_id_and_its_headers(model, tmp_path):
     with TestClient(app, raise_server_exceptions=False) as c:
         for r in (c.get('/'), c.get('/nowhere'), c.post('/predict', content=jpeg()), c.post('/predict')):
             assert len(r.headers['x-request-id']) == 32 and r.headers['x-content-type-options'] == 'nosniff'
-        assert c.get('/boom', headers={'X-Request-ID': 'mine'}).headers['x-request-id'] == 'mine'
+        boom = c.get('/boom', headers={'X-Request-ID': 'mine'})
+        assert (boom.headers['x-request-id'], boom.headers['x-content-type-options']) == ('mine', 'nosniff')
         assert c.get('/health', headers={'X-Request-ID': 'a b'}).headers['x-request-id'] != 'a b'
         assert 'access-control-allow-origin' not in c.get('/health', headers={'Origin': 'https://a.example'}).headers
     with TestClient(create_app(settings(home=tmp_path, cors_origins='https://a.example'), model, ui=False)) as c:
@@ -213,6 +214,28 @@ def test_the_log_is_json_with_the_request_in_each_line(tmp_path):
     lines = {o['request_id']: o for o in map(json.loads, p.said) if o.get('request_id')}
     assert (lines['one']['status'], lines['one']['path'], lines['two']['status']) == (200, '/predict', 415) and lines['one']['ms'] > 0
 
+def test_nobody_writes_lines_of_our_log(tmp_path):
+    s = settings(home=tmp_path)
+    publish(s)
+    with serving(s, log_format='text') as (p, c):
+        c.get('/a%0a12:00:00 INFO    forged%1b[31m')
+        stop(p)
+        time.sleep(.2)
+    assert any('%0A' in l for l in p.said) and not any(l.startswith('12:00:00 INFO    forged') or '\x1b' in l for l in p.said)
+
+def test_who_sends_slowly_gives_up_the_place(model, tmp_path):
+    with running(create_app(settings(home=tmp_path, queue=1, upload_timeout=.5), model, ui=False)) as c:
+        with socket.create_connection((c.base_url.host, c.base_url.port)) as o:
+            o.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc')
+            wait_for(lambda: c.post('/predict', content=jpeg()).status_code == 429)
+            assert b' 408 ' in o.recv(1000)
+        assert c.post('/predict', content=jpeg()).status_code == 200
+
+def test_feedback_without_a_token_is_not_read(model, tmp_path):
+    with TestClient(create_app(settings(home=tmp_path, token='hush'), model, ui=False)) as c:
+        assert c.post('/feedback', content=bytes(5_000_000)).status_code == 401
+        assert c.post('/feedback', content=bytes(5_000_000), headers={'Authorization': 'Bearer hush'}).status_code == 413
+
 @pytest.mark.parametrize('body,status', [(dict(id='no-id', label='grass'), 422), (dict(id='0b0c1c9e-6f6b-4b39-8d0a-0f7b3f0c2a11', label='moss'), 422),
                                          (dict(label='grass'), 422), ([], 422), (dict(id='0b0c1c9e-6f6b-4b39-8d0a-0f7b3f0c2a11', label='neither'), 202)])
 def test_feedback_is_checked(model, tmp_path, body, status):
@@ -220,6 +243,6 @@ def test_feedback_is_checked(model, tmp_path, body, status):
     with TestClient(create_app(settings(home=tmp_path, token='hush'), model, ui=False)) as c:
         assert c.post('/feedback', json=body, headers=key).status_code == status
         assert c.post('/feedback', json=dict(id='0b0c1c9e-6f6b-4b39-8d0a-0f7b3f0c2a11', label='grass')).status_code == 401
-    with TestClient(create_app(settings(home=tmp_path), model, ui=False)) as c: assert c.post('/feedback', json=body, headers=key).status_code in (403, 422)
+    with TestClient(create_app(settings(home=tmp_path), model, ui=False)) as c: assert c.post('/feedback', json=body, headers=key).status_code == 403
     with TestClient(create_app(settings(home=tmp_path, token='hush', log_predictions=False), model, ui=False)) as c:
         assert c.post('/feedback', json=body, headers=key).status_code in (422, 503)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GIVE_UP', 'keep', 'had', 'host_of', 'crew', 'Ledger', 'parts', 'processes_for', 'help_out', 'ingest']
 
-# %% ../../nbs/data/05_ingest.ipynb #7c88e0ed
+# %% ../../nbs/data/05_ingest.ipynb #cf0908d5
 import asyncio, os, pickle, signal, subprocess, sys, threading, time
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from ..config import PlantError, Settings
-from .catalog import ask, open_catalog, pending, record
+from .catalog import PATIENCE, ask, open_catalog, pending, record
 from .fetch import Fetched, Refused, Unreachable, fetcher, run_async
 from .photo import Limits, PhotoError, check_photo
 from .store import Corrupt, NotFound, open_store
@@ -54,7 +54,7 @@ async def _one(row, fetch, had_, keep_, pool):
     except Unreachable as e: done = dict(status='failed', error=str(e))
     return dict(done, id=row['id'])
 
-# %% ../../nbs/data/05_ingest.ipynb #fecc36a8
+# %% ../../nbs/data/05_ingest.ipynb #024c7e24
 GIVE_UP = 50 # failures of one host, without anything else between them
 
 def host_of(url: str) -> str: # '' for a file
@@ -72,7 +72,7 @@ async def crew(
     for r in rows: todo.setdefault(host_of(r['url_source']), deque()).append(r)
     async def work():
         nonlocal skipped
-        while (host := next((o for o in todo if busy[o] < per_host), None)) is not None:
+        while (host := min((o for o in todo if busy[o] < per_host), key=busy.__getitem__, default=None)) is not None:
             busy[host] += 1
             while queue := todo.get(host):
                 silent[host] = silent[host] + 1 if await do(queue.popleft()) == 'failed' else 0
@@ -83,11 +83,17 @@ async def crew(
         for _ in range(min(workers, len(rows))): group.create_task(work())
     return skipped
 
-# %% ../../nbs/data/05_ingest.ipynb #1be553e5
+# %% ../../nbs/data/05_ingest.ipynb #480a981a
 class Ledger:
     "Results on their way to the catalog, written a batch at a time."
-    def __init__(self, store, eng, batch, seconds=5.):
-        self.store, self.eng, self.batch, self.seconds = store, eng, batch, seconds
+    def __init__(self,
+        store, # that photos were put into
+        eng, # catalog
+        batch: int, # results written at a time
+        written=lambda results: None, # called with those that have been written
+        seconds: float = 5., # longest wait for a batch to fill
+    ):
+        self.store, self.eng, self.batch, self.written, self.seconds = store, eng, batch, written, seconds
         self.waiting, self.last, self.lock, self.broken = [], time.monotonic(), asyncio.Lock(), False
 
     async def add(self, result):
@@ -106,11 +112,12 @@ class Ledger:
             await asyncio.to_thread(ask, record, self.eng, now)
             self.broken = False
             del self.waiting[:len(now)]
+            self.written(now)
 
-# %% ../../nbs/data/05_ingest.ipynb #d2698b71
-async def _run(s, eng, store, todo, connect_to, tick):
+# %% ../../nbs/data/05_ingest.ipynb #295eb938
+async def _run(s, eng, store, todo, connect_to, tick, written):
     "Ingest rows; gives the number of each outcome."
-    seen, ledger, limits = Counter(), Ledger(store, eng, s.ingest_batch), Limits(max_pixels=s.photo_max_pixels)
+    seen, ledger, limits = Counter(), Ledger(store, eng, s.ingest_batch, written), Limits(max_pixels=s.photo_max_pixels)
     pool = ThreadPoolExecutor(store.threads)
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(s.ingest_concurrency + 1)) # names, files, buckets, catalog
     async with fetcher(s, connect_to) as fetch:
@@ -118,10 +125,10 @@ async def _run(s, eng, store, todo, connect_to, tick):
         async def politely(url):
             async with asking[host_of(url)]: return await fetch(url)
         async def do(row):
-            done = await _one(row, politely, partial(had, store, limits), partial(keep, store, limits), pool)
+            done = dict(await _one(row, politely, partial(had, store, limits), partial(keep, store, limits), pool), url=row['url_source'])
             await ledger.add(done)
             seen[done['status']] += 1
-            tick(done['status'], done.get('error'), row['url_source'])
+            tick(done)
             return done['status']
         try: seen['skipped'] = await crew(todo, do, s.ingest_concurrency, 2*s.ingest_per_host)
         except ExceptionGroup as group: raise next((e for e in group.exceptions if isinstance(e, PlantError)), group) from None
@@ -130,16 +137,17 @@ async def _run(s, eng, store, todo, connect_to, tick):
             await ledger.flush()
     return seen
 
-# %% ../../nbs/data/05_ingest.ipynb #02905e0b
+# %% ../../nbs/data/05_ingest.ipynb #8a1bfe27
 def _shard(
     s: Settings, # settings of this process
     shard: tuple, # (i, n): rows of worker i of n
     connect_to: dict | None, # host → (address, port) reached instead
-    tick, # called with what became of a row, and its URL
+    tick=lambda result: None, # called with what became of a row, and its URL
+    written=lambda results: None, # called with what has been written back
 ) -> Counter: # photos of each outcome
     "Ingest a shard in this process."
     store, eng = open_store(s), ask(open_catalog, s)
-    try: return run_async(_run(s, eng, store, ask(pending, eng, shard, s.ingest_attempts), connect_to, tick))
+    try: return run_async(_run(s, eng, store, ask(pending, eng, shard, s.ingest_attempts), connect_to, tick, written))
     finally: eng.dispose()
 
 # %% ../../nbs/data/05_ingest.ipynb #26e58269
@@ -159,25 +167,23 @@ def processes_for(
     cores = getattr(os, 'process_cpu_count', os.cpu_count)() or 1
     return min(s.ingest_processes or min(cores, 4, n // 2000 + 1), s.ingest_per_host)
 
-# %% ../../nbs/data/05_ingest.ipynb #c3437a0c
+# %% ../../nbs/data/05_ingest.ipynb #c7f82504
 def help_out():
-    "Be a helper."
-    out, sys.stdout = sys.stdout.buffer, sys.stderr
+    "Do one shard for another process: the job comes on standard input, then lists of what was written, and at last what is to be told, go to standard output."
+    signal.signal(signal.SIGINT, signal.default_int_handler) # a shell that starts us in the background has it ignored
+    out = os.fdopen(os.dup(1), 'wb')
+    os.dup2(2, 1) # whoever prints prints to the log
     def say(o): pickle.dump(o, out); out.flush()
     s, shard, connect_to = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=lambda: os.read(0, 1) or signal.raise_signal(signal.SIGINT), daemon=True).start()
-    told, last = [], time.monotonic()
-    def tick(*row):
-        nonlocal told, last
-        told.append(row)
-        if time.monotonic() - last > .2: say(told); told, last = [], time.monotonic()
+    main = threading.main_thread().ident
+    threading.Thread(target=lambda: os.read(0, 1) or signal.pthread_kill(main, signal.SIGINT), daemon=True).start()
     with suppress(KeyboardInterrupt):
-        try: result = _shard(s, shard, connect_to, tick)
-        except PlantError as e: result = e
+        try: told = _shard(s, shard, connect_to, written=lambda results: say([{k: r.get(k) for k in ('status', 'error', 'url')} for r in results]))['skipped']
+        except PlantError as e: told = e
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         say(told)
-        say(result)
 
+# %% ../../nbs/data/05_ingest.ipynb #fa677c2c
 def _start(*job) -> subprocess.Popen:
     "Start a helper. A terminal's Ctrl-C reaches it through us only."
     p = subprocess.Popen([sys.executable, '-c', f'from {help_out.__module__} import help_out; help_out()'],
@@ -185,34 +191,49 @@ def _start(*job) -> subprocess.Popen:
     with suppress(OSError): pickle.dump(job, p.stdin); p.stdin.flush()
     return p
 
-def _follow(p: subprocess.Popen, tick) -> Counter | None:
-    "Pass on what a helper tells; gives its result, or None if it died; raises `PlantError` as it did."
-    with suppress(EOFError, OSError, pickle.UnpicklingError):
+def _follow(p: subprocess.Popen, tick) -> tuple:
+    "Pass on what a helper tells; gives the number of each outcome, and whether it came to its end; raises `PlantError` as it did."
+    seen, told = Counter(), None
+    with suppress(EOFError, OSError, pickle.UnpicklingError), p.stdout:
         while isinstance(told := pickle.load(p.stdout), list):
-            for o in told: tick(*o)
-        if isinstance(told, PlantError): raise told
-        return told
+            seen.update(o['status'] for o in told)
+            for o in told: tick(o)
+    if isinstance(told, PlantError): raise told
+    return seen + Counter(skipped=told if isinstance(told, int) else 0), isinstance(told, int)
 
-def _stop(p: subprocess.Popen):
-    "End a helper once it has written back what it has."
-    with suppress(OSError): p.stdin.close()
-    try: p.wait(10)
-    except subprocess.TimeoutExpired: p.kill()
-    p.stdout.close()
+def _stop(helpers: list):
+    "End helpers together, each once it has written back what it has; at once where that takes too long."
+    for p in helpers:
+        with suppress(OSError): p.stdin.close()
+    try:
+        for p in helpers: p.wait(PATIENCE)
+    except subprocess.TimeoutExpired: pass
+    finally:
+        for p in helpers: p.kill()
+        for p in helpers: p.wait()
 
-# %% ../../nbs/data/05_ingest.ipynb #d8692907
+# %% ../../nbs/data/05_ingest.ipynb #4a27e93a
 def _divided(s, shard, n, connect_to, tick) -> Counter:
-    "Ingest a shard in n processes."
-    s = s.model_copy(update=dict(ingest_per_host=s.ingest_per_host//n, ingest_concurrency=max(1, s.ingest_concurrency//n)))
+    "Ingest a shard in n processes; the first error of any of them ends it."
+    s, failed = s.model_copy(update=dict(ingest_per_host=s.ingest_per_host//n, ingest_concurrency=max(1, s.ingest_concurrency//n))), []
     first, *others = parts(shard, n)
+    def do(part):
+        def check(result):
+            if failed: raise failed[0]
+            tick(result)
+        return _shard(s, part, connect_to, check)
+    def follow(p):
+        try: return _follow(p, tick)
+        except PlantError as e: failed.append(e); raise
     helpers = [_start(s, o, connect_to) for o in others]
     with ThreadPoolExecutor(n) as pool:
         try:
-            told = [pool.submit(_follow, p, tick) for p in helpers]
-            seen = _shard(s, first, connect_to, tick)
-            for part, o in zip(others, told): seen += o.result() or _shard(s, part, connect_to, tick)
-        finally:
-            for p in helpers: _stop(p)
+            told = [pool.submit(follow, p) for p in helpers]
+            seen = do(first)
+            for p, part, (some, ended) in zip(helpers, others, map(Future.result, told)):
+                if not ended: _stop([p])
+                seen += some if ended else some + do(part)
+        finally: _stop(helpers)
     return seen
 
 # %% ../../nbs/data/05_ingest.ipynb #262453f4
@@ -231,7 +252,7 @@ def _summary(result: dict, why: dict) -> Table:
         if result[k]: table.add_row(k, f'{result[k]:,}', escape(why.get(k, '')))
     return table
 
-# %% ../../nbs/data/05_ingest.ipynb #60b50793
+# %% ../../nbs/data/05_ingest.ipynb #1a137fa6
 def ingest(
     s: Settings, # settings in force
     shard: tuple = (1, 1), # (i, n): rows of worker i of n
@@ -243,9 +264,9 @@ def ingest(
     try: n = len(ask(pending, eng, shard, s.ingest_attempts))
     finally: eng.dispose()
     with _bar(n, progress and bool(n)) as advance:
-        def tick(status, error, url):
+        def tick(result):
             advance()
-            if error: why.setdefault(status, f'{url}: {error}')
+            if result.get('error'): why.setdefault(result['status'], f'{result["url"]}: {result["error"]}')
         seen = _divided(s, shard, processes_for(s, n), connect_to, tick)
     why['skipped'] = 'their host failed so often that it was left alone; run again later'
     result = {k: seen[k] for k in ('stored', 'failed', 'rejected', 'skipped')} | dict(seconds=time.perf_counter() - start)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['log', 'Answer', 'Failure', 'Answers', 'Health', 'Problem', 'problem', 'add_problems', 'too_large', 'limited',
-           'read_input', 'read_inputs', 'Live', 'follow', 'the_model', 'describe', 'place', 'answer_noted', 'note',
-           'answer', 'answer_all', 'demo_input', 'authorise', 'Truth', 'labels_of', 'take_feedback', 'add_service',
-           'add_routes', 'title_of', 'home_page', 'has_ui', 'add_page', 'create_app']
+           'read_input', 'read_inputs', 'Live', 'follow', 'the_model', 'describe', 'place', 'in_time', 'note',
+           'answer_noted', 'answer', 'answer_all', 'demo_input', 'authorise', 'Truth', 'labels_of', 'take_feedback',
+           'add_service', 'add_routes', 'title_of', 'home_page', 'has_ui', 'add_page', 'create_app']
 
-# %% ../../nbs/serve/19_api.ipynb #619299e0
+# %% ../../nbs/serve/19_api.ipynb #32a895de
 import asyncio, contextlib, hmac, html, json, logging, os, time
 from datetime import datetime, timezone
 from functools import partial
@@ -22,7 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
@@ -30,7 +30,7 @@ from .. import __version__
 from ..config import PlantError, Settings
 from ..data.store import open_store, sha256_of
 from .predict import Model, champion_pointer, golden_input, load_champion, load_published
-from .record import Spool, Watch, exposition, log_folder, make_metrics
+from .record import SECURITY, Spool, Watch, exposition, log_folder, make_metrics
 
 # %% ../../nbs/serve/19_api.ipynb #c6b07bbb
 class Answer(BaseModel):
@@ -86,12 +86,12 @@ def problem(
     body = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail)
     return JSONResponse(body.model_dump(), status, {k.replace('_', '-'): v for k, v in headers.items()}, media_type='application/problem+json')
 
-# %% ../../nbs/serve/19_api.ipynb #86e45a06
+# %% ../../nbs/serve/19_api.ipynb #07d8739d
 def add_problems(app: FastAPI):
     "Every error of an app becomes a problem document."
     @app.exception_handler(StarletteHTTPException)
     async def refused(request, e):
-        close = dict(Connection='close') if e.status_code in (400, 404, 405, 413) else {}
+        close = dict(Connection='close') if e.status_code in (400, 401, 403, 404, 405, 408, 413, 429) else {}
         return problem(e.status_code, str(e.detail), **(e.headers or {}), **close)
 
     @app.exception_handler(RequestValidationError)
@@ -105,7 +105,7 @@ def add_problems(app: FastAPI):
 
     @app.exception_handler(Exception)
     async def failed(request, e):
-        return problem(500, 'The server failed; its log says why. Nothing was recorded: try again.', X_Request_ID=request.scope.get('request_id', ''))
+        return problem(500, 'The server failed; its log says why. Nothing was recorded: try again.', **{'X-Request-ID': request.scope.get('request_id', '')}, **SECURITY)
 
 # %% ../../nbs/serve/19_api.ipynb #683e654a
 def too_large(max_bytes: int) -> HTTPException:
@@ -174,7 +174,7 @@ async def read_inputs(
 
 def _too_many(s: Settings) -> str: return f'More than {s.batch_files} in one request (PLANT_BATCH_FILES). Send them in several.'
 
-# %% ../../nbs/serve/19_api.ipynb #853268b9
+# %% ../../nbs/serve/19_api.ipynb #dcf2adf4
 log = logging.getLogger(__name__)
 
 class Live:
@@ -185,6 +185,7 @@ class Live:
         metrics=None, # from `make_metrics`
     ):
         self.s, self.model, self.store, self.lock, self.checked, self.metrics = s, model, None, Lock(), None, metrics or make_metrics()
+        self.told = None
         self.error = None if model else PlantError('The model is being loaded. Try again in a few seconds.')
 
     def look(self) -> bool: # whether another model serves now
@@ -205,8 +206,9 @@ class Live:
     def tell(self):
         "Set the figures that say which version serves, and whether it is the one in production."
         self.metrics.model_error.set(bool(self.error))
-        self.metrics.serving.clear()
-        if self.model: self.metrics.serving.labels(self.model.version).set(1)
+        if self.told: self.metrics.serving.labels(self.told).set(0)
+        self.told = self.model and self.model.version
+        if self.told: self.metrics.serving.labels(self.told).set(1)
 
 # %% ../../nbs/serve/19_api.ipynb #8631ea1a
 def _follow(self):
@@ -249,7 +251,7 @@ def describe(
     figures = dict(metrics=model.origin['metrics']) if model.origin.get('metrics') else {} # on the test split, after the file was written
     return model.metadata | figures | dict(version=model.version, published=model.origin)
 
-# %% ../../nbs/serve/19_api.ipynb #3486f4d6
+# %% ../../nbs/serve/19_api.ipynb #1c2c5a96
 @contextlib.contextmanager
 def place(
     st, # state of the app
@@ -262,7 +264,16 @@ def place(
     try: yield
     finally: st.waiting -= 1
 
-# %% ../../nbs/serve/19_api.ipynb #313e0ec8
+@contextlib.asynccontextmanager
+async def in_time(
+    st, # state of the app
+):
+    "Somebody who sends slowly keeps a place from others, so there is a limit; raises 408."
+    try:
+        async with asyncio.timeout(st.settings.upload_timeout): yield
+    except TimeoutError: raise HTTPException(408, f'The request did not arrive within {st.settings.upload_timeout:g} s (PLANT_UPLOAD_TIMEOUT). Send it again.') from None
+
+# %% ../../nbs/serve/19_api.ipynb #eb9b3563
 def _timed(metrics, model, data) -> tuple:
     "Decoded input, what the graph says of it, and what is to be noted."
     start = time.perf_counter()
@@ -274,19 +285,7 @@ def _timed(metrics, model, data) -> tuple:
     metrics.stage_seconds.labels('infer').observe(end - mid)
     return x, out, dict(seconds=end - start, input=sha256_of(data if isinstance(data, bytes) else json.dumps(data).encode()))
 
-async def answer_noted(
-    st, # state of the app
-    model: Model, # that answers
-    data: bytes | list, # a photo, or a row of numbers
-    name: str | None = None, # of the file
-    keep: bool = True, # count and log it
-) -> tuple: # fields of `Answer`, decoded input, heatmap float32 [h, w] or None
-    "Answer for one input, and keep a record of it; raises `PlantError` where it cannot be decoded."
-    x, out, about = await to_thread.run_sync(_timed, st.metrics, model, data, limiter=st.limiter)
-    got = dict(id=str(uuid4()), timestamp=datetime.now(timezone.utc), file=name, variant='champion', **model.answer(out, 0))
-    if keep: note(st, model, got, about)
-    return got, x, out['heatmap'][0] if 'heatmap' in out else None
-
+# %% ../../nbs/serve/19_api.ipynb #2b447d16
 def note(
     st, # state of the app
     model: Model, # that answered
@@ -302,7 +301,20 @@ def note(
         st.spool.add('predictions', model=st.settings.model, version=model.version, **about,
                      **{k: got[k] for k in ('id', 'timestamp', 'variant', 'prediction', 'probability', 'novelty', 'novel')})
 
-# %% ../../nbs/serve/19_api.ipynb #97253582
+async def answer_noted(
+    st, # state of the app
+    model: Model, # that answers
+    data: bytes | list, # a photo, or a row of numbers
+    name: str | None = None, # of the file
+    keep: bool = True, # count and log it
+) -> tuple: # fields of `Answer`, decoded input, heatmap float32 [h, w] or None
+    "Answer for one input, and keep a record of it; raises `PlantError` where it cannot be decoded."
+    x, out, about = await to_thread.run_sync(_timed, st.metrics, model, data, limiter=st.limiter)
+    got = dict(id=str(uuid4()), timestamp=datetime.now(timezone.utc), file=name, variant='champion', **model.answer(out, 0))
+    if keep: note(st, model, got, about)
+    return got, x, out['heatmap'][0] if 'heatmap' in out else None
+
+# %% ../../nbs/serve/19_api.ipynb #b97e84ac
 _photos = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'RIFF', b'BM', b'II*\0', b'MM\0*') # how JPEG, PNG, GIF, WebP, BMP and TIFF begin
 
 async def answer(
@@ -311,7 +323,7 @@ async def answer(
     "Read, decode and answer; raises `PlantError` without a model, 415 for what is no photo, 422 for a broken one."
     st, model = request.app.state, the_model(request.app)
     with place(st):
-        data, name = await read_input(request, st.settings.ingest_max_bytes)
+        async with in_time(st): data, name = await read_input(request, st.settings.ingest_max_bytes)
         return await _answer_one(st, model, data, name)
 
 async def _answer_one(st, model, data, name, keep=True) -> dict:
@@ -328,9 +340,11 @@ async def answer_all(
     async def one(data, name):
         try: return await _answer_one(st, model, data, name)
         except HTTPException as e: return dict(file=name, status=e.status_code, error=e.detail)
-    with place(st): return dict(results=await asyncio.gather(*(one(*o) for o in await read_inputs(request, st.settings))))
+    with place(st):
+        async with in_time(st): inputs = await read_inputs(request, st.settings)
+        return dict(results=await asyncio.gather(*(one(*o) for o in inputs)))
 
-# %% ../../nbs/serve/19_api.ipynb #f0b74af1
+# %% ../../nbs/serve/19_api.ipynb #57d455e7
 _binary = dict(schema=dict(type='string', format='binary'))
 _accepts = {'multipart/form-data': dict(schema=dict(type='object', required=['file'], properties=dict(file=_binary['schema']))),
             'image/*': _binary, 'application/json': dict(schema=dict(type='object', properties=dict(features=dict(type='array', items=dict(type='number')))))}
@@ -339,7 +353,7 @@ _accepts_many = {'multipart/form-data': dict(schema=dict(type='object', required
                  'application/json': dict(schema=dict(type='object', properties=dict(features=dict(type='array', items=dict(type='array', items=dict(type='number'))))))}
 
 _problems = {c: dict(description=d, content={'application/problem+json': dict(schema=Problem.model_json_schema())}) for c, d in
-             {400: 'Nothing sent', 401: 'The wrong token', 403: 'No token is set', 413: 'Too large', 415: 'Not a photo', 422: 'A broken photo', 429: 'Too many at a time', 503: 'No model yet'}.items()}
+             {400: 'Nothing sent', 401: 'The wrong token', 403: 'No token is set', 408: 'Sent too slowly', 413: 'Too large', 415: 'Not a photo', 422: 'A broken photo', 429: 'Too many at a time', 503: 'No model yet'}.items()}
 
 # %% ../../nbs/serve/19_api.ipynb #8788760d
 def demo_input(
@@ -361,24 +375,24 @@ def authorise(
     if not hmac.compare_digest(sent.encode(), f'Bearer {token}'.encode()):
         raise HTTPException(401, 'The token is missing or wrong. Send it as "Authorization: Bearer …".', {'WWW-Authenticate': 'Bearer'})
 
-# %% ../../nbs/serve/19_api.ipynb #f8159ab9
+# %% ../../nbs/serve/19_api.ipynb #36ca9292
 class Truth(BaseModel):
     "What a photo really showed."
     id: UUID = Field(description='`id` of the prediction')
     label: str = Field(description='A class of the model, or "neither"', min_length=1, max_length=100)
 
 def labels_of(
-    model: Model, # that answered
-) -> list: # its classes, and 'neither'
+    classes: list, # of the model
+) -> list: # these, and 'neither'
     "What a photo may turn out to be."
-    return [*model.classes, *({'neither'} - set(model.classes))]
+    return [*classes, *({'neither'} - set(classes))]
 
 def take_feedback(
     app: FastAPI, # as `create_app` makes it
     truth: Truth, # for one prediction
 ):
     "Send a true label on its way to the database; raises 422 for a label that the model does not know, 503 where no log is kept."
-    known, st = labels_of(the_model(app)), app.state
+    known, st = labels_of(the_model(app).classes), app.state
     if not st.spool: raise HTTPException(503, 'This server keeps no log of its predictions. Set PLANT_LOG_PREDICTIONS=true.')
     if truth.label not in known: raise HTTPException(422, f'There is no class {truth.label!r}. Send one of {", ".join(known)}.')
     st.metrics.feedback.inc()
@@ -411,7 +425,7 @@ def add_service(app: FastAPI):
     @app.get('/metrics', summary='Figures for Prometheus', response_class=Response)
     async def metrics(): return Response(await to_thread.run_sync(exposition, app.state.metrics), media_type=CONTENT_TYPE_LATEST)
 
-# %% ../../nbs/serve/19_api.ipynb #00471162
+# %% ../../nbs/serve/19_api.ipynb #9b3604ff
 def add_routes(app: FastAPI):
     "The routes for those who ask."
     @app.post('/predict', summary='Answer for one photo', responses=_problems, openapi_extra=dict(requestBody=dict(required=True, content=_accepts)))
@@ -425,9 +439,12 @@ def add_routes(app: FastAPI):
         model = the_model(app)
         return await _answer_one(app.state, model, *demo_input(model), keep=False)
 
-    @app.post('/feedback', status_code=202, summary='Say what it really was', responses={k: _problems[k] for k in (401, 403, 503)})
-    async def give_feedback(request: Request, truth: Truth) -> Truth:
+    @app.post('/feedback', status_code=202, summary='Say what it really was', responses={k: _problems[k] for k in (401, 403, 413, 422, 503)},
+              openapi_extra=dict(requestBody=dict(required=True, content={'application/json': dict(schema=Truth.model_json_schema())})))
+    async def give_feedback(request: Request) -> Truth:
         authorise(request)
+        try: truth = Truth.model_validate_json(await limited(request, 10_000).body())
+        except ValidationError as e: raise RequestValidationError(e.errors()) from None
         take_feedback(app, truth)
         return truth
 
@@ -479,13 +496,13 @@ def add_page(app: FastAPI):
         except PlantError as e: model, error = None, str(e)
         return home_page(model, str(request.base_url), has_ui(app), error)
 
-# %% ../../nbs/serve/19_api.ipynb #3b0bd427
+# %% ../../nbs/serve/19_api.ipynb #e3f94bd4
 @contextlib.asynccontextmanager
 async def _lifespan(app, fixed):
     "Follow the model in production while the server runs; wait a while for the first look."
     st, tried = app.state, asyncio.Event()
     st.limiter, st.waiting = CapacityLimiter(os.cpu_count() or 1), 0
-    if st.spool: st.spool.open()
+    if st.spool: st.spool.start()
     st.live.tell()
     task = None if fixed else asyncio.create_task(follow(st.live, tried, st.settings.reload_every))
     if task:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CSS', 'overlay', 'size_seen', 'percent', 'bars_html', 'verdict', 'answer_html', 'note_html', 'warning_of',
-           'accuracy_of', 'about_html', 'judge', 'judge_many', 'greet', 'draw_examples', 'table_html', 'save_csv',
-           'on_photo', 'on_last', 'on_truth', 'on_many', 'create_ui', 'theme', 'add_ui']
+           'accuracy_of', 'about_html', 'thumbnail', 'judge', 'judge_many', 'greet', 'draw_examples', 'table_html',
+           'save_csv', 'create_ui', 'theme', 'add_ui']
 
-# %% ../../nbs/serve/20_app.ipynb #e2982542
+# %% ../../nbs/serve/20_app.ipynb #bdb28d90
 import csv, html, inspect, os, re, tempfile
 from asyncio import Semaphore, gather
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from PIL import Image
 from ..config import PlantError
 from ..data.photo import Limits, check_photo, shape_seen
 from ..data.synthetic import LABELS, draw
-from .api import Truth, answer_noted, describe, take_feedback, the_model, title_of
+from .api import Truth, answer_noted, describe, labels_of, take_feedback, the_model, title_of
 from .predict import Model, read_file
 
 # %% ../../nbs/serve/20_app.ipynb #28f9cd59
@@ -121,10 +121,17 @@ def about_html(
             'Network': made.get('arch', ''), 'In production since': there.get('published_at', '')[:16].replace('T', ' '), 'Note': there.get('note', '')}
     return '<dl class="pm-about">' + ''.join(f'<dt>{k}</dt><dd>{html.escape(str(v))}</dd>' for k, v in rows.items() if v) + '</dl>'
 
-# %% ../../nbs/serve/20_app.ipynb #b677ed49
+# %% ../../nbs/serve/20_app.ipynb #db9fcb98
 async def _call(f, *args):
     "Call a function, which may be async; what is not runs on a thread."
     return await f(*args) if inspect.iscoroutinefunction(f) else await to_thread.run_sync(f, *args)
+
+def thumbnail(
+    pixels: np.ndarray, # uint8 [H, W, 3]
+    size: int = 160, # side, in pixels
+) -> np.ndarray: # uint8 [size, size, 3]
+    "A small picture of what the model was given."
+    return np.asarray(Image.fromarray(pixels).resize((size, size)))
 
 async def judge(
     explain: Callable, # a photo's bytes → answer, pixels, heatmap; may be async
@@ -140,7 +147,7 @@ async def judge(
         picture = None if heat is None else await _call(lambda: overlay(pixels, heat, size_seen(data)))
     except PlantError as e: return note_html(str(e), 'error'), nothing, None
     card = answer_html(answer)
-    return card, nothing if picture is None else gr.update(value=picture, visible=True), dict(id=answer['id'], card=card, said=verdict(answer), pixels=pixels)
+    return card, nothing if picture is None else gr.update(value=picture, visible=True), dict(id=answer['id'], card=card, said=verdict(answer), picture=thumbnail(pixels))
 
 async def judge_many(
     explain: Callable, # a photo's bytes → answer, pixels, heatmap; may be async
@@ -157,7 +164,7 @@ async def judge_many(
         return [Path(path).name, verdict(answer), round(answer['probability'], 4), answer['novelty']]
     return await gather(*map(one, paths))
 
-# %% ../../nbs/serve/20_app.ipynb #c7167525
+# %% ../../nbs/serve/20_app.ipynb #e40b381f
 async def greet(
     info: Callable, # () → what `describe` says; may be async
 ) -> tuple: # what becomes of the heading, the warning, the facts, the examples and the labels to choose from
@@ -166,7 +173,7 @@ async def greet(
     try: now = await _call(info)
     except PlantError as e: return '<h1>No model yet</h1>', banner(str(e)), '', gr.update(visible=False), gr.update()
     head = f'<h1>{title_of(now["classes"])}</h1><p>Show it a photo. See what it says, how sure it is, and where it looked.</p>'
-    labels = gr.update(choices=[*now['classes'], *({'neither'} - set(now['classes']))])
+    labels = gr.update(choices=labels_of(now['classes']))
     return head, banner(warning_of(now)), about_html(now), gr.update(visible=set(LABELS) <= set(now['classes'])), labels
 
 # %% ../../nbs/serve/20_app.ipynb #3dfca4bb
@@ -179,7 +186,7 @@ def draw_examples(
     for i, p in enumerate(paths): draw(LABELS[i % len(LABELS)], (2026, i), (360, 360)).save(p, quality=90)
     return paths
 
-# %% ../../nbs/serve/20_app.ipynb #28c387ba
+# %% ../../nbs/serve/20_app.ipynb #6d0e7c7a
 def _photo() -> gr.Image:
     "Where a photo is dropped, taken or pasted."
     rear = gr.WebcamOptions(mirror=False, constraints={'video': {'facingMode': {'ideal': 'environment'}}})
@@ -213,14 +220,14 @@ def _one_photo(examples) -> dict:
             heat = gr.Image(label='Where it looked', visible=False, interactive=False, buttons=['fullscreen'], elem_classes='pm-heat',
                             alt_text='Heatmap of where the model saw the class')
     last = gr.Gallery(label='Your last photos', visible=False, columns=8, height='auto', allow_preview=False, object_fit='cover', buttons=[], elem_classes='pm-last')
-    return dict(photo=photo, examples=tries, answer=answer, truth=truth, thanks=thanks, heat=heat, last=last, id=gr.State(), seen=gr.State([]))
+    return dict(photo=photo, examples=tries, answer=answer, truth=truth, thanks=thanks, heat=heat, last=last, id=gr.State(), seen=gr.State([], time_to_live=3600))
 
 def _many_photos() -> dict:
     "Photos in, a table and a file out."
     photos = gr.File(label='Photos', file_count='multiple', file_types=['image'], height=160, elem_classes='pm-many')
     return dict(photos=photos, table=gr.HTML(padding=False), csv=gr.DownloadButton('Save as CSV', visible=False))
 
-# %% ../../nbs/serve/20_app.ipynb #3ec72017
+# %% ../../nbs/serve/20_app.ipynb #24656c1f
 def table_html(
     rows: list, # file, answer, probability, novelty of each
 ) -> str: # HTML
@@ -231,41 +238,45 @@ def table_html(
     return ('<div class="pm-card"><table class="pm-table"><thead><tr><th>Photo<th>Looks like<th class="pm-num">Probability<th class="pm-num">Novelty</tr></thead><tbody>'
             + ''.join(f'<tr>{cells(*o)}</tr>' for o in rows) + '</tbody></table></div>')
 
+def _harmless(name: str) -> str:
+    "A name that no spreadsheet takes for a formula."
+    return f"'{name}" if name[:1] in ('=', '+', '-', '@', '\t', '\r') else name
+
 def save_csv(
     rows: list, # file, answer, probability, novelty of each
     folder: Path, # where to
 ) -> str: # path
     "Write answers to a new CSV file."
     with tempfile.NamedTemporaryFile('w', dir=folder, prefix='answers-', suffix='.csv', newline='', encoding='utf-8-sig', delete=False) as f:
-        csv.writer(f).writerows([['file', 'answer', 'probability', 'novelty'], *rows])
+        csv.writer(f).writerows([['file', 'answer', 'probability', 'novelty'], *([_harmless(name), *o] for name, *o in rows)])
     return f.name
 
-# %% ../../nbs/serve/20_app.ipynb #6be2f781
-async def on_photo(path, seen, explain, ask, max_bytes) -> tuple:
+# %% ../../nbs/serve/20_app.ipynb #a6f2767b
+async def _on_photo(path, seen, explain, ask, max_bytes) -> tuple:
     "A photo is given, or taken away: card, heatmap, id, question, thanks, photos seen, and their gallery."
     card, heat, new = await judge(explain, path, max_bytes)
     seen = ([new] if new else []) + seen[:15]
-    return card, heat, new and new['id'], gr.update(value=None, visible=bool(new and ask)), '', seen, gr.update(value=[(o['pixels'], o['said']) for o in seen], visible=bool(seen))
+    return card, heat, new and new['id'], gr.update(value=None, visible=bool(new and ask)), '', seen, gr.update(value=[(o['picture'], o['said']) for o in seen], visible=bool(seen))
 
-def on_last(seen, ask, event: gr.SelectData) -> tuple:
+def _on_last(seen, ask, event: gr.SelectData) -> tuple:
     "One of the last photos is chosen: its card, no heatmap, its id, question, thanks."
     old = seen[event.index]
     return old['card'], gr.update(visible=False), old['id'], gr.update(value=None, visible=ask), ''
 
-async def on_truth(id, label, say) -> str:
+async def _on_truth(id, label, say) -> str:
     "The visitor says what it is."
     try: await _call(say, id, label)
     except PlantError as e: return note_html(str(e), 'error')
     return f'<p class="pm-small" role="status">Thank you. Noted: {html.escape(label)}.</p>'
 
-async def on_many(paths, explain, max_bytes, max_files, folder) -> tuple:
+async def _on_many(paths, explain, max_bytes, max_files, folder) -> tuple:
     "Many photos are given: their table, and the file."
     if not paths: return '', gr.update(visible=False)
     if len(paths) > max_files: return note_html(f'{len(paths)} photos are more than {max_files} (`PLANT_BATCH_FILES`). Choose fewer.', 'error'), gr.update(visible=False)
     rows = await judge_many(explain, paths, max_bytes)
     return table_html(rows), gr.update(value=save_csv(rows, folder), visible=True)
 
-# %% ../../nbs/serve/20_app.ipynb #c0754501
+# %% ../../nbs/serve/20_app.ipynb #5d6c7c66
 _to_answer = "() => document.querySelector('.pm-card h2, .pm-error')?.closest('.pm-card').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 
 def create_ui(
@@ -277,10 +288,10 @@ def create_ui(
 ) -> gr.Blocks: # ready to mount
     "The page, as a Gradio app."
     async def do_load(): return await greet(info)
-    async def do_photo(path, seen): return await on_photo(path, seen, explain, say, max_bytes)
-    async def do_truth(id, label): return await on_truth(id, label, say)
-    async def do_many(paths): return await on_many(paths, explain, max_bytes, max_files, Path(ui.pictures.name))
-    def do_last(seen, event: gr.SelectData): return on_last(seen, bool(say), event)
+    async def do_photo(path, seen): return await _on_photo(path, seen, explain, say, max_bytes)
+    async def do_truth(id, label): return await _on_truth(id, label, say)
+    async def do_many(paths): return await _on_many(paths, explain, max_bytes, max_files, Path(ui.pictures.name))
+    def do_last(seen, event: gr.SelectData): return _on_last(seen, bool(say), event)
     with gr.Blocks(title='plant_mlops', analytics_enabled=False, delete_cache=(600, 3600)) as ui:
         ui.pictures = tempfile.TemporaryDirectory() # gone when the page is
         at = _layout(draw_examples(Path(ui.pictures.name)))

@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['predictions', 'feedback', 'log', 'Unfit', 'read_rows', 'drain', 'draining', 'latest_feedback', 'judged']
 
-# %% ../../nbs/serve/21_monitor.ipynb #3c29aaf5
+# %% ../../nbs/serve/21_monitor.ipynb #647961e0
 import contextlib, json, logging
 from datetime import datetime
 from pathlib import Path
 from threading import Event, Thread
 import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
 from ..config import PlantError, Settings
 from ..data.catalog import ask, insert_or_ignore, metadata, open_catalog, reason
 from .record import log_folder, waiting
 
-# %% ../../nbs/serve/21_monitor.ipynb #95a97d8f
+# %% ../../nbs/serve/21_monitor.ipynb #3156d1c9
+_Time = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), 'mysql', 'mariadb') # which would drop fractions of a second
+
 predictions = sa.Table('predictions', metadata,
     sa.Column('id', sa.String(36), primary_key=True),
-    sa.Column('timestamp', sa.DateTime, nullable=False, index=True),   # UTC
+    sa.Column('timestamp', _Time, nullable=False, index=True),         # UTC
     sa.Column('model', sa.String(100), nullable=False),
     sa.Column('version', sa.String(32), nullable=False),
     sa.Column('variant', sa.String(16), nullable=False),               # champion or challenger
@@ -32,12 +35,12 @@ predictions = sa.Table('predictions', metadata,
 feedback = sa.Table('feedback', metadata,
     sa.Column('id', sa.String(36), primary_key=True),
     sa.Column('prediction_id', sa.String(36), nullable=False, index=True),
-    sa.Column('timestamp', sa.DateTime, nullable=False),
+    sa.Column('timestamp', _Time, nullable=False),
     sa.Column('label', sa.String(100), nullable=False))                # what it really is
 
 _tables = dict(predictions=predictions, feedback=feedback)
 
-# %% ../../nbs/serve/21_monitor.ipynb #227917c7
+# %% ../../nbs/serve/21_monitor.ipynb #5b908d94
 log = logging.getLogger(__name__)
 
 class Unfit(Exception): "Rows that no database would take."
@@ -63,15 +66,14 @@ def drain(
     "Carry all files into the database; raises `PlantError` where it cannot be used."
     n = 0
     for file in waiting(folder):
-        try: rows = read_rows(file)
-        except FileNotFoundError: continue # another server was quicker
-        try: ask(_insert, eng, rows)
+        try:
+            ask(_insert, eng, rows := read_rows(file))
+            n += sum(map(len, rows.values()))
+            file.unlink()
+        except FileNotFoundError: pass # another server was quicker
         except Unfit as e:
             log.error('%s cannot be taken by the database (%s). It is kept as %s.refused.', file, e, file.name)
             file.rename(file.with_name(f'{file.name}.refused'))
-            continue
-        file.unlink(missing_ok=True)
-        n += sum(map(len, rows.values()))
     return n
 
 def _insert(eng, rows):
@@ -85,7 +87,7 @@ def _insert(eng, rows):
         if isinstance(e, sa.exc.DBAPIError): raise
         raise Unfit(reason(e)) from e
 
-# %% ../../nbs/serve/21_monitor.ipynb #c6bfaa59
+# %% ../../nbs/serve/21_monitor.ipynb #9d89726d
 @contextlib.contextmanager
 def draining(
     s: Settings, # home and catalog
@@ -105,7 +107,9 @@ def draining(
             except PlantError as e:
                 if str(e) != said: log.warning('Predictions wait in %s. %s', folder, e)
                 pause, said = min(2*pause, 30), str(e)
-            except Exception: log.exception('The log of predictions could not be carried into the database')
+            except Exception:
+                log.exception('The log of predictions could not be carried into the database')
+                pause = min(2*pause, 30)
             if last: break
         if eng: eng.dispose()
     thread = Thread(target=run, daemon=True)
@@ -115,7 +119,7 @@ def draining(
         ending.set()
         thread.join(10)
 
-# %% ../../nbs/serve/21_monitor.ipynb #4918edd6
+# %% ../../nbs/serve/21_monitor.ipynb #505287e3
 def latest_feedback() -> sa.Subquery:
     "The last label for each prediction."
     newest = sa.select(feedback.c.prediction_id, sa.func.max(feedback.c.timestamp).label('at')).group_by(feedback.c.prediction_id).subquery()
@@ -128,6 +132,7 @@ def judged(
 ) -> list: # dicts of version, variant, n, right
     "How many predictions got feedback, and how many of them were right, by version and variant."
     p, truth = predictions.c, latest_feedback()
-    right = sa.func.sum(sa.case((p.prediction == truth.c.label, 1), else_=0)).label('right')
+    said = sa.case((p.novel, 'neither'), else_=p.prediction)
+    right = sa.func.sum(sa.case((said == truth.c.label, 1), else_=0)).label('right')
     q = sa.select(p.version, p.variant, sa.func.count().label('n'), right).join(truth, truth.c.prediction_id == p.id).group_by(p.version, p.variant)
     with eng.connect() as c: return [dict(o._mapping, right=int(o.right)) for o in c.execute(q.where(p.timestamp >= since) if since else q)]
