@@ -6,9 +6,8 @@ import httpx, pytest, sqlalchemy as sa
 from fastapi.testclient import TestClient
 from conftest import free_port, stop, wait_for
 from plant_mlops.config import settings
-from plant_mlops.data.catalog import open_catalog
 from plant_mlops.serve.api import create_app
-from plant_mlops.serve.monitor import drain, draining, feedback, judged, predictions
+from plant_mlops.serve.monitor import drain, draining, feedback, judged, open_log, predictions
 from plant_mlops.serve.predict import Model
 from plant_mlops.serve.record import Spool, log_folder, waiting
 from test_serve import cli, running
@@ -19,7 +18,7 @@ def model(): return Model(tiny_model())
 
 def table(s, t=predictions):
     "All rows of a table."
-    eng = open_catalog(s)
+    eng = open_log(s)
     try:
         with eng.connect() as c: return [dict(o._mapping) for o in c.execute(sa.select(t))]
     finally: eng.dispose()
@@ -66,7 +65,7 @@ def test_every_prediction_is_in_the_table_after_sigterm(tmp_path):
         assert (r['prediction'], r['version'], r['variant'], r['model']) == (a['prediction'], '1', 'champion', 'plants')
         assert abs(r['timestamp'].replace(tzinfo=timezone.utc) - datetime.fromisoformat(a['timestamp'])) < timedelta(seconds=1)
     assert len({r['input'] for r in kept.values()}) == 2 and all(0 < r['seconds'] < 5 for r in kept.values())
-    eng = open_catalog(s)
+    eng = open_log(s)
     assert judged(eng) == [dict(version='1', variant='champion', n=10, right=9)]
     eng.dispose()
 
@@ -120,7 +119,7 @@ def test_rows_go_in_once_in_every_database(kind, request, tmp_path):
     spool.add('feedback', id='f', prediction_id='p1', timestamp=datetime.now(timezone.utc), label='Löwenzahn')
     spool.flush()
     data = waiting(tmp_path/'spool')[0].read_bytes()
-    eng = open_catalog(s)
+    eng = open_log(s)
     assert drain(eng, tmp_path/'spool') == 4
     (tmp_path/'spool/01-1-x.jsonl').write_bytes(data)
     drain(eng, tmp_path/'spool')
@@ -131,7 +130,7 @@ def test_what_a_database_refuses_is_put_aside(tmp_path, caplog):
     s, folder = settings(home=tmp_path), tmp_path/'spool'
     folder.mkdir()
     (folder/'01-1-x.jsonl').write_text(json.dumps(dict(kind='predictions', id='a', timestamp='2026-05-01T00:00:00', model=None)) + '\n')
-    eng = open_catalog(s)
+    eng = open_log(s)
     assert drain(eng, folder) == 0 and not waiting(folder)
     eng.dispose()
     assert [o.name for o in folder.iterdir()] == ['01-1-x.jsonl.refused'] and 'cannot be taken' in caplog.text

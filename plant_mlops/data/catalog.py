@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['metadata', 'plants_data', 'statuses', 'photo_suffixes', 'PATIENCE', 'open_catalog', 'may_pass', 'reason',
-           'insert_or_ignore', 'add_rows', 'add_dir', 'load_file', 'pending', 'stored', 'rows', 'counts', 'record',
-           'retry', 'ask']
+           'create_tables', 'insert_or_ignore', 'add_rows', 'add_dir', 'load_file', 'pending', 'stored', 'rows',
+           'counts', 'record', 'retry', 'ask']
 
 # %% ../../nbs/data/02_catalog.ipynb #4b4ee6e5
 import csv, io, sqlite3, threading, time
@@ -34,7 +34,7 @@ plants_data = sa.Table('plants_data', metadata,
     sa.Column('updated_at', sa.DateTime, server_default=sa.func.current_timestamp()),
     mysql_charset='utf8mb4', mariadb_charset='utf8mb4')
 
-# %% ../../nbs/data/02_catalog.ipynb #1c415232
+# %% ../../nbs/data/02_catalog.ipynb #ea59ef52
 statuses = ('new', 'stored', 'failed', 'rejected')
 
 def open_catalog(
@@ -46,7 +46,7 @@ def open_catalog(
         if url.get_backend_name() == 'sqlite' and url.database: Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         eng = sa.create_engine(url, pool_pre_ping=True, connect_args=dict(timeout=30) if url.get_backend_name() == 'sqlite' else {})
         if url.get_backend_name() == 'sqlite': sa.event.listen(eng, 'connect', _wal)
-        _create(eng)
+        create_tables(eng)
         return eng
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as e: raise _unusable(s, e) from e
 
@@ -60,7 +60,7 @@ def reason(e: Exception) -> str:
     said = str(getattr(e, 'orig', e)).strip()
     return said + (' (is the disk full?)' if said in ('disk I/O error', 'unable to open database file') else '')
 
-# %% ../../nbs/data/02_catalog.ipynb #cb2e35f6
+# %% ../../nbs/data/02_catalog.ipynb #f88d52ba
 def _wal(con, _):
     "Let readers and one writer work on SQLite at the same time; changing the mode itself may have to wait its turn."
     for left in reversed(range(200)):
@@ -70,10 +70,14 @@ def _wal(con, _):
         time.sleep(.05)
     con.execute('PRAGMA synchronous=NORMAL').close()
 
-def _create(eng: sa.Engine, tries: int = 6):
-    "Make the table unless it is there; several workers may try at once, so a failed try is looked at again."
+def create_tables(
+    eng: sa.Engine, # database
+    tables: sa.MetaData = metadata, # what is to be there
+    tries: int = 6, # before the database's error is raised
+):
+    "Make tables unless they are there; several workers may try at once, so a failed try is looked at again."
     for i in range(tries):
-        try: return metadata.create_all(eng)
+        try: return tables.create_all(eng)
         except sa.exc.DBAPIError as e:
             if i == tries - 1 or not may_pass(e): raise
             time.sleep(.05 * 2**i)
