@@ -8,7 +8,7 @@ __all__ = ['log', 'Answer', 'Failure', 'Answers', 'Health', 'Problem', 'problem'
            'answer_noted', 'answer', 'answer_all', 'demo_input', 'authorise', 'Truth', 'labels_of', 'take_feedback',
            'add_service', 'add_routes', 'title_of', 'home_page', 'has_ui', 'add_page', 'create_app']
 
-# %% ../../nbs/serve/19_api.ipynb #32a895de
+# %% ../../nbs/serve/19_api.ipynb #39946ed9
 import asyncio, contextlib, hmac, html, json, logging, os, time
 from datetime import datetime, timezone
 from functools import partial
@@ -21,7 +21,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -30,7 +30,7 @@ from .. import __version__
 from ..config import PlantError, Settings
 from ..data.store import open_store, sha256_of
 from .predict import Model, champion_pointer, golden_input, load_champion, load_published
-from .record import SECURITY, Spool, Watch, exposition, log_folder, make_metrics
+from .record import SECURITY, Spool, Watch, log_folder, make_metrics
 
 # %% ../../nbs/serve/19_api.ipynb #c6b07bbb
 class Answer(BaseModel):
@@ -398,7 +398,7 @@ def take_feedback(
     st.metrics.feedback.inc()
     st.spool.add('feedback', id=str(uuid4()), prediction_id=str(truth.id), timestamp=datetime.now(timezone.utc), label=truth.label)
 
-# %% ../../nbs/serve/19_api.ipynb #b5d37e60
+# %% ../../nbs/serve/19_api.ipynb #0b62a1e2
 def add_service(app: FastAPI):
     "The routes for those who run the server."
     @app.get('/health', summary='Is the server up, and has it a model?')
@@ -423,7 +423,7 @@ def add_service(app: FastAPI):
         return await health()
 
     @app.get('/metrics', summary='Figures for Prometheus', response_class=Response)
-    async def metrics(): return Response(await to_thread.run_sync(exposition, app.state.metrics), media_type=CONTENT_TYPE_LATEST)
+    async def metrics(): return Response(await to_thread.run_sync(generate_latest, app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 # %% ../../nbs/serve/19_api.ipynb #9b3604ff
 def add_routes(app: FastAPI):

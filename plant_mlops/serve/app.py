@@ -121,7 +121,7 @@ def about_html(
             'Network': made.get('arch', ''), 'In production since': there.get('published_at', '')[:16].replace('T', ' '), 'Note': there.get('note', '')}
     return '<dl class="pm-about">' + ''.join(f'<dt>{k}</dt><dd>{html.escape(str(v))}</dd>' for k, v in rows.items() if v) + '</dl>'
 
-# %% ../../nbs/serve/20_app.ipynb #db9fcb98
+# %% ../../nbs/serve/20_app.ipynb #f9477ba0
 async def _call(f, *args):
     "Call a function, which may be async; what is not runs on a thread."
     return await f(*args) if inspect.iscoroutinefunction(f) else await to_thread.run_sync(f, *args)
@@ -149,6 +149,7 @@ async def judge(
     card = answer_html(answer)
     return card, nothing if picture is None else gr.update(value=picture, visible=True), dict(id=answer['id'], card=card, said=verdict(answer), picture=thumbnail(pixels))
 
+# %% ../../nbs/serve/20_app.ipynb #8ea4450a
 async def judge_many(
     explain: Callable, # a photo's bytes → answer, pixels, heatmap; may be async
     paths: list, # of the uploads
@@ -186,7 +187,7 @@ def draw_examples(
     for i, p in enumerate(paths): draw(LABELS[i % len(LABELS)], (2026, i), (360, 360)).save(p, quality=90)
     return paths
 
-# %% ../../nbs/serve/20_app.ipynb #6d0e7c7a
+# %% ../../nbs/serve/20_app.ipynb #5baf7ce1
 def _photo() -> gr.Image:
     "Where a photo is dropped, taken or pasted."
     rear = gr.WebcamOptions(mirror=False, constraints={'video': {'facingMode': {'ideal': 'environment'}}})
@@ -195,17 +196,7 @@ def _photo() -> gr.Image:
     photo.preprocess = lambda upload: upload and upload.path
     return photo
 
-def _layout(
-    examples: list, # paths of photos to try
-) -> dict: # name → component
-    "What is where on the page."
-    head, banner = gr.HTML(elem_classes='pm-head', padding=False), gr.HTML(visible=False, padding=False)
-    with gr.Tabs():
-        with gr.Tab('One photo'): one = _one_photo(examples)
-        with gr.Tab('Many photos'): many = _many_photos()
-    with gr.Accordion('About this model', open=False): about = gr.HTML()
-    return dict(head=head, banner=banner, about=about) | one | many
-
+# %% ../../nbs/serve/20_app.ipynb #ca586a2f
 def _one_photo(examples) -> dict:
     "The photo, its answer, the question what it really is, and the last photos."
     with gr.Row(equal_height=False):
@@ -226,6 +217,18 @@ def _many_photos() -> dict:
     "Photos in, a table and a file out."
     photos = gr.File(label='Photos', file_count='multiple', file_types=['image'], height=160, elem_classes='pm-many')
     return dict(photos=photos, table=gr.HTML(padding=False), csv=gr.DownloadButton('Save as CSV', visible=False))
+
+# %% ../../nbs/serve/20_app.ipynb #f6ba6dd1
+def _layout(
+    examples: list, # paths of photos to try
+) -> dict: # name → component
+    "What is where on the page."
+    head, banner = gr.HTML(elem_classes='pm-head', padding=False), gr.HTML(visible=False, padding=False)
+    with gr.Tabs():
+        with gr.Tab('One photo'): one = _one_photo(examples)
+        with gr.Tab('Many photos'): many = _many_photos()
+    with gr.Accordion('About this model', open=False): about = gr.HTML()
+    return dict(head=head, banner=banner, about=about) | one | many
 
 # %% ../../nbs/serve/20_app.ipynb #24656c1f
 def table_html(

@@ -127,17 +127,6 @@ def _predict(self,
 
 Model.predict = _predict
 
-# %% ../../nbs/serve/17_predict.ipynb #3f4e28fe
-def _explain(self,
-    item, # a photo's bytes, or a list of numbers
-) -> tuple: # answer, decoded input, heatmap float32 [h, w] or None
-    "An answer, what it was given for, and where the class was seen."
-    x = self.decode(item)
-    out = self.run(x[None])
-    return self.answer(out, 0), x, out['heatmap'][0] if 'heatmap' in out else None
-
-Model.explain = _explain
-
 # %% ../../nbs/serve/17_predict.ipynb #d22d65bb
 def golden_input(
     model: Model, # what it is for
