@@ -70,17 +70,20 @@ class Train(BaseSettings):
     lr: float = _f(3e-4, 'Highest learning rate of fine-tuning, that of the head', gt=0)
     pretrained: bool = _f(True, 'Start from ImageNet weights; false: from random ones')
 
-# %% ../nbs/00_config.ipynb #23ba5c1a
+# %% ../nbs/00_config.ipynb #320ba320
 class Serve(BaseSettings):
     "How predictions are served."
     host: str = _f('127.0.0.1', 'Address that the API listens on')
     port: int = _f(8000, 'Port that the API listens on', ge=0, le=65535)
+    workers: int = _f(0, 'Processes that answer; 0: one for each core', ge=0)
     threads: int = _f(0, 'Threads of one ONNX Runtime session; 0: one for each core', ge=0)
     batch_files: int = _f(64, 'Most photos or rows in one request', ge=1)
     batch_max_bytes: int = _f(100_000_000, 'Largest request with many photos or rows, in bytes', ge=1)
     queue: int = _f(64, 'Requests for predictions that may wait in one process; more are refused', ge=1)
     reload_every: float = _f(10., 'Seconds between two looks of the API for a newly promoted model', gt=0)
     upload_timeout: float = _f(30., 'Seconds in which a request has to arrive', gt=0)
+    api_url: str = _f('http://127.0.0.1:8000', 'API that the page asks where it runs alone, as `plant-mlops app`', pattern='^https?://')
+    app_port: int = _f(7860, 'Port of that page', ge=0, le=65535)
     token: SecretStr = _f(SecretStr(''), 'Token of the routes that change something; empty: they are refused')
     cors_origins: str = _f('', 'Origins (comma-separated) whose pages may call the API; empty: none but its own')
     log_format: str = _f('auto', 'Log of the server: json, text, or auto, which is text at a terminal', pattern='^(auto|json|text)$')

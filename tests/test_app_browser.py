@@ -1,5 +1,5 @@
 "The page, driven in a real Chromium: what a person does and sees."
-import base64, csv, json, shutil
+import base64, contextlib, csv, json, shutil, socket
 from pathlib import Path
 import pytest
 from conftest import wait_for
@@ -8,10 +8,12 @@ from plant_mlops.data.synthetic import draw
 from plant_mlops.serve.api import create_app
 from plant_mlops.serve.predict import Model
 from plant_mlops.serve.record import log_folder, waiting
+from plant_mlops.serve.workers import add_relay
 from test_serve import running
 from tiny import jpeg, tiny_model
 
 pytest.importorskip('gradio', reason='gradio (the extra `app`) is not installed')
+from plant_mlops.serve.app import create_page
 playwright = pytest.importorskip('playwright.sync_api', reason='playwright (the extra `dev`) is not installed')
 browsers = [o for o in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if o]
 pytestmark = pytest.mark.skipif(not browsers, reason='no Chromium is installed (on Debian: apt install chromium)')
@@ -24,6 +26,17 @@ def chromium():
         yield b
         b.close()
 
+@contextlib.contextmanager
+def paged(model=None, **kw):
+    "An API with its page, as two servers of this process; gives the address."
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(socket.create_server(('127.0.0.1', 0)))
+        app = create_app(settings(token='hush', **kw), model)
+        add_relay(app, f'http://127.0.0.1:{sock.getsockname()[1]}')
+        url = str(stack.enter_context(running(app)).base_url)
+        stack.enter_context(running(create_page(settings(token='hush', api_url=url, **kw)), sock))
+        yield url
+
 @pytest.fixture(scope='module')
 def site_home(tmp_path_factory): return tmp_path_factory.mktemp('site')
 
@@ -33,7 +46,7 @@ def site(site_home):
     tmp = site_home
     with pytest.MonkeyPatch.context() as m:
         m.setenv('GRADIO_TEMP_DIR', str(tmp/'gradio'))
-        with running(create_app(settings(home=tmp), Model(tiny_model(version='3')))) as c: yield str(c.base_url)
+        with paged(Model(tiny_model(version='3')), home=tmp) as url: yield url
 
 @pytest.fixture(params=[(1280, 900), (390, 844)], ids=['desktop', 'phone'])
 def page(request, chromium, site):
@@ -154,9 +167,9 @@ def test_clipboard(page):
 
 def test_model_of_real_photos_has_no_banner(chromium, tmp_path, monkeypatch):
     monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path/'gradio'))
-    with running(create_app(settings(), Model(tiny_model(source='photos', classes=('daisy', 'moss'))))) as c:
+    with paged(Model(tiny_model(source='photos', classes=('daisy', 'moss')))) as url:
         page = chromium.new_page()
-        page.goto(f'{c.base_url}/ui/')
+        page.goto(f'{url}/ui/')
         page.wait_for_selector('h1:has-text("Daisy or moss?")')
         assert page.locator('.pm-warning:visible').count() == 0
         assert not page.locator('.pm-tries').is_visible(), 'examples of other classes'
@@ -164,11 +177,11 @@ def test_model_of_real_photos_has_no_banner(chromium, tmp_path, monkeypatch):
 
 def test_no_model_yet(chromium, tmp_path, monkeypatch):
     monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path/'gradio'))
-    with running(create_app(settings())) as c:
+    with paged() as url:
         page = chromium.new_page()
-        page.goto(f'{c.base_url}/ui/')
+        page.goto(f'{url}/ui/')
         page.wait_for_selector('h1:has-text("No model yet")')
         assert 'plant-mlops run' in page.inner_text('.pm-warning')
-        page.goto(f'{c.base_url}/')
+        page.goto(f'{url}/')
         assert 'plant-mlops run' in page.inner_text('body')
         page.close()

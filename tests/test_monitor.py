@@ -138,14 +138,14 @@ def test_what_a_database_refuses_is_put_aside(tmp_path, caplog):
 def test_no_room_for_the_log_is_counted(model, tmp_path):
     (tmp_path/'home').mkdir()
     (tmp_path/'home/log').write_text('a file where a folder should be')
-    with TestClient(create_app(settings(home=tmp_path/'home'), model, ui=False)) as c:
+    with TestClient(create_app(settings(home=tmp_path/'home'), model)) as c:
         for _ in range(5): assert c.post('/predict', content=jpeg()).status_code == 200
         wait_for(lambda: figure(c.get('/metrics').text, 'plant_log_dropped_total') == 5, 10)
 
 # -- figures
 
 def test_figures_tell_what_happened(model, tmp_path):
-    with TestClient(create_app(settings(home=tmp_path, token='hush'), model, ui=False)) as c:
+    with TestClient(create_app(settings(home=tmp_path, token='hush'), model)) as c:
         for name in ('gold', 'gold', 'green'): c.post('/predict', content=jpeg(name))
         c.post('/predict', content=b'<html>')
         c.post('/predict/batch', files=[('files', jpeg('gold'))] * 4)
@@ -161,7 +161,7 @@ def test_figures_tell_what_happened(model, tmp_path):
 def test_a_model_that_cannot_serve_shows_in_the_figures(tmp_path):
     s = settings(home=tmp_path, token='hush')
     publish(s, '1')
-    with TestClient(create_app(s, ui=False)) as c:
+    with TestClient(create_app(s)) as c:
         publish(s, '2', data=b'not a model')
         c.post('/reload', headers={'Authorization': 'Bearer hush'})
         text = c.get('/metrics').text
@@ -177,7 +177,7 @@ def test_too_many_at_a_time_are_turned_away(tmp_path):
     go, slow = threading.Event(), Model(tiny_model())
     run = slow.run
     slow.run = lambda batch: (go.wait(10), run(batch))[1]
-    with running(create_app(settings(home=tmp_path, queue=3), slow, ui=False)) as c, ThreadPoolExecutor(3) as pool:
+    with running(create_app(settings(home=tmp_path, queue=3), slow)) as c, ThreadPoolExecutor(3) as pool:
         first = [pool.submit(c.post, '/predict', content=jpeg()) for _ in range(3)]
         wait_for(lambda: figure(c.get('/metrics').text, 'plant_in_flight') >= 4)
         r = c.post('/predict', content=jpeg())
@@ -189,7 +189,7 @@ def test_too_many_at_a_time_are_turned_away(tmp_path):
         assert figure(c.get('/metrics').text, 'plant_refused_total') == 2
 
 def test_every_answer_has_its_id_and_its_headers(model, tmp_path):
-    app = create_app(settings(home=tmp_path), model, ui=False)
+    app = create_app(settings(home=tmp_path), model)
     app.add_api_route('/boom', lambda: 1 / 0)
     with TestClient(app, raise_server_exceptions=False) as c:
         for r in (c.get('/'), c.get('/nowhere'), c.post('/predict', content=jpeg()), c.post('/predict')):
@@ -198,7 +198,7 @@ def test_every_answer_has_its_id_and_its_headers(model, tmp_path):
         assert (boom.headers['x-request-id'], boom.headers['x-content-type-options']) == ('mine', 'nosniff')
         assert c.get('/health', headers={'X-Request-ID': 'a b'}).headers['x-request-id'] != 'a b'
         assert 'access-control-allow-origin' not in c.get('/health', headers={'Origin': 'https://a.example'}).headers
-    with TestClient(create_app(settings(home=tmp_path, cors_origins='https://a.example'), model, ui=False)) as c:
+    with TestClient(create_app(settings(home=tmp_path, cors_origins='https://a.example'), model)) as c:
         assert c.get('/health', headers={'Origin': 'https://a.example'}).headers['access-control-allow-origin'] == 'https://a.example'
         assert 'access-control-allow-origin' not in c.get('/health', headers={'Origin': 'https://b.example'}).headers
 
@@ -223,7 +223,7 @@ def test_nobody_writes_lines_of_our_log(tmp_path):
     assert any('%0A' in l for l in p.said) and not any(l.startswith('12:00:00 INFO    forged') or '\x1b' in l for l in p.said)
 
 def test_who_sends_slowly_gives_up_the_place(model, tmp_path):
-    with running(create_app(settings(home=tmp_path, queue=1, upload_timeout=.5), model, ui=False)) as c:
+    with running(create_app(settings(home=tmp_path, queue=1, upload_timeout=.5), model)) as c:
         with socket.create_connection((c.base_url.host, c.base_url.port)) as o:
             o.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc')
             wait_for(lambda: c.post('/predict', content=jpeg()).status_code == 429)
@@ -231,7 +231,7 @@ def test_who_sends_slowly_gives_up_the_place(model, tmp_path):
         assert c.post('/predict', content=jpeg()).status_code == 200
 
 def test_feedback_without_a_token_is_not_read(model, tmp_path):
-    with TestClient(create_app(settings(home=tmp_path, token='hush'), model, ui=False)) as c:
+    with TestClient(create_app(settings(home=tmp_path, token='hush'), model)) as c:
         assert c.post('/feedback', content=bytes(5_000_000)).status_code == 401
         assert c.post('/feedback', content=bytes(5_000_000), headers={'Authorization': 'Bearer hush'}).status_code == 413
 
@@ -239,9 +239,9 @@ def test_feedback_without_a_token_is_not_read(model, tmp_path):
                                          (dict(label='grass'), 422), ([], 422), (dict(id='0b0c1c9e-6f6b-4b39-8d0a-0f7b3f0c2a11', label='neither'), 202)])
 def test_feedback_is_checked(model, tmp_path, body, status):
     key = {'Authorization': 'Bearer hush'}
-    with TestClient(create_app(settings(home=tmp_path, token='hush'), model, ui=False)) as c:
+    with TestClient(create_app(settings(home=tmp_path, token='hush'), model)) as c:
         assert c.post('/feedback', json=body, headers=key).status_code == status
         assert c.post('/feedback', json=dict(id='0b0c1c9e-6f6b-4b39-8d0a-0f7b3f0c2a11', label='grass')).status_code == 401
-    with TestClient(create_app(settings(home=tmp_path), model, ui=False)) as c: assert c.post('/feedback', json=body, headers=key).status_code == 403
-    with TestClient(create_app(settings(home=tmp_path, token='hush', log_predictions=False), model, ui=False)) as c:
+    with TestClient(create_app(settings(home=tmp_path), model)) as c: assert c.post('/feedback', json=body, headers=key).status_code == 403
+    with TestClient(create_app(settings(home=tmp_path, token='hush', log_predictions=False), model)) as c:
         assert c.post('/feedback', json=body, headers=key).status_code in (422, 503)

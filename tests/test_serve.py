@@ -47,7 +47,7 @@ def model(): return Model(tiny_model())
 
 @pytest.fixture
 def client(model):
-    with TestClient(create_app(settings(), model, ui=False)) as c: yield c
+    with TestClient(create_app(settings(), model)) as c: yield c
 
 def test_files_good_and_bad(model, tmp_path):
     files = good | bad
@@ -125,7 +125,7 @@ def test_two_thousand_malformed_bodies(tmp_path):
 @pytest.mark.parametrize('kind', ['photos', 'numbers'])
 def test_fuzzed_by_its_own_description(kind, model, tmp_path):
     numbers = linear_model([[2, 0], [0, 1], [-1, 1]], ['up', 'down'], version='1').SerializeToString()
-    with running(create_app(settings(home=tmp_path, token='hush'), model if kind == 'photos' else Model(numbers), ui=False)) as c:
+    with running(create_app(settings(home=tmp_path, token='hush'), model if kind == 'photos' else Model(numbers))) as c:
         r = subprocess.run([Path(sys.executable).parent/'st', 'run', str(c.base_url.join('/openapi.json')), '--checks=not_a_server_error', '--max-examples=50', '--seed=1',
                             '--no-color', '-H', 'Authorization: Bearer hush'], capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-500:]
@@ -138,7 +138,7 @@ def test_openapi_describes_what_is_sent_and_answered(client):
     assert doc['components']['schemas']['Answer']['example']
 
 def test_a_failure_inside_tells_nothing_about_the_inside(model):
-    app = create_app(settings(), model, ui=False)
+    app = create_app(settings(), model)
     app.add_api_route('/boom', lambda: 1 / 0)
     with TestClient(app, raise_server_exceptions=False) as c: r = c.get('/boom')
     assert (r.status_code, r.headers['content-type']) == (500, 'application/problem+json') and 'zero' not in r.text
@@ -170,7 +170,7 @@ def frozen(weed):
 def test_health_while_the_store_never_answers(tmp_path):
     with listen('127.0.0.1', 0) as silent:
         s = settings(home=tmp_path, store_url='s3://plants', s3_endpoint_url='http://127.0.0.1:%d' % silent.getsockname()[1], s3_access_key='a', s3_secret_key='b', s3_timeout=1)
-        with running(create_app(s, ui=False)) as c:
+        with running(create_app(s)) as c:
             t = time.monotonic()
             assert c.get('/health').json()['ready'] is False
             r = c.post('/predict', content=jpeg())
@@ -244,7 +244,7 @@ def test_models_change_under_load(tmp_path):
                 answer = r.json()
                 if r.status_code != 200 or answer['prediction'] != kinds[int(answer['model_version']) % 2][0]: failed.append(answer)
                 seen.add(answer.get('model_version'))
-    with running(create_app(s, ui=False)) as c, ThreadPoolExecutor(4) as pool:
+    with running(create_app(s)) as c, ThreadPoolExecutor(4) as pool:
         for _ in range(4): pool.submit(client, str(c.base_url))
         for v in range(2, 40):
             publish(s, str(v), data=tiny_model(classes=kinds[v % 2], version=str(v)))
@@ -256,7 +256,7 @@ def test_models_change_under_load(tmp_path):
 def test_a_store_that_stops_under_way(weed, tmp_path):
     s = weed.settings('under-way', home=tmp_path, s3_timeout=.3, reload_every=.1)
     publish(s, '1')
-    with running(create_app(s, ui=False)) as c:
+    with running(create_app(s)) as c:
         wait_for(lambda: c.get('/health').json()['ready'], 20)
         with frozen(weed):
             wait_for(lambda: c.get('/health').json()['detail'], 30)
@@ -269,9 +269,9 @@ def test_a_store_that_stops_under_way(weed, tmp_path):
 # a real server
 
 @contextlib.contextmanager
-def running(app):
-    "An app on a free port, in a thread."
-    with listen('127.0.0.1', 0) as sock:
+def running(app, sock=None):
+    "An app in a thread, on a free port or a socket."
+    with sock or listen('127.0.0.1', 0) as sock:
         server = uvicorn.Server(uvicorn.Config(app, log_level='error'))
         t = threading.Thread(target=server.run, kwargs=dict(sockets=[sock]))
         t.start()
@@ -283,7 +283,7 @@ def running(app):
             t.join(20)
 
 def test_many_at_once_get_their_own_answer(model):
-    with running(create_app(settings(), model, ui=False)) as c:
+    with running(create_app(settings(), model)) as c:
         colours = [random.Random(i).choice(['gold', 'green']) for i in range(200)]
         with ThreadPoolExecutor(32) as pool: said = list(pool.map(lambda o: c.post('/predict', content=jpeg(o)).json(), colours))
     assert [o['prediction'] for o in said] == [{'gold': 'dandelion', 'green': 'grass'}[o] for o in colours]
@@ -291,7 +291,7 @@ def test_many_at_once_get_their_own_answer(model):
 
 def test_slow_answers_do_not_hold_up_the_rest(model, monkeypatch):
     monkeypatch.setattr(Model, 'predict', lambda *_: time.sleep(1) or [dict(prediction='grass', probability=1., probabilities={}, novelty=0., model_version='1')])
-    with running(create_app(settings(), model, ui=False)) as c, ThreadPoolExecutor(8) as pool:
+    with running(create_app(settings(), model)) as c, ThreadPoolExecutor(8) as pool:
         slow = [pool.submit(c.post, '/predict', content=jpeg()) for _ in range(4)]
         time.sleep(.2)
         t = time.monotonic()
@@ -306,14 +306,14 @@ def test_endless_body_is_cut_short(model):
         while sent < 500_000_000:
             sent += 65_536
             yield bytes(65_536)
-    with running(create_app(settings(ingest_max_bytes=1_000_000), model, ui=False)) as c:
+    with running(create_app(settings(ingest_max_bytes=1_000_000), model)) as c:
         for kind in ('image/jpeg', 'multipart/form-data; boundary=x'):
             with contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError): assert c.post('/predict', content=endless(), headers={'content-type': kind}).status_code in (400, 413)
         assert sent < 100_000_000
         assert c.get('/health').json()['ready']
 
 def test_clients_that_go_away(model):
-    with running(create_app(settings(), model, ui=False)) as c:
+    with running(create_app(settings(), model)) as c:
         for _ in range(20):
             with socket.create_connection((c.base_url.host, c.base_url.port)) as o: o.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc')
         assert c.post('/predict', content=jpeg()).status_code == 200

@@ -39,10 +39,10 @@ def jpeg(photo='gold', format='JPEG', **kw) -> bytes:
     photo.save(b := io.BytesIO(), format, **kw)
     return b.getvalue()
 
-def publish(s, version='1', data=None, **kw):
-    "Publish a model file as `promote` does; keywords go into the pointer."
+def publish(s, version='1', data=None, alias='champion', **kw):
+    "Publish a model file as `promote` does, or `challenge`; keywords go into the pointer."
     from plant_mlops.data.store import open_store, sha256_of
     data, key, store = data or tiny_model(version=version), f'models/{s.model}/{version}/model.onnx', open_store(s)
     store.put(key, data)
     pointer = dict(name=s.model, version=version, key=key, sha256=sha256_of(data)) | kw
-    store.put(f'models/{s.model}/champion.json', json.dumps(pointer).encode())
+    store.put(f'models/{s.model}/{alias}.json', json.dumps(pointer).encode())

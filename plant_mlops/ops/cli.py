@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'catalog_app', 'out', 'err', 'Home', 'Json', 'Version', 'Shard', 'Seed', 'run', 'ingest', 'prepare', 'dataset',
-           'train', 'evaluate', 'cross_validate', 'promote', 'rollback', 'history', 'predict', 'serve', 'catalog_load',
-           'catalog_add', 'catalog_list', 'catalog_retry', 'config', 'status', 'main']
+           'train', 'evaluate', 'cross_validate', 'promote', 'rollback', 'history', 'predict', 'serve', 'app_alone',
+           'catalog_load', 'catalog_add', 'catalog_list', 'catalog_retry', 'config', 'status', 'main']
 
 # %% ../../nbs/ops/33_cli.ipynb #a0b09632
 import json, sys
@@ -193,13 +193,22 @@ def _answer(r: dict, model):
     if r['novel']: what = f"[bold yellow]{'neither' if len(model.classes) == 2 else 'none of them'}[/], it seems: unlike any training photo; closest is {what}"
     out.print(f"{escape(r['file'])}: {what}{note}", highlight=False, soft_wrap=True)
 
-# %% ../../nbs/ops/33_cli.ipynb #e65466a4
+# %% ../../nbs/ops/33_cli.ipynb #ef54942f
 @app.command()
 def serve(host: Annotated[Optional[str], typer.Option(help='Address to listen on')] = None,
-          port: Annotated[Optional[int], typer.Option(help='Port to listen on')] = None, home: Home = None):
-    "Serve the model in production: the API, and the app at /ui."
+          port: Annotated[Optional[int], typer.Option(help='Port to listen on')] = None,
+          workers: Annotated[Optional[int], typer.Option(help='Processes that answer; default: one for each core')] = None, home: Home = None):
+    "Serve the model in production: the API, and the page at /ui."
     from plant_mlops.serve.server import run_server
-    run_server(settings(home=home, host=host, port=port))
+    run_server(settings(home=home, host=host, port=port, workers=workers))
+
+@app.command('app')
+def app_alone(host: Annotated[Optional[str], typer.Option(help='Address to listen on')] = None,
+              port: Annotated[Optional[int], typer.Option(help='Port to listen on')] = None,
+              api: Annotated[Optional[str], typer.Option(help='URL of the API')] = None, home: Home = None):
+    "Serve the page alone, for an API that runs elsewhere."
+    from plant_mlops.serve.server import run_page
+    run_page(settings(home=home, host=host, app_port=port, api_url=api))
 
 # %% ../../nbs/ops/33_cli.ipynb #f2b65546
 def _catalog(home):

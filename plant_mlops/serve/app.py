@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['CSS', 'overlay', 'size_seen', 'percent', 'bars_html', 'verdict', 'answer_html', 'note_html', 'warning_of',
            'accuracy_of', 'about_html', 'thumbnail', 'judge', 'judge_many', 'greet', 'draw_examples', 'table_html',
-           'save_csv', 'create_ui', 'theme', 'add_ui']
+           'save_csv', 'create_ui', 'theme', 'ask_api', 'api_calls', 'create_page']
 
-# %% ../../nbs/serve/23_app.ipynb #bdb28d90
-import csv, html, inspect, os, re, tempfile
-from asyncio import Semaphore, gather
+# %% ../../nbs/serve/23_app.ipynb #64dc8890
+import asyncio, csv, html, inspect, os, re, tempfile
 from collections.abc import Callable
 from pathlib import Path
 import gradio as gr
+import httpx
 import numpy as np
 from anyio import to_thread
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
 from PIL import Image
-from ..config import PlantError
-from ..data.photo import Limits, check_photo, shape_seen
+from ..config import PlantError, Settings
+from ..data.photo import Limits, check_photo, pixels_for, shape_seen
 from ..data.synthetic import LABELS, draw
-from .api import Truth, answer_noted, describe, labels_of, take_feedback, the_model, title_of
-from .predict import Model, read_file
+from .http import labels_of, title_of
+from .predict import read_file
 
 # %% ../../nbs/serve/23_app.ipynb #28f9cd59
 _warm = np.array([(0, 0, 0), (66, 10, 104), (187, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32) # matplotlib's inferno, at five places
@@ -149,7 +150,7 @@ async def judge(
     card = answer_html(answer)
     return card, nothing if picture is None else gr.update(value=picture, visible=True), dict(id=answer['id'], card=card, said=verdict(answer), picture=thumbnail(pixels))
 
-# %% ../../nbs/serve/23_app.ipynb #8ea4450a
+# %% ../../nbs/serve/23_app.ipynb #865395df
 async def judge_many(
     explain: Callable, # a photo's bytes → answer, pixels, heatmap; may be async
     paths: list, # of the uploads
@@ -157,13 +158,13 @@ async def judge_many(
     at_once: int = 8, # asked at a time
 ) -> list: # a row for each: file, answer, probability, novelty
     "Answer for many uploads, in order; what is wrong with one stands in its row."
-    room = Semaphore(at_once)
+    room = asyncio.Semaphore(at_once)
     async def one(path):
         async with room:
             try: answer, *_ = await _call(explain, await _call(read_file, path, max_bytes))
             except PlantError as e: return [Path(path).name, str(e), None, None]
         return [Path(path).name, verdict(answer), round(answer['probability'], 4), answer['novelty']]
-    return await gather(*map(one, paths))
+    return await asyncio.gather(*map(one, paths))
 
 # %% ../../nbs/serve/23_app.ipynb #e40b381f
 async def greet(
@@ -355,18 +356,46 @@ def theme():
     soft = gr.themes.Soft(primary_hue='green', neutral_hue='stone', radius_size='lg', font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
     return soft.set(block_label_text_color='*primary_800', block_title_text_color='*primary_800', block_border_width='1px')
 
-# %% ../../nbs/serve/23_app.ipynb #d9ad4f61
-def add_ui(
-    app: FastAPI, # as `create_app` makes it
-    path: str = '/ui', # where the page goes
-):
-    "Mount the page on the API."
-    s = app.state.settings
-    async def explain(data): return await answer_noted(app.state, the_model(app), data)
-    async def info(): return describe(the_model(app))
-    async def say(id, label):
-        try: take_feedback(app, Truth(id=id, label=label))
-        except HTTPException as e: raise PlantError(e.detail) from None
+# %% ../../nbs/serve/23_app.ipynb #d5160097
+async def ask_api(
+    client: httpx.AsyncClient, # with the address of the API
+    method: str, # of HTTP
+    path: str, # route
+    **kw, # for httpx
+) -> dict: # the answer
+    "Ask the API; raises the `PlantError` that says why there is no answer."
+    try: r = await client.request(method, path, **kw)
+    except httpx.HTTPError as e: raise PlantError(f'The API at {client.base_url} does not answer ({type(e).__name__}). Start it with `plant-mlops serve`, or set PLANT_API_URL.') from None
+    try: said = r.json()
+    except ValueError: said = {}
+    if r.is_success and said: return said
+    raise PlantError(said.get('detail') or f'{client.base_url} answers with status {r.status_code}, and not as the API does. Set PLANT_API_URL to its address.')
+
+# %% ../../nbs/serve/23_app.ipynb #5650ba21
+def api_calls(
+    s: Settings, # api_url and token among them
+) -> tuple: # explain, info and say, as `create_ui` wants them; say is None without a token
+    "The questions of the page, put to the API."
+    client, specs = httpx.AsyncClient(base_url=s.api_url, timeout=60), {}
+    key = {'Authorization': f'Bearer {s.token.get_secret_value()}'}
+    async def info(): return await ask_api(client, 'GET', '/model/info')
+    async def explain(data):
+        if not data: raise PlantError('The file is empty. Send another photo.')
+        got = await ask_api(client, 'POST', '/predict', params=dict(heatmap=True), content=data)
+        if (v := got['model_version']) not in specs: specs[v] = (await info())['input']
+        heat = got.pop('heatmap', None)
+        return got, await to_thread.run_sync(pixels_for, data, specs[v], Limits(max_pixels=s.photo_max_pixels)), heat and np.array(heat, np.float32)
+    async def say(id, label): return await ask_api(client, 'POST', '/feedback', json=dict(id=id, label=label), headers=key)
+    return explain, info, say if s.token.get_secret_value() else None
+
+# %% ../../nbs/serve/23_app.ipynb #d8c561c0
+def create_page(
+    s: Settings, # api_url, token and limits among them
+) -> FastAPI: # the page is at /ui/
+    "The page as an app of its own."
+    app = FastAPI(openapi_url=None)
+    @app.get('/')
+    async def home(): return RedirectResponse('ui/')
     limit = s.ingest_max_bytes
-    gr.mount_gradio_app(app, create_ui(explain, info, say if s.log_predictions else None, limit, s.batch_files), path, theme=theme(), css=CSS, footer_links=[], run_history=False, ssr_mode=False,
-                        max_file_size=limit, enable_monitoring=False, show_error=False)
+    return gr.mount_gradio_app(app, create_ui(*api_calls(s), limit, s.batch_files), '/ui', theme=theme(), css=CSS, footer_links=[], run_history=False, ssr_mode=False,
+                               max_file_size=limit, enable_monitoring=False, show_error=False)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'log', 'open_session', 'read_metadata', 'decode_image', 'decode_features', 'Model', 'golden_input',
-           'check_model', 'NoModel', 'champion_pointer', 'load_published', 'load_champion', 'read_file',
-           'predict_files']
+           'check_model', 'NoModel', 'read_pointer', 'champion_pointer', 'give_back', 'load_published', 'load_champion',
+           'read_file', 'predict_files']
 
-# %% ../../nbs/serve/18_predict.ipynb #a8343790
-import json, logging, os
+# %% ../../nbs/serve/18_predict.ipynb #07acc4ce
+import contextlib, ctypes, json, logging, os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -45,7 +45,7 @@ def read_metadata(
     if missing: raise PlantError(f'The model file does not say its {" and ".join(missing)}. Export it again.')
     return meta | dict(version=str(meta.get('version', '')))
 
-# %% ../../nbs/serve/18_predict.ipynb #a107d21c
+# %% ../../nbs/serve/18_predict.ipynb #1fe3af44
 def decode_image(
     data: bytes, # a photo as uploaded
     spec: dict, # the metadata's `input`
@@ -64,7 +64,7 @@ def decode_features(
     "A row of numbers; raises `PlantError` when they are too few, too many or not finite."
     try:
         if isinstance(data, bytes): data = json.loads(data)
-        x = np.asarray(data['features'] if isinstance(data, dict) else data, np.float32)
+        with np.errstate(over='ignore'): x = np.asarray(data['features'] if isinstance(data, dict) else data, np.float32)
     except (TypeError, ValueError, KeyError, RecursionError): raise PlantError('The features are not a list of numbers. Send {"features": [1.5, …]}.') from None
     n = spec['shape'][1]
     if x.shape != (n,): raise PlantError(f'The model takes {n} features, got {x.size}. Send them in the order of training.')
@@ -148,22 +148,31 @@ def check_model(
         if not (np.isfinite(p).all() and np.allclose(p.sum(1), 1, atol=1e-3)): raise PlantError(f'{model}: its probabilities do not sum to 1. Export it again.')
     return model
 
-# %% ../../nbs/serve/18_predict.ipynb #f948f420
+# %% ../../nbs/serve/18_predict.ipynb #00f70fa2
 log = logging.getLogger(__name__)
 
 class NoModel(PlantError): "Nothing has been promoted yet."
+
+def read_pointer(
+    store, # where models are published
+    name: str, # the model's name
+    alias: str, # champion or challenger
+) -> dict | None: # name, version, key, sha256, …; None: there is none
+    "Which version goes by an alias; raises `StoreError` where that cannot be told."
+    key = f'models/{name}/{alias}.json'
+    try: pointer = json.loads(store.get(key))
+    except NotFound: return None
+    except ValueError: raise StoreError(f'{key} in {store} is not JSON. Publish the {alias} again.') from None
+    if isinstance(pointer, dict) and {'version', 'key', 'sha256'} <= set(pointer): return pointer
+    raise StoreError(f'{key} in {store} is incomplete. Publish the {alias} again.')
 
 def champion_pointer(
     store, # where models are published
     name: str, # the model's name
 ) -> dict: # name, version, key, sha256, …
     "What `promote` published last; raises `NoModel` if that never happened."
-    key = f'models/{name}/champion.json'
-    try: pointer = json.loads(store.get(key))
-    except NotFound: raise NoModel(f'No model named {name!r} has been promoted yet: run `plant-mlops run`.') from None
-    except ValueError: raise StoreError(f'{key} in {store} is not JSON. Promote the model again.') from None
-    if not {'version', 'key', 'sha256'} <= set(pointer): raise StoreError(f'{key} in {store} is incomplete. Promote the model again.')
-    return pointer
+    if (pointer := read_pointer(store, name, 'champion')): return pointer
+    raise NoModel(f'No model named {name!r} has been promoted yet: run `plant-mlops run`.')
 
 # %% ../../nbs/serve/18_predict.ipynb #817a8679
 def _keep(
@@ -200,18 +209,25 @@ def _shop(s: Settings) -> str:
 
 def _kept(s: Settings): return FolderStore(s.home/'cache'), f'models/{s.model}-{_shop(s)}.json'
 
-# %% ../../nbs/serve/18_predict.ipynb #b8eff692
+# %% ../../nbs/serve/18_predict.ipynb #84bb3e6b
+def give_back():
+    "Hand freed memory back to the system, where the C library can."
+    with contextlib.suppress(AttributeError, OSError, TypeError): ctypes.CDLL(None).malloc_trim(0)
+
+# %% ../../nbs/serve/18_predict.ipynb #866c36b5
 def load_published(
     s: Settings, # home, threads and limits among them
     pointer: dict, # from `champion_pointer`
     store, # where it was published; None: only the kept copy will do
     threads: int | None = None, # threads of one answer; None: as set
+    last_good: bool = True, # keep it as the last good one
 ) -> Model: # its `origin` is the pointer
-    "Load and try a published model, and keep it as the last good one; raises `PlantError`, and then the last good one is another."
+    "Load and try a published model; raises `PlantError`, and then the last good one is another."
     cache, kept = _kept(s)
     model = check_model(Model(_fetch(pointer, store, cache), s.threads if threads is None else threads, Limits(max_pixels=s.photo_max_pixels)))
     model.origin, model.version = pointer, str(pointer['version'])
-    if store is not None: _keep(cache, kept, json.dumps(pointer).encode())
+    give_back()
+    if store is not None and last_good: _keep(cache, kept, json.dumps(pointer).encode())
     return model
 
 # %% ../../nbs/serve/18_predict.ipynb #2e58e920
