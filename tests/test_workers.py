@@ -1,0 +1,125 @@
+"A server of several processes: one model, one set of figures, one page; and what happens when one of them dies."
+import contextlib, os, signal, threading, time
+from concurrent.futures import ThreadPoolExecutor
+import httpx, psutil, pytest
+from conftest import wait_for
+from plant_mlops.config import settings
+from plant_mlops.data.store import open_store
+from test_monitor import figure, serving
+from tiny import jpeg, publish, tiny_model
+
+gold, key = jpeg('gold'), {'Authorization': 'Bearer hush'}
+
+def _answers(p):
+    "Whether a process shares the figures, as those do that answer."
+    with contextlib.suppress(psutil.Error): return any('/figures/' in m.path for m in p.memory_maps())
+
+def workers(p):
+    "Process ids of those that answer."
+    return {o.pid for o in psutil.Process(p.pid).children() if _answers(o)}
+
+@pytest.fixture
+def crew(tmp_path):
+    "A server of two processes: its settings, its process, a client."
+    s = settings(home=tmp_path/'home')
+    publish(s, '1')
+    with serving(s, token='hush', workers=2, reload_every=600) as (p, c):
+        wait_for(lambda: len(workers(p)) == 2)
+        yield s, p, c
+
+class Load:
+    "Photos asked about, from several threads with a connection each, until the end of a `with`; what failed, and when who answered."
+    def __init__(self, url, threads=8): self.url, self.ending, self.said, self.failed, self.n = url, threading.Event(), [], [], threads
+    def one(self, i):
+        with httpx.Client(base_url=self.url, timeout=30) as c:
+            while not self.ending.is_set():
+                start = time.monotonic()
+                try: r = c.post('/predict', content=gold)
+                except httpx.HTTPError as e: self.failed.append(repr(e))
+                else:
+                    if r.is_success: self.said.append((start, int(r.json()['model_version'])))
+                    else: self.failed.append(r.text)
+    def __enter__(self):
+        self.pool = ThreadPoolExecutor(self.n)
+        self.all = [self.pool.submit(self.one, i) for i in range(self.n)]
+        return self
+    def __exit__(self, *_):
+        self.ending.set()
+        for o in self.all: o.result()
+
+@pytest.mark.timeout(180)
+def test_reload_every_second_for_a_minute_under_load(crew):
+    s, p, c = crew
+    served = []
+    with Load(str(c.base_url)) as load:
+        for i in range(2, 62):
+            tick = time.monotonic()
+            publish(s, str(i))
+            assert c.post('/reload', headers=key).json()['model_version'] == str(i)
+            served.append((time.monotonic(), i))
+            time.sleep(max(0, 1 - (time.monotonic() - tick)))
+    assert not load.failed and len(load.said) > 600
+    wrong = [(at, v) for at, v in load.said if v < max([i for t, i in served if t < at], default=1)]
+    assert not wrong, f'{len(wrong)} of {len(load.said)} answers came from a version that had been replaced'
+    assert len({v for _, v in load.said}) >= 60
+
+def test_figures_of_all_processes_are_one(crew):
+    s, p, c = crew
+    with ThreadPoolExecutor(8) as pool: list(pool.map(lambda _: httpx.post(f'{c.base_url}/predict', content=jpeg('gold')), range(60)))
+    seen = {figure(c.get('/metrics').text, 'plant_predictions_total', variant='champion') for _ in range(6)}
+    assert seen == {60.}
+    text = c.get('/metrics').text
+    assert figure(text, 'plant_serving', variant='champion', version='1') == 1 and figure(text, 'plant_in_flight') == 1
+
+def test_a_process_that_dies_is_replaced(crew):
+    s, p, c = crew
+    first = workers(p)
+    c.post('/predict', content=jpeg('gold'))
+    os.kill(victim := min(first), signal.SIGKILL)
+    wait_for(lambda: len(workers(p) - first) == 1 and victim not in workers(p))
+    wait_for(lambda: all(httpx.get(f'{c.base_url}/ready').is_success for _ in range(10)))
+    publish(s, '2')
+    assert httpx.post(f'{c.base_url}/reload', headers=key, timeout=30).json()['model_version'] == '2'
+    assert {httpx.post(f'{c.base_url}/predict', content=jpeg('gold')).json()['model_version'] for _ in range(20)} == {'2'}
+    assert figure(httpx.get(f'{c.base_url}/metrics').text, 'plant_predictions_total') == 21
+    assert any('another takes its place' in o for o in p.said)
+
+def test_nobody_outlives_a_server_that_was_killed(crew):
+    s, p, c = crew
+    all_of_them = psutil.Process(p.pid).children(recursive=True)
+    assert len(all_of_them) >= 2
+    p.kill()
+    _, alive = psutil.wait_procs(all_of_them, timeout=25)
+    assert not alive
+
+def test_the_page_comes_through_and_comes_back(crew):
+    pytest.importorskip('gradio', reason='gradio (the extra `app`) is not installed')
+    s, p, c = crew
+    wait_for(lambda: c.get('/ui/').is_success)
+    assert 'plant_mlops' in c.get('/ui', follow_redirects=True).text
+    (page,) = {o.pid for o in psutil.Process(p.pid).children() if 'spawn_main' in ' '.join(o.cmdline())} - workers(p)
+    os.kill(page, signal.SIGKILL)
+    wait_for(lambda: c.get('/ui/').status_code == 503, what='the end of the page')
+    assert c.post('/predict', content=jpeg('gold')).is_success
+    wait_for(lambda: c.get('/ui/').is_success, what='another page')
+
+def test_a_trial_reaches_every_process_and_ends(crew):
+    s, p, c = crew
+    publish(s, '2', alias='challenger', share=.3, started_at='monday', data=tiny_model(version='2'))
+    c.post('/reload', headers=key)
+    def ask(i, **kw): return httpx.post(f'{c.base_url}/predict', content=jpeg('gold'), headers={'X-Client-ID': f'client {i}'}).json()
+    with ThreadPoolExecutor(4) as pool: first, again = (list(pool.map(ask, range(200))) for _ in range(2))
+    assert [o['variant'] for o in first] == [o['variant'] for o in again]
+    share = sum(o['variant'] == 'challenger' for o in first)/200
+    assert .18 < share < .42 and all((o['variant'], o['model_version']) in (('champion', '1'), ('challenger', '2')) for o in first)
+    text = c.get('/metrics').text
+    assert figure(text, 'plant_predictions_total', variant='challenger', version='2') == 400*share
+    assert figure(text, 'plant_stage_seconds_count', stage='infer', variant='challenger') == 400*share
+    publish(s, '3', alias='challenger', share=.3, started_at='tuesday', data=tiny_model()[:300])
+    c.post('/reload', headers=key)
+    assert figure(c.get('/metrics').text, 'plant_model_error', variant='challenger') == 1
+    assert {o['variant'] for o in map(ask, range(30))} == {'champion'}
+    open_store(s).delete('models/plants/challenger.json')
+    c.post('/reload', headers=key)
+    text = c.get('/metrics').text
+    assert figure(text, 'plant_model_error', variant='challenger') == figure(text, 'plant_serving', variant='challenger') == 0
