@@ -185,3 +185,9 @@ def test_no_model_yet(chromium, tmp_path, monkeypatch):
         page.goto(f'{url}/')
         assert 'plant-mlops run' in page.inner_text('body')
         page.close()
+
+def test_the_description_of_the_api_needs_nobody_else(page, site):
+    page.goto(f'{site}/docs')
+    page.click('text=Answer for one photo')
+    page.wait_for_selector('text=Try it out')
+    assert page.locator('.opblock-tag').all_inner_texts() == ['Predictions', 'Service']

@@ -169,48 +169,50 @@ def take_feedback(
     st.metrics.feedback.inc()
     st.spool.add('feedback', id=str(uuid4()), prediction_id=str(truth.id), timestamp=datetime.now(timezone.utc), label=truth.label)
 
-# %% ../../nbs/serve/22_api.ipynb #5685a2a4
+# %% ../../nbs/serve/22_api.ipynb #eaeda3a1
 def add_service(app: FastAPI):
     "The routes for those who run the server."
-    @app.get('/health', summary='Is the server up, and has it a model?')
+    get, post = (partial(f, tags=['Service']) for f in (app.get, app.post))
+    @get('/health', summary='Is the server up, and has it a model?')
     async def health() -> Health:
         live = app.state.live
         return Health(status='ok', ready=live.model is not None, model_version=live.model and live.model.version, detail=live.error and str(live.error))
 
-    @app.get('/ready', summary='Can it answer?', responses={503: _problems[503]})
+    @get('/ready', summary='Can it answer?', responses={503: _problems[503]})
     async def ready() -> Health:
         the_model(app)
         return await health()
 
-    @app.get('/model/info', summary='What serves: classes, figures, data', responses={503: _problems[503]})
+    @get('/model/info', summary='What serves: classes, figures, data', responses={503: _problems[503]})
     async def model_info() -> dict: return describe(app.state.live)
 
-    @app.post('/reload', summary='Look at once whether another model is in production', responses={k: _problems[k] for k in (401, 403)})
+    @post('/reload', summary='Look at once whether another model is in production', responses={k: _problems[k] for k in (401, 403)})
     async def reload(request: Request) -> Health:
         authorise(request)
         await app.state.reload()
         return await health()
 
-    @app.get('/metrics', summary='Figures for Prometheus', response_class=Response)
+    @get('/metrics', summary='Figures for Prometheus', response_class=Response)
     async def metrics(): return Response(await to_thread.run_sync(show_metrics, app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-# %% ../../nbs/serve/22_api.ipynb #c937fd1c
+# %% ../../nbs/serve/22_api.ipynb #c13f9479
 def add_routes(app: FastAPI):
     "The routes for those who ask."
-    @app.post('/predict', summary='Answer for one photo', responses=_problems, response_model_exclude_unset=True,
+    get, post = (partial(f, tags=['Predictions']) for f in (app.get, app.post))
+    @post('/predict', summary='Answer for one photo', responses=_problems, response_model_exclude_unset=True,
               openapi_extra=dict(requestBody=dict(required=True, content=_accepts)))
     async def predict(request: Request, heatmap: Annotated[bool, Query(description='Say where the model saw the class')] = False) -> Answer: return await answer(request, heatmap)
 
-    @app.post('/predict/batch', summary='Answer for many in one request', responses=_problems, response_model_exclude_unset=True,
+    @post('/predict/batch', summary='Answer for many in one request', responses=_problems, response_model_exclude_unset=True,
               openapi_extra=dict(requestBody=dict(required=True, content=_accepts_many)))
     async def predict_batch(request: Request) -> Answers: return await answer_all(request)
 
-    @app.get('/predict/demo', summary='Answer for a made-up input, to see that all is well', response_model_exclude_unset=True, responses={503: _problems[503]})
+    @get('/predict/demo', summary='Answer for a made-up input, to see that all is well', response_model_exclude_unset=True, responses={503: _problems[503]})
     async def predict_demo() -> Answer:
         model = the_model(app)
         return await _answer_one(app.state, model.kind, *await to_thread.run_sync(demo_input, model), keep=False)
 
-    @app.post('/feedback', status_code=202, summary='Say what it really was', responses={k: _problems[k] for k in (401, 403, 413, 422, 503)},
+    @post('/feedback', status_code=202, summary='Say what it really was', responses={k: _problems[k] for k in (401, 403, 413, 422, 503)},
               openapi_extra=dict(requestBody=dict(required=True, content={'application/json': dict(schema=Truth.model_json_schema())})))
     async def give_feedback(request: Request) -> Truth:
         authorise(request, app.state.page_token)
@@ -259,7 +261,7 @@ def add_page(app: FastAPI):
         except PlantError as e: model, error = None, str(e)
         return home_page(model, str(request.base_url), has_ui(app), error)
 
-# %% ../../nbs/serve/22_api.ipynb #579ef13a
+# %% ../../nbs/serve/22_api.ipynb #3af3319d
 @contextlib.asynccontextmanager
 async def _lifespan(app, fixed):
     "Follow the model in production while the server runs; wait a while for the first look."
@@ -286,7 +288,7 @@ def create_app(
     st.settings, st.metrics, st.live, st.tasks, st.page_token = s, metrics, (live := Live(s, model, metrics)), [], ''
     st.spool = Spool(log_folder(s), s.log_max_bytes, dropped=metrics.log_dropped.inc) if s.log_predictions else None
     st.reload = partial(to_thread.run_sync, live.look, abandon_on_cancel=True)
-    for add in (add_problems, add_service, add_routes, add_page): add(app)
+    for add in (add_problems, add_routes, add_service, add_page): add(app)
     if s.cors_origins: app.add_middleware(CORSMiddleware, allow_origins=[o.strip() for o in s.cors_origins.split(',')], allow_methods=['GET', 'POST'], allow_headers=['*'])
     app.add_middleware(Watch, metrics=metrics)
     return app
