@@ -113,7 +113,7 @@ def photos(
     each = (X.Figure(X.Img(src=_src(j), alt=caption, loading='lazy'), X.Figcaption(X.B(caption), X.Span(more, cls='pm-small'))) for j, caption, more in items)
     return X.Div(*each, cls=f'pm-photos {cls}')
 
-# %% ../../nbs/apps/34_board.ipynb #2be7e155
+# %% ../../nbs/apps/34_board.ipynb #51201c92
 CSS = CARDS + """
 .pm, .pm-bar { --muted: #57534e } .pm :not(.pm-card) > p { margin: 0 0 .5rem }
 .pm-bar { position: sticky; top: 0; z-index: 9; background: #fffffff2; border-bottom: 1px solid #e7e5e4; align-items: center; gap: .8rem; padding: .5rem 0 }
@@ -123,7 +123,7 @@ CSS = CARDS + """
 .pm-tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 215px), 1fr)); gap: .8rem; margin: .8rem 0 }
 .pm-tiles > div { border: 1px solid #e7e5e4; border-radius: .9rem; padding: .8rem 1rem; background: white; display: flex; flex-direction: column; gap: .1rem; overflow-wrap: anywhere }
 .pm-tiles b { font-size: 1.55rem; line-height: 1.25; font-weight: 600; color: #15803d; letter-spacing: -.01em } .pm-tiles b.pm-alarm { color: #b45309 }
-.pm-scroll { overflow-x: auto; max-width: 100%; margin-bottom: .6rem } .pm-num + td:not(.pm-num), .pm-num + th:not(.pm-num) { padding-left: 1.6rem !important } .pm-scroll .pm-table { font-size: .95rem } .pm-scroll :is(td, th) { overflow-wrap: normal !important; vertical-align: top; white-space: nowrap } .pm-long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; display: inline-block }
+.pm-scroll { overflow: auto; max-width: 100%; max-height: 34rem; margin-bottom: .6rem } .pm-num + td:not(.pm-num), .pm-num + th:not(.pm-num) { padding-left: 1.6rem !important } .pm-scroll .pm-table { font-size: .95rem } .pm-scroll :is(td, th) { overflow-wrap: normal !important; vertical-align: top; white-space: nowrap } .pm-long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; display: inline-block }
 .pm-chip { background: #dcfce7; color: #166534; border-radius: 1rem; padding: .05rem .55rem; font-size: .8rem; white-space: nowrap } .pm-amber { background: #fef3c7; color: #854d0e }
 .pm-photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); gap: .8rem } .pm-photos figure { margin: 0; min-width: 0 }
 .pm-photos img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: .7rem; display: block; background: #f5f5f4 } .pm-photos figcaption { margin-top: .3rem; line-height: 1.3; font-size: .9rem; overflow-wrap: anywhere } .pm-photos figcaption > * { display: block } .pm-photos .pm-small { font-size: .82rem }

@@ -7,9 +7,8 @@ __all__ = ['app', 'catalog_app', 'out', 'err', 'Home', 'Json', 'Version', 'Shard
            'train', 'evaluate', 'cross_validate', 'promote', 'rollback', 'history', 'predict', 'serve', 'dashboard',
            'catalog_load', 'catalog_add', 'catalog_list', 'catalog_retry', 'config', 'status', 'main']
 
-# %% ../../nbs/ops/33_cli.ipynb #bd4139b4
-import json, os, secrets, sys
-from functools import partial
+# %% ../../nbs/ops/33_cli.ipynb #398d7a93
+import json, os, secrets, sys, webbrowser
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -204,7 +203,7 @@ def serve(host: Annotated[Optional[str], typer.Option(help='Address to listen on
     from plant_mlops.serve.server import run_server
     run_server(settings(home=home, host=host, port=port))
 
-# %% ../../nbs/ops/33_cli.ipynb #96c47d31
+# %% ../../nbs/ops/33_cli.ipynb #4af64bba
 def _security(
     s: Settings, # dashboard_host, token and ingest_max_bytes among them
     here: bool, # whether only this machine can reach it
@@ -218,7 +217,6 @@ def _give_cookie(handler, **kw): handler.xsrf_token # without it the page could 
 
 def _voila(
     s: Settings, # dashboard_host and dashboard_port among them
-    browse: bool = False, # open the page in the browser
 ): # a Voilà that is ready to start, and where it will be
     "A server of the dashboard; raises `PlantError` if the port is taken."
     from traitlets.config import Config
@@ -227,7 +225,7 @@ def _voila(
     folder = Path(find_spec('plant_mlops').origin).parent/'apps'
     with listen(s.dashboard_host, s.dashboard_port, 'PLANT_DASHBOARD_PORT') as sock: url, (host, port) = url_of(sock), sock.getsockname()[:2]
     who = _security(s, ip_address(host).is_loopback)
-    c = Config(Voila=dict(notebook_path=str(folder/'dashboard.ipynb'), ip=host, port=port, port_retries=0, open_browser=browse, config_file_paths=[], log_level='ERROR', **who),
+    c = Config(Voila=dict(notebook_path=str(folder/'dashboard.ipynb'), ip=host, port=port, port_retries=0, open_browser=False, config_file_paths=[], log_level='ERROR', **who),
                VoilaConfiguration=dict(prelaunch_hook=_give_cookie, allow_template_override='NO', allow_theme_override='NO', file_allowlist=[], extension_allowlist=['@voila-dashboards/widgets-manager8', '@jupyter-widgets/jupyterlab-manager']),
                MappingKernelManager=dict(root_dir=os.getcwd(), cull_idle_timeout=600, cull_interval=60), KernelManager=dict(transport_encryption='auto'), KernelRestarter=dict(restart_limit=0), VoilaExecutor=dict(timeout=120))
     v = Voila.instance(config=c)
@@ -235,7 +233,7 @@ def _voila(
     v.template_paths.insert(0, str(folder/'page'))
     return v, url + (f'/?token={who["token"]}' if who['token'] and not s.token.get_secret_value() else '')
 
-# %% ../../nbs/ops/33_cli.ipynb #bd8da19e
+# %% ../../nbs/ops/33_cli.ipynb #f20492e9
 _SPARING = dict(MALLOC_ARENA_MAX='2', MALLOC_TRIM_THRESHOLD_='65536') # give back what threads have freed: a third less memory in each kernel
 
 @app.command()
@@ -246,10 +244,11 @@ def dashboard(host: Annotated[Optional[str], typer.Option(help='Address to liste
     for o in ('voila', 'ipywidgets', 'ipykernel', 'mlflow', 'cleanlab'):
         if not find_spec(o): raise ModuleNotFoundError(name=o)
     s = settings(home=home, dashboard_host=host, dashboard_port=port)
-    v, url = _voila(s, browse)
+    v, url = _voila(s)
     os.environ |= dict(PLANT_HOME=str(s.home), **_SPARING) # for the kernels; every other setting they find where it was found here
     from tornado.ioloop import IOLoop
-    IOLoop.current().add_callback(partial(print, f'The dashboard is at {url}. Ctrl-C stops it.', flush=True))
+    IOLoop.current().add_callback(print, f'The dashboard is at {url}. Ctrl-C stops it.', flush=True)
+    if browse: IOLoop.current().add_callback(webbrowser.open, url)
     v.start()
 
 # %% ../../nbs/ops/33_cli.ipynb #f2b65546
