@@ -70,7 +70,7 @@ class Train(BaseSettings):
     lr: float = _f(3e-4, 'Highest learning rate of fine-tuning, that of the head', gt=0)
     pretrained: bool = _f(True, 'Start from ImageNet weights; false: from random ones')
 
-# %% ../nbs/00_config.ipynb #320ba320
+# %% ../nbs/00_config.ipynb #8a17f64b
 class Serve(BaseSettings):
     "How predictions are served."
     host: str = _f('127.0.0.1', 'Address that the API listens on')
@@ -90,6 +90,8 @@ class Serve(BaseSettings):
     log_level: str = _f('INFO', 'Least that the server logs', pattern='^(DEBUG|INFO|WARNING|ERROR)$')
     log_predictions: bool = _f(True, 'Keep every prediction in the table `predictions` of the catalog')
     log_max_bytes: int = _f(100_000_000, 'Predictions that may wait for the catalog in one folder, in bytes', ge=1000)
+    dashboard_host: str = _f('127.0.0.1', 'Address that the dashboard listens on')
+    dashboard_port: int = _f(8866, 'Port that the dashboard listens on', ge=0, le=65535)
 
 # %% ../nbs/00_config.ipynb #25ffd358
 class Settings(Serve, Train, Photos, Ingest, Places, Basics):

@@ -46,3 +46,33 @@ def publish(s, version='1', data=None, alias='champion', **kw):
     store.put(key, data)
     pointer = dict(name=s.model, version=version, key=key, sha256=sha256_of(data)) | kw
     store.put(f'models/{s.model}/{alias}.json', json.dumps(pointer).encode())
+
+def tiny_home(s, n=60, versions=2, relabel=2):
+    "All that `plant-mlops run` leaves but a trained network: drawn photos, two of them with the wrong label, a photo that is not there, a data set, runs, and versions of the model above, the last one in production."
+    import numpy as np
+    from PIL import Image
+    from plant_mlops.data.catalog import add_rows, open_catalog, rows
+    from plant_mlops.data.dataset import build_dataset, load_dataset
+    from plant_mlops.model.registry import promote, register
+    from plant_mlops.model.tracking import experiment_id, mlflow_client
+    from plant_mlops.ops.stages import fill, ingest, prepare
+    def see(images): # 8 × 8 pixels as an embedding
+        x = np.stack([np.asarray(Image.fromarray(o).resize((8, 8)), np.float32).ravel() for o in images]) - 110
+        return x/np.linalg.norm(x, axis=1, keepdims=True)
+    fill(s, synthetic=n)
+    eng = open_catalog(s)
+    other = dict(dandelion='grass', grass='dandelion')
+    add_rows(eng, [dict(url_source=o['url_source'], label=other[o['label']]) for o in rows(eng)[:relabel]] + [dict(url_source='file:///nowhere/lost.jpg', label='grass')])
+    eng.dispose()
+    ingest(s, progress=False), prepare(s, progress=False)
+    dataset = build_dataset(s, see, progress=False)
+    for v in range(1, versions + 1):
+        with mlflow_client(s) as c:
+            run = c.create_run(experiment_id(c, s), tags=dict(dataset=dataset, source='synthetic')).info.run_id
+            for k, o in dict(arch='mean colour', epochs=3, lr=v*1e-3, dataset=dataset).items(): c.log_param(run, k, o)
+            for e in range(3):
+                for k, o in dict(train_loss=.6/(e + v), valid_loss=.7/(e + v), accuracy=.8 + .05*e).items(): c.log_metric(run, k, o, step=e + 1)
+            c.set_terminated(run)
+        register(s, run, tiny_model(provenance=dict(source='synthetic', arch='mean colour', dataset=dataset), novelty=dict(threshold=.9)))
+        promote(s, force=v > 1)
+    return load_dataset(s, dataset)

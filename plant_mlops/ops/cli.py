@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['app', 'catalog_app', 'ab_app', 'out', 'err', 'Home', 'Json', 'Version', 'Shard', 'Seed', 'run', 'ingest', 'prepare',
            'dataset', 'train', 'evaluate', 'cross_validate', 'promote', 'rollback', 'history', 'predict', 'serve',
-           'app_alone', 'catalog_load', 'catalog_add', 'catalog_list', 'catalog_retry', 'ab_start', 'ab_status',
-           'ab_stop', 'config', 'status', 'main']
+           'app_alone', 'dashboard', 'catalog_load', 'catalog_add', 'catalog_list', 'catalog_retry', 'ab_start',
+           'ab_status', 'ab_stop', 'config', 'status', 'main']
 
-# %% ../../nbs/ops/33_cli.ipynb #a0b09632
-import json, sys
+# %% ../../nbs/ops/33_cli.ipynb #398d7a93
+import json, os, secrets, sys, webbrowser
+from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from ..config import PlantError, provenance, settings, unknown_variables
+from ..config import PlantError, Settings, provenance, settings, unknown_variables
 
 # %% ../../nbs/ops/33_cli.ipynb #1c5fa8c9
 app = typer.Typer(name='plant-mlops', no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False,
@@ -213,6 +215,54 @@ def app_alone(host: Annotated[Optional[str], typer.Option(help='Address to liste
     from plant_mlops.serve.server import run_page
     run_page(settings(home=home, host=host, app_port=port, api_url=api))
 
+# %% ../../nbs/ops/33_cli.ipynb #4af64bba
+def _security(
+    s: Settings, # dashboard_host, token and ingest_max_bytes among them
+    here: bool, # whether only this machine can reach it
+) -> dict: # options of Voilà
+    "Who may look, and at what."
+    policy = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+    about = dict(headers={'Content-Security-Policy': policy}, allow_remote_access=not here, websocket_max_message_size=10*s.ingest_max_bytes, ws_ping_interval=30_000, ws_ping_timeout=30_000)
+    return dict(token=None if here else s.token.get_secret_value() or secrets.token_urlsafe(16), tornado_settings=about)
+
+def _give_cookie(handler, **kw): handler.xsrf_token # without it the page could not say that it is being closed
+
+def _voila(
+    s: Settings, # dashboard_host and dashboard_port among them
+): # a Voilà that is ready to start, and where it will be
+    "A server of the dashboard; raises `PlantError` if the port is taken."
+    from traitlets.config import Config
+    from voila.app import Voila
+    from plant_mlops.serve.server import listen, url_of
+    folder = Path(find_spec('plant_mlops').origin).parent/'apps'
+    with listen(s.dashboard_host, s.dashboard_port, 'PLANT_DASHBOARD_PORT') as sock: url, (host, port) = url_of(sock), sock.getsockname()[:2]
+    who = _security(s, ip_address(host).is_loopback)
+    c = Config(Voila=dict(notebook_path=str(folder/'dashboard.ipynb'), ip=host, port=port, port_retries=0, open_browser=False, config_file_paths=[], log_level='ERROR', **who),
+               VoilaConfiguration=dict(prelaunch_hook=_give_cookie, allow_template_override='NO', allow_theme_override='NO', file_allowlist=[], extension_allowlist=['@voila-dashboards/widgets-manager8', '@jupyter-widgets/jupyterlab-manager']),
+               MappingKernelManager=dict(root_dir=os.getcwd(), cull_idle_timeout=600, cull_interval=60), KernelManager=dict(transport_encryption='auto'), KernelRestarter=dict(restart_limit=0), VoilaExecutor=dict(timeout=120))
+    v = Voila.instance(config=c)
+    v.initialize([])
+    v.template_paths.insert(0, str(folder/'page'))
+    return v, url + (f'/?token={who["token"]}' if who['token'] and not s.token.get_secret_value() else '')
+
+# %% ../../nbs/ops/33_cli.ipynb #f20492e9
+_SPARING = dict(MALLOC_ARENA_MAX='2', MALLOC_TRIM_THRESHOLD_='65536') # give back what threads have freed: a third less memory in each kernel
+
+@app.command()
+def dashboard(host: Annotated[Optional[str], typer.Option(help='Address to listen on')] = None,
+              port: Annotated[Optional[int], typer.Option(help='Port to listen on')] = None,
+              browse: Annotated[bool, typer.Option('--browse', help='Open it in the browser, too')] = False, home: Home = None):
+    "A page with the data, the models, their mistakes and the traffic."
+    for o in ('voila', 'ipywidgets', 'ipykernel', 'mlflow', 'cleanlab'):
+        if not find_spec(o): raise ModuleNotFoundError(name=o)
+    s = settings(home=home, dashboard_host=host, dashboard_port=port)
+    v, url = _voila(s)
+    os.environ |= dict(PLANT_HOME=str(s.home), **_SPARING) # for the kernels; every other setting they find where it was found here
+    from tornado.ioloop import IOLoop
+    IOLoop.current().add_callback(print, f'The dashboard is at {url}. Ctrl-C stops it.', flush=True)
+    if browse: IOLoop.current().add_callback(webbrowser.open, url)
+    v.start()
+
 # %% ../../nbs/ops/33_cli.ipynb #f2b65546
 def _catalog(home):
     "The catalog in force."
@@ -315,7 +365,7 @@ def status(home: Home = None, as_json: Json = False):
     from plant_mlops.ops.stages import status as state
     _say(state(settings(home=home)), as_json)
 
-# %% ../../nbs/ops/33_cli.ipynb #1a33876e
+# %% ../../nbs/ops/33_cli.ipynb #0b46bce0
 def main():
     "The console script `plant-mlops`."
     try: app()
@@ -324,7 +374,7 @@ def main():
         sys.exit(1)
     except ModuleNotFoundError as e:
         if (e.name or '').startswith('plant_mlops'): raise
-        extra = 'app' if e.name in ('gradio', 'voila') else 'train'
+        extra = 'app' if e.name in ('gradio', 'voila', 'ipywidgets', 'ipykernel') else 'train'
         err.print(f"[bold red]error[/] This needs {e.name}, which is not installed. Install it with: pip install 'plant_mlops\\[{extra}]'", highlight=False, soft_wrap=True)
         sys.exit(1)
     except SystemExit as e: # typer has turned Ctrl-C into this code
