@@ -215,7 +215,7 @@ def app_alone(host: Annotated[Optional[str], typer.Option(help='Address to liste
     from plant_mlops.serve.server import run_page
     run_page(settings(home=home, host=host, app_port=port, api_url=api))
 
-# %% ../../nbs/ops/33_cli.ipynb #4af64bba
+# %% ../../nbs/ops/33_cli.ipynb #61ede045
 def _security(
     s: Settings, # dashboard_host, token and ingest_max_bytes among them
     here: bool, # whether only this machine can reach it
@@ -231,11 +231,11 @@ def _voila(
     s: Settings, # dashboard_host and dashboard_port among them
 ): # a Voilà that is ready to start, and where it will be
     "A server of the dashboard; raises `PlantError` if the port is taken."
+    from plant_mlops.serve.server import listen, url_of
+    with listen(s.dashboard_host, s.dashboard_port, 'PLANT_DASHBOARD_PORT') as sock: url, (host, port) = url_of(sock), sock.getsockname()[:2]
     from traitlets.config import Config
     from voila.app import Voila
-    from plant_mlops.serve.server import listen, url_of
     folder = Path(find_spec('plant_mlops').origin).parent/'apps'
-    with listen(s.dashboard_host, s.dashboard_port, 'PLANT_DASHBOARD_PORT') as sock: url, (host, port) = url_of(sock), sock.getsockname()[:2]
     who = _security(s, ip_address(host).is_loopback)
     c = Config(Voila=dict(notebook_path=str(folder/'dashboard.ipynb'), ip=host, port=port, port_retries=0, open_browser=False, config_file_paths=[], log_level='ERROR', **who),
                VoilaConfiguration=dict(prelaunch_hook=_give_cookie, allow_template_override='NO', allow_theme_override='NO', file_allowlist=[], extension_allowlist=['@voila-dashboards/widgets-manager8', '@jupyter-widgets/jupyterlab-manager']),
