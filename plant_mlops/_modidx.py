@@ -754,6 +754,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'plant_mlops.serve.api': { 'plant_mlops.serve.api._answer_one': ('serve/api.html#_answer_one', 'plant_mlops/serve/api.py'),
                                        'plant_mlops.serve.api._lifespan': ('serve/api.html#_lifespan', 'plant_mlops/serve/api.py'),
                                        'plant_mlops.serve.api._timed': ('serve/api.html#_timed', 'plant_mlops/serve/api.py'),
+                                       'plant_mlops.serve.api.add_busy_route': ( 'serve/api.html#add_busy_route',
+                                                                                 'plant_mlops/serve/api.py'),
                                        'plant_mlops.serve.api.add_page': ('serve/api.html#add_page', 'plant_mlops/serve/api.py'),
                                        'plant_mlops.serve.api.add_routes': ('serve/api.html#add_routes', 'plant_mlops/serve/api.py'),
                                        'plant_mlops.serve.api.add_service': ('serve/api.html#add_service', 'plant_mlops/serve/api.py'),

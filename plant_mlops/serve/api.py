@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['place', 'in_time', 'threads_for', 'note', 'answer_noted', 'answer', 'answer_all', 'demo_input', 'authorise',
-           'take_feedback', 'add_service', 'add_routes', 'home_page', 'has_ui', 'add_page', 'create_app']
+           'take_feedback', 'add_service', 'add_busy_route', 'add_routes', 'home_page', 'has_ui', 'add_page',
+           'create_app']
 
-# %% ../../nbs/serve/22_api.ipynb #da7cc1e3
+# %% ../../nbs/serve/22_api.ipynb #cf555d14
 import asyncio, contextlib, hmac, html, json, os, time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from functools import partial
 from typing import Annotated
 from uuid import uuid4
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, Response
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
+from starlette.routing import Route
 from .. import __version__
 from ..config import PlantError, Settings
 from ..data.store import sha256_of
@@ -71,7 +75,7 @@ def _timed(st, data, client) -> tuple:
     for stage, seconds in (('decode', mid - start), ('infer', end - mid)): st.metrics.stage_seconds.labels(stage, variant).observe(seconds)
     return model, variant, x, out, dict(seconds=end - start, input=digest)
 
-# %% ../../nbs/serve/22_api.ipynb #c8ed6864
+# %% ../../nbs/serve/22_api.ipynb #7a17205f
 def note(
     st, # state of the app
     model: Model, # that answered
@@ -96,7 +100,7 @@ async def answer_noted(
     keep: bool = True, # count and log it
 ) -> dict: # fields of `Answer`
     "Answer for one input, and keep a record of it; raises `PlantError` where it cannot be decoded."
-    model, variant, x, out, about = await to_thread.run_sync(_timed, st, data, client, limiter=st.limiter)
+    model, variant, x, out, about = await asyncio.get_running_loop().run_in_executor(st.pool, _timed, st, data, client)
     got = dict(id=str(uuid4()), timestamp=datetime.now(timezone.utc), file=name, variant=variant, **model.answer(out, 0))
     if keep: note(st, model, got, about)
     if heatmap and 'heatmap' in out: got['heatmap'] = out['heatmap'][0].round(3).tolist()
@@ -203,13 +207,26 @@ def add_service(app: FastAPI):
     @get('/metrics', summary='Figures for Prometheus', response_class=Response)
     async def metrics(): return Response(await to_thread.run_sync(show_metrics, app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-# %% ../../nbs/serve/22_api.ipynb #c13f9479
+# %% ../../nbs/serve/22_api.ipynb #5958f4bf
+def add_busy_route(app: FastAPI):
+    "`POST /predict`, without a detour."
+    async def predict(request: Request):
+        request.scope['route'] = route
+        try: heatmap = _bool.validate_python(request.query_params.get('heatmap', 'false'))
+        except ValidationError: raise HTTPException(422, 'query.heatmap: send true or false.') from None
+        return Response(to_json(await answer(request, heatmap)), media_type='application/json')
+    route = Route('/predict', predict, methods=['POST'])
+    app.router.routes.insert(0, route)
+
+_bool = TypeAdapter(bool)
+
+# %% ../../nbs/serve/22_api.ipynb #afd1dda1
 def add_routes(app: FastAPI):
     "The routes for those who ask."
     get, post = (partial(f, tags=['Predictions']) for f in (app.get, app.post))
     @post('/predict', summary='Answer for one photo', responses=_problems, response_model_exclude_unset=True,
               openapi_extra=dict(requestBody=dict(required=True, content=_accepts)))
-    async def predict(request: Request, heatmap: Annotated[bool, Query(description='Say where the model saw the class')] = False) -> Answer: return await answer(request, heatmap)
+    async def predict(request: Request, heatmap: Annotated[bool, Query(description='Say where the model saw the class')] = False) -> Answer: "Taken by `add_busy_route`."
 
     @post('/predict/batch', summary='Answer for many in one request', responses=_problems, response_model_exclude_unset=True,
               openapi_extra=dict(requestBody=dict(required=True, content=_accepts_many)))
@@ -269,12 +286,12 @@ def add_page(app: FastAPI):
         except PlantError as e: model, error = None, str(e)
         return home_page(model, str(request.base_url), has_ui(app), error)
 
-# %% ../../nbs/serve/22_api.ipynb #d6bc560e
+# %% ../../nbs/serve/22_api.ipynb #2c3d9657
 @contextlib.asynccontextmanager
 async def _lifespan(app, fixed):
     "Follow the model in production while the server runs; wait a while for the first look."
     st, tried = app.state, asyncio.Event()
-    st.limiter, st.waiting = CapacityLimiter(threads_for(st.settings)), 0
+    st.pool, st.waiting = ThreadPoolExecutor(threads_for(st.settings), 'answer'), 0
     if st.spool: st.spool.start()
     st.live.tell()
     tasks = [asyncio.create_task(o) for o in ([] if fixed else [follow(st.live, tried, st.settings.reload_every)]) + [f() for f in st.tasks]]
@@ -283,6 +300,7 @@ async def _lifespan(app, fixed):
     try: yield
     finally:
         for o in tasks: o.cancel()
+        st.pool.shutdown(wait=False, cancel_futures=True)
         if st.spool: await to_thread.run_sync(st.spool.close)
 
 def create_app(
@@ -296,7 +314,7 @@ def create_app(
     st.settings, st.metrics, st.live, st.tasks, st.page_token = s, metrics, (live := Live(s, model, metrics)), [], ''
     st.spool = Spool(log_folder(s), s.log_max_bytes, dropped=metrics.log_dropped.inc) if s.log_predictions else None
     st.reload = partial(to_thread.run_sync, live.look, abandon_on_cancel=True)
-    for add in (add_problems, add_routes, add_service, add_page): add(app)
+    for add in (add_problems, add_routes, add_busy_route, add_service, add_page): add(app)
     if s.cors_origins: app.add_middleware(CORSMiddleware, allow_origins=[o.strip() for o in s.cors_origins.split(',')], allow_methods=['GET', 'POST'], allow_headers=['*'])
     app.add_middleware(Watch, metrics=metrics)
     return app

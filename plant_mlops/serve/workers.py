@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ring', 'rung', 'heard', 'deaf', 'listen_to_bell', 'look_all', 'add_relay', 'end_with', 'worker_app']
 
-# %% ../../nbs/serve/26_workers.ipynb #8f8b53e6
-import asyncio, contextlib, os, signal, time
+# %% ../../nbs/serve/26_workers.ipynb #5918ac95
+import asyncio, contextlib, gc, os, signal, time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -107,7 +107,7 @@ async def _whole(r):
         async for o in r.aiter_raw(): yield o
     finally: await r.aclose()
 
-# %% ../../nbs/serve/26_workers.ipynb #883ee526
+# %% ../../nbs/serve/26_workers.ipynb #2818700d
 def end_with(
     parent: int, # process id
     every: float = 1., # seconds between two looks
@@ -132,4 +132,5 @@ def worker_app(
     st.tasks.append(lambda: listen_to_bell(folder, st.live.look))
     st.reload, st.page_token = lambda: look_all(folder), page_token
     if page: add_relay(app, page)
+    gc.freeze() # what has been loaded stays; there is no need to look through it for garbage
     return app
