@@ -69,6 +69,7 @@ class Train(BaseSettings):
     batch_size: int = _f(16, 'Photos in one training step', ge=2)
     lr: float = _f(3e-4, 'Highest learning rate of fine-tuning, that of the head', gt=0)
     pretrained: bool = _f(True, 'Start from ImageNet weights; false: from random ones')
+    precision: str = _f('auto', 'Numbers in the model file: auto takes int8 where that answers as well, fp32 never does', pattern='^(auto|fp32)$')
 
 # %% ../nbs/00_config.ipynb #23ba5c1a
 class Serve(BaseSettings):

@@ -8,6 +8,7 @@ __all__ = ['fill', 'ingest', 'prepare', 'dataset', 'train', 'evaluate', 'promote
 # %% ../../nbs/ops/29_stages.ipynb #63365ca4
 import hashlib, json, re, time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
@@ -79,16 +80,20 @@ def dataset(
 def train(
     s: Settings, # settings in force
     progress: bool = True, # show a bar
-) -> dict: # run, version of the model, dataset
-    "Train, export to the one model file, and register it."
+) -> dict: # run, version of the model, dataset, precision of its file and why
+    "Train, export to the one model file, in int8 where that answers as well, and register it."
     import tempfile
     from plant_mlops.model.export import export_onnx
-    from plant_mlops.model.registry import register
+    from plant_mlops.model.quantize import choose, record
+    from plant_mlops.model.registry import examples, register
     from plant_mlops.model.train import train as fit
     trained = fit(s, progress=progress)
     with tempfile.TemporaryDirectory() as d:
-        version = register(s, trained.run_id, export_onnx(trained, Path(d)/'model.onnx'))
-    return dict(run=trained.run_id, version=version, dataset=trained.dataset)
+        fp32 = export_onnx(trained, Path(d)/'fp32.onnx')
+        file, choice = choose(s, fp32, partial(examples, s, fp32))
+        version = register(s, trained.run_id, file)
+        record(s, trained.run_id, file, choice)
+    return dict(run=trained.run_id, version=version, dataset=trained.dataset, precision=choice['precision'], why=choice['reason'])
 
 # %% ../../nbs/ops/29_stages.ipynb #3a41fecc
 def evaluate(
@@ -138,7 +143,7 @@ def run(
     with step('ingest') as say: say.update(_numbers(ingest(s), 'stored', 'failed', 'rejected', 'skipped'))
     with step('prepare') as say: say.update(_numbers(prepare(s), 'prepared', 'failed', 'already'))
     with step('dataset') as say: say.update(what=_describe(d := dataset(s)))
-    with step('train') as say: say.update(what=f"version {(t := train(s))['version']} of {s.model}")
+    with step('train') as say: say.update(what=f"version {(t := train(s))['version']} of {s.model}, {t['precision']}: {t['why']}")
     with step('evaluate') as say: say.update(what=f"{(e := evaluate(s, t['version']))['accuracy']:.1%} of {e['n']} test photos")
     with step('promote') as say: say.update(what=_gate(t['version'], p := promote(s, t['version'])))
     with step('predict') as say: say.update(photo=Path((a := _try_one(s, d['version']))['file']).name)
