@@ -60,7 +60,7 @@ class Photos(BaseSettings):
     photo_side: int = _f(256, 'Shorter side of a prepared photo, in pixels', ge=32)
     shard_photos: int = _f(500, 'Photos in one fmt shard', ge=1)
 
-# %% ../nbs/00_config.ipynb #0248f921
+# %% ../nbs/00_config.ipynb #2fd8c96a
 class Train(BaseSettings):
     "How the network is trained."
     arch: str = _f('tf_efficientnet_lite0', 'Backbone: any timm or torchvision name')
@@ -69,6 +69,7 @@ class Train(BaseSettings):
     batch_size: int = _f(16, 'Photos in one training step', ge=2)
     lr: float = _f(3e-4, 'Highest learning rate of fine-tuning, that of the head', gt=0)
     pretrained: bool = _f(True, 'Start from ImageNet weights; false: from random ones')
+    precision: str = _f('auto', 'Numbers in the model file: auto takes int8 where that answers as well, fp32 never does', pattern='^(auto|fp32)$')
 
 # %% ../nbs/00_config.ipynb #8a17f64b
 class Serve(BaseSettings):

@@ -40,19 +40,38 @@ def test_what_is_evaluated_is_what_is_served(photos, tmp_path):
     served = run_model(export_onnx(t, tmp_path/'model.onnx'), np.stack([to_pixels(jpegs[i], 128) for i in range(1, 60, 6)]))['probabilities']
     assert (served.argmax(1) == t.valid_logits.argmax(1)).all()
 
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A home with a model in production that was trained on all of the photos, and what training said of it."
+    from plant_mlops.ops import stages
+    s = settings(home=tmp_path_factory.mktemp('recipe')/'home', epochs=0)
+    stages.fill(s, PHOTOS)
+    for stage in (stages.ingest, stages.prepare, stages.dataset): stage(s, progress=False)
+    t = stages.train(s, progress=False)
+    stages.promote(s)
+    return s, t
+
 @pytest.mark.timeout(600)
-def test_neither_is_an_answer(tmp_path):
+def test_neither_is_an_answer(home):
     "Photos of other things are told from plants that were held out; the threshold comes from validation photos alone."
     from sklearn.metrics import roc_auc_score
-    from plant_mlops.ops import stages
     from plant_mlops.serve.predict import load_champion
-    s = settings(home=tmp_path, epochs=0)
-    stages.fill(s, PHOTOS)
-    for stage in (stages.ingest, stages.prepare, stages.dataset, stages.train): stage(s, progress=False)
-    stages.promote(s)
+    s, _ = home
     model, m = load_champion(s), load_dataset(s).manifest
     held = [open_store(s).get(f'raw/{h}') for h in m.sha256[m.split.isin(['valid', 'test'])]]
     other = [f.read_bytes() for f in sorted((PHOTOS.parent/'neither').iterdir())]
     known, strange = (model.predict(o) for o in (held, other))
     assert roc_auc_score([0]*len(known) + [1]*len(strange), [o['novelty'] for o in known + strange]) >= .98
     assert np.mean([o['novel'] for o in strange]) > .9 and np.mean([o['novel'] for o in known]) < .2
+
+def test_what_serves_answers_as_fp32_does(home):
+    "The int8 file is the one in production, and of 300 photos it answers one otherwise at most."
+    from mlflow.artifacts import download_artifacts
+    from plant_mlops.serve.predict import Model, load_champion
+    s, t = home
+    assert t['precision'] == 'int8', t['why']
+    fp32 = Model(download_artifacts(artifact_uri=f"runs:/{t['run']}/quantize/fp32.onnx", dst_path=str(s.home), tracking_uri=s.tracking_uri))
+    int8, files = load_champion(s), [f.read_bytes() for f in sorted(PHOTOS.glob('*/*'))]
+    assert int8.metadata['provenance']['precision'] == 'int8'
+    a, b = ([m.predict([f])[0]['prediction'] for f in files] for m in (fp32, int8))
+    assert sum(x != y for x, y in zip(a, b)) <= len(files)/300

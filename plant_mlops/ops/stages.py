@@ -6,10 +6,11 @@
 __all__ = ['fill', 'ingest', 'prepare', 'dataset', 'train', 'evaluate', 'promote', 'run', 'status', 'compare_live',
            'cross_validate']
 
-# %% ../../nbs/ops/29_stages.ipynb #56e815ff
+# %% ../../nbs/ops/29_stages.ipynb #dd3dee24
 import hashlib, json, re, time
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
@@ -77,20 +78,24 @@ def dataset(
     card = load_dataset(s, build_dataset(s, embed=see if s.pretrained else None, progress=progress)).card
     return dict(version=card['version'], **{k: v for k, v in card.items() if k in ('photos', 'source', 'classes', 'splits')})
 
-# %% ../../nbs/ops/29_stages.ipynb #11f4ad99
+# %% ../../nbs/ops/29_stages.ipynb #d2818c9f
 def train(
     s: Settings, # settings in force
     progress: bool = True, # show a bar
-) -> dict: # run, version of the model, dataset
-    "Train, export to the one model file, and register it."
+) -> dict: # run, version of the model, dataset, precision of its file and why
+    "Train, export to the one model file, in int8 where that answers as well, and register it."
     import tempfile
     from plant_mlops.model.export import export_onnx
-    from plant_mlops.model.registry import register
+    from plant_mlops.model.quantize import choose, record
+    from plant_mlops.model.registry import examples, register
     from plant_mlops.model.train import train as fit
     trained = fit(s, progress=progress)
     with tempfile.TemporaryDirectory() as d:
-        version = register(s, trained.run_id, export_onnx(trained, Path(d)/'model.onnx'))
-    return dict(run=trained.run_id, version=version, dataset=trained.dataset)
+        fp32 = export_onnx(trained, Path(d)/'fp32.onnx')
+        file, choice = choose(s, fp32, partial(examples, s, fp32))
+        version = register(s, trained.run_id, file)
+        record(s, trained.run_id, file, choice)
+    return dict(run=trained.run_id, version=version, dataset=trained.dataset, precision=choice['precision'], why=choice['reason'])
 
 # %% ../../nbs/ops/29_stages.ipynb #3a41fecc
 def evaluate(
@@ -125,7 +130,7 @@ def _step(
     what = ', '.join(f'{v:,} {k}' if isinstance(v, int) else str(v) for k, v in said.items() if v)
     console.print(f'[green]✓[/] [bold]{name:<9}[/] {time.perf_counter() - start:6.1f} s  {escape(what)}', highlight=False)
 
-# %% ../../nbs/ops/29_stages.ipynb #6661b426
+# %% ../../nbs/ops/29_stages.ipynb #b0157eef
 def run(
     s: Settings, # settings in force
     photos: Path | None = None, # folder with one folder of photos for each class
@@ -140,7 +145,7 @@ def run(
     with step('ingest') as say: say.update(_numbers(ingest(s), 'stored', 'failed', 'rejected', 'skipped'))
     with step('prepare') as say: say.update(_numbers(prepare(s), 'prepared', 'failed', 'already'))
     with step('dataset') as say: say.update(what=_describe(d := dataset(s)))
-    with step('train') as say: say.update(what=f"version {(t := train(s))['version']} of {s.model}")
+    with step('train') as say: say.update(what=f"version {(t := train(s))['version']} of {s.model}, {t['precision']}: {t['why']}")
     with step('evaluate') as say: say.update(what=f"{(e := evaluate(s, t['version']))['accuracy']:.1%} of {e['n']} test photos")
     with step('promote') as say: say.update(what=_gate(t['version'], p := promote(s, t['version'])))
     with step('predict') as say: say.update(photo=Path((a := _try_one(s, d['version']))['file']).name)
