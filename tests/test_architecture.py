@@ -4,7 +4,7 @@ import pytest
 from conftest import root
 
 order = ['config', 'data', 'model', 'serve', 'ops', 'apps']
-heavy = {'torch', 'torchvision', 'fastai', 'timm', 'mlflow', 'pandas', 'sklearn', 'scipy', 'pyarrow', 'onnx', 'matplotlib'}
+heavy = {'torch', 'torchvision', 'fastai', 'timm', 'mlflow', 'pandas', 'sklearn', 'scipy', 'pyarrow', 'onnx', 'matplotlib', 'evidently'}
 modules = sorted(p for p in (root/'plant_mlops').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
 
 def imported(path):

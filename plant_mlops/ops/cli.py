@@ -6,7 +6,7 @@
 __all__ = ['app', 'catalog_app', 'ab_app', 'out', 'err', 'Home', 'Json', 'Version', 'Shard', 'Seed', 'run', 'ingest', 'prepare',
            'dataset', 'train', 'evaluate', 'cross_validate', 'promote', 'rollback', 'history', 'predict', 'serve',
            'app_alone', 'dashboard', 'catalog_load', 'catalog_add', 'catalog_list', 'catalog_retry', 'ab_start',
-           'ab_status', 'ab_stop', 'config', 'status', 'main']
+           'ab_status', 'ab_stop', 'config', 'status', 'drift', 'main']
 
 # %% ../../nbs/ops/33_cli.ipynb #398d7a93
 import json, os, secrets, sys, webbrowser
@@ -365,7 +365,35 @@ def status(home: Home = None, as_json: Json = False):
     from plant_mlops.ops.stages import status as state
     _say(state(settings(home=home)), as_json)
 
-# %% ../../nbs/ops/33_cli.ipynb #0b46bce0
+# %% ../../nbs/ops/33_cli.ipynb #f3e45404
+@app.command()
+def drift(retrain: Annotated[bool, typer.Option('--retrain', help='If there is drift: ingest, prepare, train and promote, unless there are no new photos')] = False,
+          home: Home = None, as_json: Json = False):
+    "Compare the recent inputs of the model in production with its data set; ends with 5 if they are unlike it."
+    from plant_mlops.ops.drift import drift as look
+    r = look(s := settings(home=home))
+    if not as_json: _verdict(r, s)
+    if retrain and r['drifted']:
+        from plant_mlops.ops.stages import retrain as again
+        r |= dict(retrained=(did := again(s, progress=not as_json)))
+        if not as_json: out.print(f"{did['reason'][:1].upper()}{did['reason'][1:]}.", highlight=False, soft_wrap=True)
+    if as_json: _say(r, True)
+    if r['drifted']: raise typer.Exit(5)
+
+def _verdict(
+    r: dict, # of `drift`
+    s, # settings in force
+):
+    "A verdict on drift, for a person."
+    about = f"version {r['version']}: {r['n']} recent inputs beside {r['reference']} examples of dataset {r['dataset']}"
+    if not r['enough']: return out.print(f'Too few to say, {about}; {s.drift_min} of each are needed (PLANT_DRIFT_MIN).', highlight=False, soft_wrap=True)
+    what = '[bold yellow]Drift[/]' if r['drifted'] else '[bold green]No drift[/]'
+    out.print(f"{what}, {about}. At least {r['score']:.1%} of the inputs are unlike them; {r['threshold']:.1%} may be.", highlight=False, soft_wrap=True)
+    _table([dict(column=k, share=f"{v['score']:.1%}", drift='yes' if v['drifted'] else '') for k, v in sorted(r['columns'].items(), key=lambda o: -o[1]['score'])], '')
+    from plant_mlops.data.store import open_store
+    out.print(f"The report: {escape(open_store(s).url(r['report']))}", highlight=False, soft_wrap=True)
+
+# %% ../../nbs/ops/33_cli.ipynb #d671fb32
 def main():
     "The console script `plant-mlops`."
     try: app()
@@ -374,7 +402,7 @@ def main():
         sys.exit(1)
     except ModuleNotFoundError as e:
         if (e.name or '').startswith('plant_mlops'): raise
-        extra = 'app' if e.name in ('gradio', 'voila', 'ipywidgets', 'ipykernel') else 'train'
+        extra = dict(gradio='app', voila='app', ipywidgets='app', ipykernel='app', evidently='jobs').get(e.name, 'train')
         err.print(f"[bold red]error[/] This needs {e.name}, which is not installed. Install it with: pip install 'plant_mlops\\[{extra}]'", highlight=False, soft_wrap=True)
         sys.exit(1)
     except SystemExit as e: # typer has turned Ctrl-C into this code

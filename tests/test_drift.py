@@ -1,0 +1,294 @@
+"From samples of a server's inputs to a verdict on drift, in every database and store, and to a new model."
+import base64, json, os, subprocess, sys
+from datetime import datetime, timedelta, timezone
+from uuid import uuid4
+import numpy as np, onnx, pandas as pd, pytest, sqlalchemy as sa
+from PIL import Image
+from prometheus_client import generate_latest
+from plant_mlops.config import PlantError, settings
+from plant_mlops.data.store import open_store
+from plant_mlops.data.synthetic import HOST, LABELS, draw, photo, serve_synthetic, synthetic_rows
+from plant_mlops.model import registry
+from plant_mlops.model.file import linear_model
+from plant_mlops.serve.monitor import drain, feedback, forget_samples, open_log, predictions, recent_samples, samples
+from plant_mlops.serve.predict import Model, NoModel, load_champion
+from plant_mlops.serve.record import Spool, log_folder, make_metrics, once_every, sample_of, tell_drift, waiting
+from test_cli import plant, quick
+from tiny import jpeg, publish, tiny_model
+
+now = lambda: datetime.now(timezone.utc)
+KEYS = ['checked_at', 'version', 'dataset', 'n', 'reference', 'score', 'threshold', 'drifted', 'enough', 'columns', 'report']
+
+def send(s, found, version='1', at=None):
+    "Leave samples as a server does."
+    spool = Spool(log_folder(s))
+    for o in found: spool.add('samples', id=str(uuid4()), timestamp=at or now(), model=s.model, version=version, **o)
+    spool.flush()
+
+def see(model, inputs):
+    "Samples of inputs, which a model answers one at a time."
+    decoded = [model.decode(o) for o in inputs]
+    return [sample_of(model.kind, x, model.run(x[None])) for x in decoded]
+
+def count(s):
+    eng = open_log(s)
+    try:
+        with eng.connect() as c: return c.scalar(sa.select(sa.func.count()).select_from(samples))
+    finally: eng.dispose()
+
+# -- the table
+
+@pytest.mark.parametrize('kind', ['sqlite', 'postgres', 'mariadb'])
+def test_samples_go_in_once_in_every_database(kind, request, tmp_path):
+    s = settings(home=tmp_path, **({} if kind == 'sqlite' else dict(catalog_url=request.getfixturevalue(kind))))
+    from plant_mlops.data.catalog import open_catalog
+    eng = open_catalog(s)
+    for o in (predictions, feedback): o.create(eng) # an installation from before there were samples
+    eng.dispose()
+    wide = np.linspace(-1, 1, 50_000).astype('<f2') # more than MySQL's BLOB would take
+    start, spool = now() - timedelta(days=5), Spool(log_folder(s))
+    for i in range(10):
+        spool.add('samples', id=f's{i}', timestamp=start + timedelta(days=i), model='plants', version='2' if i == 9 else '1', stats=dict(brightness=i/7, größe=1.),
+                  embedding=base64.b64encode(wide.tobytes()).decode() if i else None)
+    spool.flush()
+    data = waiting(log_folder(s))[0].read_bytes()
+    eng = open_log(s)
+    assert drain(eng, log_folder(s)) == 10
+    (log_folder(s)/'01-1-x.jsonl').write_bytes(data + b'{"kind": "samples", "id": "x", "timestamp": "2026-05-01T00:00:00", "model": "m", "version": "1", "stats": {}, "embedding": "?"}\n')
+    drain(eng, log_folder(s))
+    since = start.replace(tzinfo=None)
+    found = recent_samples(eng, 'plants', '1', since, 100)
+    assert [o['id'] for o in found] == [f's{i}' for i in range(9)] and found[3]['stats'] == dict(brightness=3/7, größe=1.)
+    assert found[0]['embedding'] is None and (np.frombuffer(found[8]['embedding'], '<f2') == wide).all()
+    some = recent_samples(eng, 'plants', '1', since, 4)
+    assert len(some) == 4 and some == recent_samples(eng, 'plants', '1', since, 4) != recent_samples(eng, 'plants', '1', since, 4, seed=1)
+    assert [o['id'] for o in recent_samples(eng, 'plants', '1', since + timedelta(days=6, hours=1), 100)] == ['s7', 's8']
+    assert forget_samples(eng, 'plants', since + timedelta(days=1, hours=1), 1000) == 2 and forget_samples(eng, 'plants', since, 3) == 5 and forget_samples(eng, 'plants', since, 3) == 0
+    assert [o['id'] for v in '12' for o in recent_samples(eng, 'plants', v, since, 100)] == ['s7', 's8', 's9']
+    eng.dispose()
+
+# -- what is sampled
+
+def test_samples_are_few():
+    clock = iter(np.arange(0, 10, .01))
+    due = once_every(1, lambda: next(clock))
+    assert sum(due() for _ in range(1000)) == 10
+
+def test_a_verdict_shows_among_the_figures():
+    m = make_metrics()
+    v = dict(checked_at='2026-05-01T12:00:00+00:00', score=.5, drifted=True, columns=dict(old=dict(score=.5, drifted=True)))
+    tell_drift(m, v)
+    tell_drift(m, v | dict(score=None, drifted=False, columns=dict(new=dict(score=.1, drifted=False))))
+    text = generate_latest(m.registry).decode()
+    assert 'plant_drift_score NaN' in text and 'plant_drift_drifted 0.0' in text and '{column="new"} 0.1' in text and '"old"' not in text
+
+# -- the job
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A home with a dataset of drawn photos, and a model made by hand in production."
+    from plant_mlops.data.catalog import add_rows, open_catalog
+    from plant_mlops.data.dataset import build_dataset
+    from plant_mlops.data.ingest import ingest
+    from plant_mlops.data.prepare import prepare
+    s = settings(home=tmp_path_factory.mktemp('drift'))
+    add_rows(open_catalog(s), synthetic_rows(140, 42))
+    with serve_synthetic() as at: ingest(s, connect_to={HOST: at}, progress=False)
+    prepare(s, progress=False)
+    publish(s, dataset=build_dataset(s, progress=False))
+    return s.home
+
+@pytest.fixture
+def s(home, tmp_path):
+    "The same, of one's own."
+    import shutil
+    shutil.copytree(home, tmp_path/'home')
+    return settings(home=tmp_path/'home')
+
+drawn = lambda n: [photo(LABELS[i % 2], 7, i) for i in range(n)]
+
+def test_new_photos_of_the_same_kind_are_no_drift_and_others_are(s):
+    from plant_mlops.ops.drift import drift
+    model, store = load_champion(s), open_store(s)
+    send(s, see(model, drawn(80)))
+    v = drift(s)
+    assert list(v) == KEYS and v['enough'] and not v['drifted'] and v['score'] < .1 and (v['n'], v['reference'], v['version']) == (80, 42, '1')
+    assert set(v['columns']) == {'brightness', 'contrast', 'saturation', 'sharpness', 'warmth', 'novelty', 'embedding'}
+    assert not waiting(log_folder(s)) and count(s) == 80
+
+    send(s, see(model, [jpeg(draw(LABELS[i % 2], (8, i)).point(lambda p: p//3)) for i in range(60)]))
+    v = drift(s)
+    assert v['drifted'] and .1 < v['score'] < 60/140 and v['score'] == max(o['score'] for o in v['columns'].values())
+    assert v['columns']['brightness']['drifted'] and not v['columns']['warmth']['drifted']
+    assert json.loads(store.get('models/plants/drift.json')) == v == json.loads(store.get(v['report'].replace('.html', '.json')))
+    html = store.get(v['report']).decode()
+    assert all(o in html for o in ('Dataset Drift is detected', 'share that changed, at the least', 'brightness', 'embedding 3'))
+    assert abs(datetime.fromisoformat(v['checked_at']) - now()) < timedelta(minutes=5)
+
+def test_too_little_gives_no_verdict(s):
+    from plant_mlops.ops.drift import drift
+    v = drift(s)
+    assert list(v) == KEYS and (v['enough'], v['n'], v['score'], v['drifted'], v['columns'], v['report']) == (False, 0, None, False, {}, None)
+    model = load_champion(s)
+    grey = see(model, drawn(1)*50)
+    send(s, grey) # one photo, again and again
+    send(s, see(model, drawn(40)), version='9') # of another version
+    send(s, see(model, drawn(40)), at=now() - timedelta(days=8)) # before the days in question
+    assert drift(s)['n'] == 1
+    assert json.loads(open_store(s).get('models/plants/drift.json'))['enough'] is False
+    assert not drift(s.model_copy(update=dict(drift_min=60, drift_days=30.)))['enough'] # 42 examples are too few, too
+
+def test_without_a_model_there_is_nothing_to_ask(tmp_path):
+    from plant_mlops.ops.drift import drift
+    with pytest.raises(NoModel, match='plant-mlops run'): drift(settings(home=tmp_path))
+
+def test_a_dataset_with_nothing_held_out(s, monkeypatch):
+    from plant_mlops.ops.drift import drift
+    read = registry.readers['image']
+    monkeypatch.setitem(registry.readers, 'image', read._replace(manifest=lambda s, d: read.manifest(s, d).assign(split='train')))
+    send(s, see(load_champion(s), drawn(40)))
+    for _ in range(2): assert (v := drift(s))['reference'] == 0 and not v['enough']
+
+def test_a_model_that_does_not_know_its_data(s):
+    from plant_mlops.ops.drift import drift
+    publish(s, '2')
+    with pytest.raises(PlantError, match='does not say which data set'): drift(s)
+
+def test_the_reference_is_made_once_for_each_version(s, monkeypatch):
+    from plant_mlops.ops import drift as job
+    model, store = load_champion(s), open_store(s)
+    send(s, see(model, drawn(40)))
+    first = job.drift(s)
+    monkeypatch.setitem(registry.readers, 'image', None) # nothing can be read any more
+    assert job.drift(s)['columns'] == first['columns']
+    key = next(o.key for o in store.list('models/plants/drift/') if 'reference' in o.key)
+    (store.root/key).write_bytes(b'damaged')
+    with pytest.raises(AttributeError): job.drift(s)
+    monkeypatch.undo()
+    assert job.drift(s)['columns'] == first['columns']
+
+def test_what_is_old_goes(s, monkeypatch):
+    from plant_mlops.ops import drift as job
+    monkeypatch.setattr(job, 'REPORTS', 2)
+    model = load_champion(s)
+    send(s, see(model, drawn(40)))
+    send(s, see(model, drawn(5)), at=now() - timedelta(days=100))
+    made = [job.drift(s)['report'] for _ in range(4)]
+    left = [o.key for o in open_store(s).list('models/plants/drift/')]
+    assert count(s) == 40 and sorted(o for o in left if o.endswith('.html')) == made[2:] and len(left) == 5
+    job.drift(s.model_copy(update=dict(sample_max=35)))
+    assert count(s) == 35
+
+def test_a_model_of_numbers(tmp_path, monkeypatch):
+    from plant_mlops.ops.drift import drift
+    rows = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)*[1, 1000, 1e6, 1] + [0, 5, 0, 0]
+    rows[:, 3] = rows[:, 3] > 0 # most of these rows are alike in it
+    manifest = lambda s, dataset: pd.DataFrame(dict(id=[str(i) for i in range(200)], label='up', group=range(200), split=['train', 'test']*100))
+    monkeypatch.setitem(registry.readers, 'features', registry.Reader(manifest, lambda s, ids, spec: rows[[int(i) for i in ids]].astype(np.float32)))
+    s = settings(home=tmp_path, model='stocks')
+    with monkeypatch.context() as m:
+        m.delitem(registry.readers, 'features')
+        publish(s, data=linear_model(np.ones((4, 2)), ['up', 'down'], version='0').SerializeToString(), version='0', dataset='d')
+        with pytest.raises(PlantError, match='add a `Reader`'): drift(s)
+    publish(s, data=linear_model(np.ones((4, 2)), ['up', 'down'], version='1').SerializeToString(), dataset='d')
+    model = load_champion(s)
+    send(s, see(model, rows[200:].tolist()))
+    v = drift(s)
+    assert (v['n'], v['reference'], v['drifted'], list(v['columns'])) == (100, 100, False, ['x0', 'x1', 'x2', 'x3'])
+    send(s, see(model, (rows[200:] + [0, 3000, 0, 0]).tolist()))
+    v = drift(s)
+    assert [k for k, o in v['columns'].items() if o['drifted']] == ['x1']
+
+def test_on_s3(weed, s):
+    from plant_mlops.ops.drift import drift
+    far = weed.settings(bucket='drift', home=s.home)
+    store, there = open_store(s), open_store(far)
+    for o in list(store.list('')): there.put(o.key, store.get(o.key))
+    send(far, see(load_champion(far), drawn(40)))
+    v = drift(far)
+    assert v['enough'] and json.loads(there.get('models/plants/drift.json')) == v and len(there.get(v['report'])) > 1_000_000
+
+def test_chance_alone_is_seldom_a_share():
+    from plant_mlops.ops.drift import changed_share
+    rng = np.random.default_rng(0)
+    for m, n in ((90, 30), (90, 120), (1000, 500)):
+        share = lambda: max(changed_share(*np.split(rng.normal(size=m + n), [m]), columns=14) for _ in range(14))
+        assert sum(share() > 0 for _ in range(100)) <= 12 and sum(share() > .1 for _ in range(20)) == 0
+
+_quiet = '''
+import socket, sys
+asked = []
+class Closed(socket.socket):
+    def connect(self, at): asked.append(at); raise OSError('closed')
+    connect_ex = connect
+socket.socket = Closed
+socket.getaddrinfo = lambda *a, **k: asked.append(a) or (_ for _ in ()).throw(OSError('closed'))
+import numpy as np, pandas as pd
+from plant_mlops.ops.drift import judge
+rng = np.random.default_rng(0)
+t = lambda n: pd.DataFrame(dict(a=rng.normal(size=n), b=1.))
+columns, report = judge(t(60), t(50))
+report.get_html_str(as_iframe=False)
+assert columns['b'] == dict(score=0., drifted=False)
+assert not asked, asked
+'''
+
+def test_evidently_tells_nobody(tmp_path):
+    r = subprocess.run([sys.executable, '-c', _quiet], capture_output=True, text=True, env=os.environ | dict(HOME=str(tmp_path), XDG_CONFIG_HOME=str(tmp_path)))
+    assert r.returncode == 0, r.stderr
+    assert not [o for o in tmp_path.rglob('*') if 'evidently' in o.name]
+
+# -- the command, and what follows from it
+
+@pytest.mark.timeout(900)
+def test_retrains_only_where_there_is_drift_and_something_to_learn(tmp_path):
+    home, env = tmp_path/'home', quick | dict(PLANT_DRIFT_MIN='10')
+    assert 'plant-mlops run' in plant('drift', home=home, ok=1)
+    plant('run', '--synthetic', 80, '--json', home=home, **quick)
+    s = settings(home=home, image_size=96)
+    said = plant('drift', '--retrain', home=home, **env)
+    assert 'Too few to say' in said and 'PLANT_DRIFT_MIN' in said
+    model = load_champion(s)
+    send(s, see(model, drawn(40)))
+    said = plant('drift', '--retrain', home=home, **env)
+    assert 'No drift' in said and 'file://' in said
+    versions = lambda: len({o['version'] for o in json.loads(plant('history', '--json', home=home))})
+
+    dark = [draw(LABELS[i % 2], (8, i)).point(lambda p: p//3) for i in range(80)]
+    send(s, see(model, [jpeg(o) for o in dark]))
+    v = json.loads(plant('drift', '--json', home=home, ok=5, **env))
+    assert v['drifted'] and 'retrained' not in v
+    v = json.loads(plant('drift', '--json', '--retrain', home=home, ok=5, **env))
+    assert not v['retrained']['trained'] and 'no new photos' in v['retrained']['reason'] and versions() == 1
+
+    for i, o in enumerate(dark):
+        f = tmp_path/'new'/LABELS[i % 2]/f'{i}.jpg'
+        f.parent.mkdir(parents=True, exist_ok=True)
+        f.write_bytes(jpeg(o))
+    plant('catalog', 'add', tmp_path/'new', home=home)
+    said = plant('drift', '--retrain', home=home, ok=5, **env)
+    assert 'Drift, version 1' in said and 'Version 2 was promoted' in said
+    assert versions() == 2 and not json.loads(plant('drift', '--json', home=home, **env))['enough'] # of the new version nothing was sampled yet
+
+@pytest.mark.timeout(900)
+def test_on_real_photos(photos, tmp_path):
+    "A model of plants: other plants are no drift, other things are, and so are plants in the dark."
+    from PIL import ImageEnhance
+    from plant_mlops.data.dataset import load_dataset
+    from plant_mlops.data.photo import open_photo
+    from plant_mlops.ops import stages
+    from plant_mlops.ops.drift import judge, reference_of, table_of
+    from plant_mlops.serve.predict import champion_pointer
+    s = settings(home=tmp_path/'home', epochs=0, image_size=96)
+    stages.fill(s, photos/'plants')
+    for stage in (stages.ingest, stages.prepare, stages.dataset, stages.train): stage(s, progress=False)
+    stages.promote(s)
+    model, m, store = load_champion(s), load_dataset(s).manifest, open_store(s)
+    table = lambda raw: table_of([o | dict(embedding=base64.b64decode(o['embedding'])) for o in see(model, raw)])
+    valid, test = ([store.get(f'raw/{h}') for h in m.sha256[m.split == o]] for o in ('valid', 'test'))
+    reference, dark = reference_of(s, champion_pointer(store, s.model)), [jpeg(ImageEnhance.Brightness(open_photo(o)).enhance(.4)) for o in test]
+    assert len(reference) == len(valid) + len(test)
+    drifted = lambda a, b: {k for k, v in judge(a, b)[0].items() if v['drifted']}
+    assert not drifted(table(valid), table(test))
+    assert 'novelty' in drifted(reference, table([f.read_bytes() for f in sorted((photos/'neither').iterdir())[:60]]))
+    assert 'brightness' in drifted(reference, table(dark))
