@@ -880,6 +880,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'plant_mlops.serve.live.Live.pick': ('serve/live.html#live.pick', 'plant_mlops/serve/live.py'),
                                         'plant_mlops.serve.live.Trial': ('serve/live.html#trial', 'plant_mlops/serve/live.py'),
                                         'plant_mlops.serve.live._follow': ('serve/live.html#_follow', 'plant_mlops/serve/live.py'),
+                                        'plant_mlops.serve.live._follow_drift': ( 'serve/live.html#_follow_drift',
+                                                                                  'plant_mlops/serve/live.py'),
                                         'plant_mlops.serve.live._follow_trial': ( 'serve/live.html#_follow_trial',
                                                                                   'plant_mlops/serve/live.py'),
                                         'plant_mlops.serve.live._look': ('serve/live.html#_look', 'plant_mlops/serve/live.py'),

@@ -7,7 +7,7 @@ __all__ = ['place', 'in_time', 'threads_for', 'note', 'answer_noted', 'answer', 
            'take_feedback', 'add_service', 'add_busy_route', 'add_routes', 'home_page', 'has_ui', 'add_page',
            'create_app']
 
-# %% ../../nbs/serve/22_api.ipynb #cf555d14
+# %% ../../nbs/serve/22_api.ipynb #b83f8694
 import asyncio, contextlib, hmac, html, json, os, time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -30,7 +30,7 @@ from ..data.store import sha256_of
 from .http import Answer, Answers, Health, Problem, Truth, add_problems, labels_of, limited, read_input, read_inputs, title_of, too_large
 from .live import Live, describe, follow, the_model
 from .predict import Model, golden_input
-from .record import Spool, Watch, log_folder, make_metrics, show_metrics
+from .record import Spool, Watch, log_folder, make_metrics, once_every, sample_of, show_metrics
 
 # %% ../../nbs/serve/22_api.ipynb #1c2c5a96
 @contextlib.contextmanager
@@ -62,9 +62,9 @@ def threads_for(
     "Answers that a process works on at a time: as many as its share of the cores, and one more, for when another process has nothing to do."
     return min(cores, -(-cores//(s.workers or cores)) + 1)
 
-# %% ../../nbs/serve/22_api.ipynb #d667c9d2
+# %% ../../nbs/serve/22_api.ipynb #9be6da6f
 def _timed(st, data, client) -> tuple:
-    "The model that answers, as which variant, the decoded input, what the graph says of it, and what is to be noted."
+    "The model that answers, as which variant, what the graph says, and what is to be noted: of the prediction, and of its input if it is time for a sample."
     digest = sha256_of(data if isinstance(data, bytes) else json.dumps(data).encode())
     model, variant = st.live.pick(client or digest)
     start = time.perf_counter()
@@ -73,23 +73,25 @@ def _timed(st, data, client) -> tuple:
     out = model.run(x[None])
     end = time.perf_counter()
     for stage, seconds in (('decode', mid - start), ('infer', end - mid)): st.metrics.stage_seconds.labels(stage, variant).observe(seconds)
-    return model, variant, x, out, dict(seconds=end - start, input=digest)
+    return model, variant, out, dict(seconds=end - start, input=digest), sample_of(model.kind, x, out) if st.due() else None
 
-# %% ../../nbs/serve/22_api.ipynb #7a17205f
+# %% ../../nbs/serve/22_api.ipynb #9817dea3
 def note(
     st, # state of the app
     model: Model, # that answered
     got: dict, # fields of `Answer`
     about: dict, # seconds, and checksum of the input
+    sample: dict | None = None, # what the input is like, from `sample_of`
 ):
     "Count a prediction, and log it."
     m, variant = st.metrics, got['variant']
     m.predictions.labels(variant, model.version, got['prediction'], str(got['novel']).lower()).inc()
     m.confidence.labels(variant).observe(got['probability'])
     if got['novelty'] is not None and 0 < model.threshold < float('inf'): m.novelty.labels(variant).observe(got['novelty'] / model.threshold)
-    if st.spool:
-        st.spool.add('predictions', model=st.settings.model, version=model.version, **about,
-                     **{k: got[k] for k in ('id', 'timestamp', 'variant', 'prediction', 'probability', 'novelty', 'novel')})
+    if not st.spool: return
+    same = dict(id=got['id'], timestamp=got['timestamp'], model=st.settings.model, version=model.version)
+    st.spool.add('predictions', **same, **about, **{k: got[k] for k in ('variant', 'prediction', 'probability', 'novelty', 'novel')})
+    if sample: st.spool.add('samples', **same, **sample)
 
 async def answer_noted(
     st, # state of the app
@@ -100,9 +102,9 @@ async def answer_noted(
     keep: bool = True, # count and log it
 ) -> dict: # fields of `Answer`
     "Answer for one input, and keep a record of it; raises `PlantError` where it cannot be decoded."
-    model, variant, x, out, about = await asyncio.get_running_loop().run_in_executor(st.pool, _timed, st, data, client)
+    model, variant, out, about, sample = await asyncio.get_running_loop().run_in_executor(st.pool, _timed, st, data, client)
     got = dict(id=str(uuid4()), timestamp=datetime.now(timezone.utc), file=name, variant=variant, **model.answer(out, 0))
-    if keep: note(st, model, got, about)
+    if keep: note(st, model, got, about, sample)
     if heatmap and 'heatmap' in out: got['heatmap'] = out['heatmap'][0].round(3).tolist()
     return got
 
@@ -286,7 +288,7 @@ def add_page(app: FastAPI):
         except PlantError as e: model, error = None, str(e)
         return home_page(model, str(request.base_url), has_ui(app), error)
 
-# %% ../../nbs/serve/22_api.ipynb #2c3d9657
+# %% ../../nbs/serve/22_api.ipynb #1e46a410
 @contextlib.asynccontextmanager
 async def _lifespan(app, fixed):
     "Follow the model in production while the server runs; wait a while for the first look."
@@ -313,6 +315,7 @@ def create_app(
     st, metrics = app.state, make_metrics()
     st.settings, st.metrics, st.live, st.tasks, st.page_token = s, metrics, (live := Live(s, model, metrics)), [], ''
     st.spool = Spool(log_folder(s), s.log_max_bytes, dropped=metrics.log_dropped.inc) if s.log_predictions else None
+    st.due = once_every(s.sample_every)
     st.reload = partial(to_thread.run_sync, live.look, abandon_on_cancel=True)
     for add in (add_problems, add_routes, add_busy_route, add_service, add_page): add(app)
     if s.cors_origins: app.add_middleware(CORSMiddleware, allow_origins=[o.strip() for o in s.cors_origins.split(',')], allow_methods=['GET', 'POST'], allow_headers=['*'])

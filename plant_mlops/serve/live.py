@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'Trial', 'takes', 'Live', 'follow', 'the_model', 'describe']
 
-# %% ../../nbs/serve/21_live.ipynb #385d22d0
-import asyncio, hashlib, logging
+# %% ../../nbs/serve/21_live.ipynb #bcbf8853
+import asyncio, hashlib, json, logging
 from datetime import datetime, timezone
 from threading import Lock
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from ..config import PlantError, Settings
 from ..data.store import StoreError, open_store
 from .predict import Model, champion_pointer, load_champion, load_published, read_pointer
-from .record import make_metrics
+from .record import make_metrics, tell_drift
 
 # %% ../../nbs/serve/21_live.ipynb #d9359aa1
 class Trial(NamedTuple):
@@ -54,13 +54,15 @@ class Live:
         if model is None: raise self.error
         return (trial.model, 'challenger') if trial and takes(trial, key) else (model, 'champion')
 
-# %% ../../nbs/serve/21_live.ipynb #bd31392b
+# %% ../../nbs/serve/21_live.ipynb #8096e5d2
 def _look(self) -> bool: # whether another model serves now
     "See what is published, and serve it if it can be; where not, `error` and `trial_error` say why, and what was there serves on."
     with self.lock:
         was, said = (self.model, self.trial), (str(self.error), str(self.trial_error))
         self.error = _tried(self._follow)
-        if self.store and not isinstance(self.error, StoreError): self.trial_error = _tried(self._follow_trial)
+        if self.store and not isinstance(self.error, StoreError):
+            self.trial_error = _tried(self._follow_trial)
+            self._follow_drift()
         self.checked = datetime.now(timezone.utc)
         if self.model is not was[0]: log.warning('Version %s serves.', self.model.version)
         if self.trial is not was[1]: log.warning(f'Version {self.trial.model.version} is tried on {self.trial.share:.0%} of the requests.' if self.trial else 'The trial is over.')
@@ -79,7 +81,7 @@ def _tried(f) -> PlantError | None:
 
 Live.look = _look
 
-# %% ../../nbs/serve/21_live.ipynb #9e9499af
+# %% ../../nbs/serve/21_live.ipynb #a30a20da
 def _follow(self):
     "Serve what is in production; returns why it is the last good model instead, if it is."
     if self.model is None:
@@ -100,7 +102,12 @@ def _follow_trial(self):
     if (model.kind, set(model.classes)) != (self.model.kind, set(self.model.classes)): raise PlantError(f'{model} cannot be compared with {self.model}. End the trial: `plant-mlops ab stop`.')
     self.trial = Trial(model, float(pointer['share']), pointer['started_at'])
 
-Live._follow, Live._follow_trial = _follow, _follow_trial
+def _follow_drift(self):
+    "Show in the figures what was found about drift last; what cannot be read changes nothing."
+    try: tell_drift(self.metrics, json.loads(self.store.get(f'models/{self.s.model}/drift.json')))
+    except (StoreError, ValueError, KeyError, TypeError, AttributeError): pass
+
+Live._follow, Live._follow_trial, Live._follow_drift = _follow, _follow_trial, _follow_drift
 
 # %% ../../nbs/serve/21_live.ipynb #c111f18d
 def _tell(self):
