@@ -26,7 +26,7 @@ export: install       ## notebooks → modules and README, cleaned
 
 readme: install
 	@jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | \
-	  sed -E 's#\]\(((data|model|serve|ops|bench)/|00_)#](nbs/\1#g' > README.md
+	  sed -E 's#\]\(((data|model|serve|ops|apps|bench)/|00_)#](nbs/\1#g' > README.md
 
 install: $(VENV)/.installed
 
