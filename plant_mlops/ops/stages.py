@@ -226,7 +226,7 @@ def _counts(s: Settings) -> dict | None:
     except ModuleNotFoundError: return None
     return ask(counts, ask(open_catalog, s))
 
-# %% ../../nbs/ops/29_stages.ipynb #f46bba4c
+# %% ../../nbs/ops/29_stages.ipynb #eb139b05
 def compare_live(
     s: Settings, # settings in force
 ) -> dict | None: # see `standing`, with share and started_at; None: no challenger is tried
@@ -241,7 +241,7 @@ def compare_live(
     since = datetime.fromisoformat(on['started_at']).replace(tzinfo=None)
     versions = dict(champion=champion_pointer(store, s.model)['version'], challenger=on['version'])
     eng = ask(open_log, s)
-    try: return ask(standing, eng, versions, since) | dict(share=on['share'], started_at=on['started_at'])
+    try: return ask(standing, eng, s.model, versions, since) | dict(share=on['share'], started_at=on['started_at'])
     finally: eng.dispose()
 
 # %% ../../nbs/ops/29_stages.ipynb #829816ef

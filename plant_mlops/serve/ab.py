@@ -41,25 +41,26 @@ def needed(
     p = min(max(share, .5), 1 - by/2)
     return math.ceil((Z + .841621)**2*2*p*(1 - p)/by**2)
 
-# %% ../../nbs/serve/25_ab.ipynb #65da0917
+# %% ../../nbs/serve/25_ab.ipynb #af851b7c
 def standing(
     eng: sa.Engine, # catalog
+    model: str, # name
     versions: dict, # 'champion' and 'challenger' → version
     since: datetime, # when the test began, UTC
 ) -> dict: # champion and challenger: version, answers, confidence, novel, seconds, judged, right, share, low, high; difference, low, high, verdict
     "How the two do."
-    told, out = {(o['variant'], o['version']): o for o in judged(eng, since)}, {}
+    told, out = {(o['variant'], o['version']): o for o in judged(eng, since, model)}, {}
     for variant, version in versions.items():
         o = told.get((variant, version), dict(n=0, right=0))
         share = dict(zip(('share', 'low', 'high'), (o['right']/o['n'], *wilson(o['right'], o['n'])))) if o['n'] else {}
-        out[variant] = dict(version=version, **_traffic(eng, variant, version, since), judged=o['n'], right=o['right']) | share
+        out[variant] = dict(version=version, **_traffic(eng, model, variant, version, since), judged=o['n'], right=o['right']) | share
     return out | _verdict(out['champion'], out['challenger'])
 
-def _traffic(eng, variant, version, since) -> dict:
+def _traffic(eng, model, variant, version, since) -> dict:
     "How many answers a variant gave, and what they were like."
     p = predictions.c
     q = sa.select(sa.func.count(), sa.func.avg(p.probability), sa.func.avg(sa.case((p.novel, 1.), else_=0.)), sa.func.avg(p.seconds))
-    with eng.connect() as c: n, *means = c.execute(q.where(p.variant == variant, p.version == version, p.timestamp >= since)).one()
+    with eng.connect() as c: n, *means = c.execute(q.where(p.model == model, p.variant == variant, p.version == version, p.timestamp >= since)).one()
     return dict(answers=n, **{k: None if v is None else float(v) for k, v in zip(('confidence', 'novel', 'seconds'), means)})
 
 # %% ../../nbs/serve/25_ab.ipynb #818a3dc9

@@ -140,7 +140,7 @@ def draining(
         ending.set()
         thread.join(10)
 
-# %% ../../nbs/serve/24_monitor.ipynb #8eefba32
+# %% ../../nbs/serve/24_monitor.ipynb #4e4c2b4f
 def latest_feedback() -> sa.Subquery:
     "The last label for each prediction."
     newest = sa.select(feedback.c.prediction_id, sa.func.max(feedback.c.timestamp).label('at')).group_by(feedback.c.prediction_id).subquery()
@@ -150,13 +150,16 @@ def latest_feedback() -> sa.Subquery:
 def judged(
     eng: sa.Engine, # catalog
     since: datetime | None = None, # UTC; None: all
+    model: str | None = None, # its name; None: all
 ) -> list: # dicts of version, variant, n, right
     "How many predictions got feedback, and how many of them were right, by version and variant."
     p, truth = predictions.c, latest_feedback()
     said = sa.case((p.novel, 'neither'), else_=p.prediction)
     right = sa.func.sum(sa.case((said == truth.c.label, 1), else_=0)).label('right')
     q = sa.select(p.version, p.variant, sa.func.count().label('n'), right).join(truth, truth.c.prediction_id == p.id).group_by(p.version, p.variant)
-    with eng.connect() as c: return [dict(o._mapping, right=int(o.right)) for o in c.execute(q.where(p.timestamp >= since) if since else q)]
+    if since: q = q.where(p.timestamp >= since)
+    if model: q = q.where(p.model == model)
+    with eng.connect() as c: return [dict(o._mapping, right=int(o.right)) for o in c.execute(q)]
 
 # %% ../../nbs/serve/24_monitor.ipynb #21d3b7c8
 def recent_samples(
