@@ -138,9 +138,9 @@ def test_what_a_database_refuses_is_put_aside(tmp_path, caplog):
 def test_no_room_for_the_log_is_counted(model, tmp_path):
     (tmp_path/'home').mkdir()
     (tmp_path/'home/log').write_text('a file where a folder should be')
-    with TestClient(create_app(settings(home=tmp_path/'home'), model)) as c:
+    with TestClient(create_app(settings(home=tmp_path/'home', sample_every=1000), model)) as c:
         for _ in range(5): assert c.post('/predict', content=jpeg()).status_code == 200
-        wait_for(lambda: figure(c.get('/metrics').text, 'plant_log_dropped_total') == 5, 10)
+        wait_for(lambda: figure(c.get('/metrics').text, 'plant_log_dropped_total') == 6, 10) # five predictions, and a sample
 
 # -- figures
 
