@@ -1,5 +1,5 @@
 "Real servers for the tests, on loopback and on free ports, each stopped by its own process id."
-import os, random, shutil, socket, subprocess, sys, time
+import os, random, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
 
@@ -48,6 +48,13 @@ def _own_settings(monkeypatch, tmp_path):
     "No test sees the settings of whoever runs it, nor leaves anything in the checkout."
     for k in [k for k in os.environ if k.startswith('PLANT_') or k == 'MLFLOW_TRACKING_URI']: monkeypatch.delenv(k)
     monkeypatch.setenv('PLANT_HOME', str(tmp_path/'home'))
+
+@pytest.fixture(autouse=True)
+def _own_ctrl_c():
+    "nbdev's runner of notebooks leaves a handler of SIGINT that ends the process: each test has the one it began with."
+    was = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, was)
 
 class Weed:
     "A SeaweedFS process that speaks S3."
