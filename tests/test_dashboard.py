@@ -204,7 +204,7 @@ def test_other_machines_need_the_token(tmp_path):
 def test_notebook_fills_every_section_of_an_empty_home(tmp_path):
     from nbdev.test import test_nb as run_notebook
     nb = read_nb(root/'nbs/apps/dashboard.ipynb')
-    check = ("await board.done()\nsaid = [''.join(o.value for o in x.box.children) for x in board.sections]\n"
+    check = ("board.tick.click()\nawait board.done()\nsaid = [''.join(o.value for o in x.box.children) for x in board.sections]\n"
              "assert len(said) == 7 and all('plant-mlops' in o for o in said) and 'pm-error' not in ''.join(said), said")
     nb.cells.append(mk_cell(check))
     write_nb(nb, tmp_path/'dashboard.ipynb')

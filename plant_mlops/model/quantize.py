@@ -33,12 +33,12 @@ def _leading(graph, output):
         if need & set(n.output): found.append(n); need |= set(n.input)
     return found[::-1]
 
-# %% ../../nbs/model/16_quantize.ipynb #e2c68ba9
+# %% ../../nbs/model/16_quantize.ipynb #4fa77274
 def _plan(graph):
     "Nodes to quantize, and the convolutions among them; raises `PlantError` where there are none."
     nodes = _leading(graph, 'probabilities')
     at = [i for i, n in enumerate(nodes) if n.op_type == 'Conv']
-    if len(at) <= KEEP: raise PlantError(f'it has {len(at) or "no"} convolutions, and the first {KEEP} stay as they are')
+    if len(at) <= KEEP: raise PlantError(f'the network has {len(at)} convolutions, of which the first {KEEP} stay as they are')
     after = takewhile(lambda n: n.op_type in OPS, nodes[at[-1] + 1:])
     return [n for n in (*nodes[at[KEEP]:at[-1] + 1], *after) if n.op_type in OPS], [nodes[i] for i in at[KEEP:]]
 
@@ -83,13 +83,13 @@ def _means(model, convs, parts):
     runs = [s.run(None, {s.get_inputs()[0].name: x}) for x in parts]
     return {n.name: np.mean(o, 0) for n, o in zip(convs, zip(*runs))}
 
-# %% ../../nbs/model/16_quantize.ipynb #6d583c28
+# %% ../../nbs/model/16_quantize.ipynb #a66541b7
 def _shift(error, mean, groups):
     "How far rounding moves the mean of a convolution's outputs: error [M, C/groups, …], mean [C] → [M]."
     return (error.sum(tuple(range(2, error.ndim)))*np.repeat(mean.reshape(groups, -1), len(error)//groups, 0)).sum(1)
 
 def _correct(model, plain, means):
-    "Take the shift of each convolution back by its bias; in place."
+    "Take the shift of each convolution that has a bias back by it; in place."
     array = {w.name: nh.to_array(w) for w in (*plain.graph.initializer, *model.graph.initializer)}
     ints, made = {w.name: w for w in model.graph.initializer}, {n.output[0]: n for n in model.graph.node}
     was = {n.name: n for n in plain.graph.node}
@@ -160,7 +160,7 @@ def _order(a, b):
     if 'novelty' not in a or np.ptp(a['novelty']) == 0: return 1.
     return float(spearmanr(a['novelty'], b['novelty']).statistic) if np.ptp(b['novelty']) else 0.
 
-# %% ../../nbs/model/16_quantize.ipynb #3555f24d
+# %% ../../nbs/model/16_quantize.ipynb #6f329076
 def _objection(r):
     "Why int8 is not taken, or ''."
     if not r['not_worse']: return f"int8 is worse: {r['lost']} answers lost and {r['won']} won on {r['n']} validation examples, Brier score {r['brier_change']:+.3f}"
@@ -182,7 +182,7 @@ def judge(
              changed=int((a.argmax(1) != b.argmax(1)).sum()), expected_changes=expected_changes(_scores(fp32), _scores(int8)), largest_difference=float(np.abs(a - b).max()),
              novelty_order=_order(fp32, int8), fp32_ms=ms[0], int8_ms=ms[1])
     against = _objection(r)
-    return dict(precision='fp32' if against else 'int8', reason=against or f"int8 is {ms[0]/ms[1]:.1f} times as fast and answers {r['n'] - r['changed']} of {r['n']} validation examples as fp32 does", **r)
+    return dict(precision='fp32' if against else 'int8', reason=against or f"{ms[0]/ms[1]:.1f} times as fast as fp32, {r['n'] - r['changed']} of {r['n']} validation answers the same", **r)
 
 # %% ../../nbs/model/16_quantize.ipynb #0608515f
 def _refit(model, out, labels):
