@@ -94,11 +94,11 @@ class Serve(BaseSettings):
     dashboard_host: str = _f('127.0.0.1', 'Address that the dashboard listens on')
     dashboard_port: int = _f(8866, 'Port that the dashboard listens on', ge=0, le=65535)
 
-# %% ../nbs/00_config.ipynb #7b15973e
+# %% ../nbs/00_config.ipynb #4b7cc795
 class Drift(BaseSettings):
     "How inputs are sampled, and compared with the training data."
     sample_every: float = _f(1., 'Seconds between two predictions whose input is sampled, in one process; 0: every one', ge=0)
-    sample_days: float = _f(90., 'Days that samples and reports of drift are kept', gt=0)
+    sample_days: float = _f(90., 'Days that samples for drift are kept', gt=0)
     sample_max: int = _f(100_000, 'Samples kept of a model; the newest', ge=1)
     drift_days: float = _f(7., 'Days back whose samples are looked at', gt=0)
     drift_samples: int = _f(500, 'Samples of those days that are compared, chosen at random', ge=2)

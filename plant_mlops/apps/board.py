@@ -6,8 +6,8 @@
 __all__ = ['START', 'GREEN', 'AMBER', 'GREY', 'PALETTE', 'CSS', 'log', 'LINGER', 'html', 'note', 'share', 'heading', 'table',
            'tiles', 'axes', 'plot', 'photos', 'parts_of', 'put', 'Board', 'follow']
 
-# %% ../../nbs/apps/35_board.ipynb #717523e2
-import asyncio, base64, io, logging
+# %% ../../nbs/apps/35_board.ipynb #b23b85ab
+import asyncio, base64, contextlib, io, logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -204,12 +204,11 @@ class Board:
         "Wait until everything that has begun is done."
         while self.tasks: await asyncio.gather(*self.tasks)
 
-# %% ../../nbs/apps/35_board.ipynb #81a46eb6
+# %% ../../nbs/apps/35_board.ipynb #fd25ac49
 @patch
 async def fill(self:Board, section):
     "Show what a view gives now: part by part the first time, all at once later."
-    self.count(1)
-    async with section.lock:
+    async with self.counted(), section.lock:
         section.seen = await self.seen(section)
         args, parts, first, section.filled = (self.s, *([section.pick.value] if section.pick else [])), [], not section.filled, True
         each = parts_of(section.view, *args)
@@ -217,20 +216,24 @@ async def fill(self:Board, section):
             parts.append(part)
             if first: put(section.box, parts)
         put(section.box, parts)
-    self.count(-1)
 
 @patch
 async def seen(self:Board, section):
     "What a live section says of its news."
     try: return section.live and await self.call(section.live, self.s)
-    except PlantError as e: return str(e)
+    except Exception as e: return str(e) # the view says what is wrong
 
 @patch
-def count(self:Board, n: int):
-    "One section more or less is being filled, which the bar says."
-    self.filling += n
-    self.again.disabled = self.filling > 0
-    self.said.value = _said('Looking …' if self.filling else f'{datetime.now():%H:%M:%S}')
+@contextlib.asynccontextmanager
+async def counted(self:Board):
+    "While a section is being filled, the bar says so."
+    def add(n):
+        self.filling += n
+        self.again.disabled = self.filling > 0
+        self.said.value = _said('Looking …' if self.filling else f'{datetime.now():%H:%M:%S}')
+    add(1)
+    try: yield
+    finally: add(-1)
 
 @patch
 def section(self:Board,

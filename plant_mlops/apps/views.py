@@ -74,14 +74,14 @@ def duplicates(
     row = lambda g: photos([(pictures[o.sha256], o.label, o.split) for _, o in m[m.group == g].head(6).iterrows()], 'pm-twins' + (' pm-mixed' if by['nunique'][g] > 1 else ''))
     if len(m): yield X.Div(*map(row, by.index[:most]), cls='pm-groups')
 
-# %% ../../nbs/apps/36_views.ipynb #4a516fc2
+# %% ../../nbs/apps/36_views.ipynb #0175090d
 LOTS = 2000 # photos whose labels are looked at: seconds, with ten classes
 
 def doubtful(
     d, # `Dataset`
     x: np.ndarray, # (n, k) float, embeddings in the order of its manifest
     folds: int = 5, # a class with fewer groups of photos is left out
-    most: int = LOTS, # photos looked at; of more, so many chosen by lot
+    most: int = LOTS, # photos looked at; of more, so many chosen at random
 ):  # DataFrame: the manifest's rows whose label is probably wrong, the most doubtful first, with `looks` and `probability`
     "Photos that look like another class than their label says."
     from cleanlab.filter import find_label_issues
@@ -106,7 +106,7 @@ def label_errors(
     try: bad = doubtful(d, load_features(s, d.version))
     except NotFound: return (yield heading('Doubtful labels', 'This dataset has no embeddings, so its labels were not looked at.'))
     yield heading('Doubtful labels', f'Another class than the label says, to a probe that has not seen them: {_shown(len(bad))}.' if len(bad) else 'No label looks wrong.')
-    if len(d.manifest) > LOTS: yield X.P(f'{LOTS:,} of {len(d.manifest):,} photos, chosen by lot, were looked at.', cls='pm-small')
+    if (n := int((d.manifest.split != 'none').sum())) > LOTS: yield X.P(f'{LOTS:,} of {n:,} photos, chosen at random, were looked at.', cls='pm-small')
     top = bad.head(MOST)
     if len(top): yield photos([(j, f'labelled {o.label}', f'looks like {o.looks}, {percent(o.probability)}') for j, (_, o) in zip(load_pixels(s, top), top.iterrows())])
 

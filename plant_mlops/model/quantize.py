@@ -160,13 +160,13 @@ def _order(a, b):
     if 'novelty' not in a or np.ptp(a['novelty']) == 0: return 1.
     return float(spearmanr(a['novelty'], b['novelty']).statistic) if np.ptp(b['novelty']) else 0.
 
-# %% ../../nbs/model/16_quantize.ipynb #6f329076
+# %% ../../nbs/model/16_quantize.ipynb #e3ce2f49
 def _objection(r):
     "Why int8 is not taken, or ''."
     if not r['not_worse']: return f"int8 is worse: {r['lost']} answers lost and {r['won']} won on {r['n']} validation examples, Brier score {r['brier_change']:+.3f}"
     if r['expected_changes'] > CHANGES: return f"int8 would answer 1 in {1/r['expected_changes']:.0f} otherwise"
     if r['novelty_order'] < SAME_ORDER: return f"novelty is another in int8: rank correlation {r['novelty_order']:.2f}"
-    if r['int8_ms'] > r['fp32_ms']: return f"int8 is no faster: {r['int8_ms']:.1f} ms against {r['fp32_ms']:.1f}"
+    if r['int8_ms'] > r['fp32_ms']: return f"int8 is slower: {r['int8_ms']:.1f} ms against {r['fp32_ms']:.1f}"
     return ''
 
 def judge(

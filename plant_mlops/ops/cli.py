@@ -308,7 +308,7 @@ def catalog_retry(everything: Annotated[bool, typer.Option('--all', help='Stored
     n = ask(retry, _catalog(home), everything)
     out.print(f'{n:,} rows are new again. Next: plant-mlops ingest' if n else 'No row has failed or was rejected.', highlight=False)
 
-# %% ../../nbs/ops/34_cli.ipynb #de60b016
+# %% ../../nbs/ops/34_cli.ipynb #aec0b897
 @ab_app.command('start')
 def ab_start(challenger: Annotated[Optional[str], typer.Option(help='Version of the model; default: the newest')] = None,
              share: Annotated[float, typer.Option(help='Share of the requests that it answers, between 0 and 1')] = .1, home: Home = None, as_json: Json = False):
@@ -330,9 +330,9 @@ def ab_stop(home: Home = None, as_json: Json = False):
     from plant_mlops.model.registry import end_challenge
     from plant_mlops.ops.stages import compare_live
     s = settings(home=home)
-    r = compare_live(s)
-    end_challenge(s)
-    _standing(r, as_json)
+    on = end_challenge(s) # first: a bad challenger goes even while the database is away
+    if on: err.print(f"Version {on['version']} is tried no longer.", highlight=False, soft_wrap=True)
+    _standing(compare_live(s, on), as_json)
 
 # %% ../../nbs/ops/34_cli.ipynb #4ac59bcf
 def _standing(
@@ -393,7 +393,7 @@ def _verdict(
     from plant_mlops.data.store import open_store
     out.print(f"The report: {escape(open_store(s).url(r['report']))}", highlight=False, soft_wrap=True)
 
-# %% ../../nbs/ops/34_cli.ipynb #d671fb32
+# %% ../../nbs/ops/34_cli.ipynb #df0532d4
 def main():
     "The console script `plant-mlops`."
     try: app()
@@ -402,7 +402,7 @@ def main():
         sys.exit(1)
     except ModuleNotFoundError as e:
         if (e.name or '').startswith('plant_mlops'): raise
-        extra = dict(gradio='app', voila='app', ipywidgets='app', ipykernel='app', evidently='jobs').get(e.name, 'train')
+        extra = dict(gradio='app', voila='app', ipywidgets='app', ipykernel='jobs', evidently='jobs').get(e.name, 'train')
         err.print(f"[bold red]error[/] This needs {e.name}, which is not installed. Install it with: pip install 'plant_mlops\\[{extra}]'", highlight=False, soft_wrap=True)
         sys.exit(1)
     except SystemExit as e: # typer has turned Ctrl-C into this code

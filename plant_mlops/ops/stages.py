@@ -226,9 +226,10 @@ def _counts(s: Settings) -> dict | None:
     except ModuleNotFoundError: return None
     return ask(counts, ask(open_catalog, s))
 
-# %% ../../nbs/ops/30_stages.ipynb #eb139b05
+# %% ../../nbs/ops/30_stages.ipynb #26ce1611
 def compare_live(
     s: Settings, # settings in force
+    on: dict | None = None, # the challenger's pointer; None: as the store has it
 ) -> dict | None: # see `standing`, with share and started_at; None: no challenger is tried
     "How champion and challenger do in production."
     from plant_mlops.data.catalog import ask
@@ -237,7 +238,7 @@ def compare_live(
     from plant_mlops.serve.monitor import open_log
     from plant_mlops.serve.predict import champion_pointer, read_pointer
     store = open_store(s)
-    if not (on := read_pointer(store, s.model, 'challenger')): return None
+    if not (on := on or read_pointer(store, s.model, 'challenger')): return None
     since = datetime.fromisoformat(on['started_at']).replace(tzinfo=None)
     versions = dict(champion=champion_pointer(store, s.model)['version'], challenger=on['version'])
     eng = ask(open_log, s)

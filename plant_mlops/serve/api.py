@@ -7,11 +7,11 @@ __all__ = ['place', 'in_time', 'threads_for', 'note', 'answer_noted', 'answer', 
            'take_feedback', 'add_service', 'add_busy_route', 'add_routes', 'home_page', 'has_ui', 'add_page',
            'create_app']
 
-# %% ../../nbs/serve/23_api.ipynb #b83f8694
+# %% ../../nbs/serve/23_api.ipynb #724333c4
 import asyncio, contextlib, hmac, html, json, os, time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from typing import Annotated
 from uuid import uuid4
 from anyio import to_thread
@@ -62,8 +62,8 @@ def threads_for(
     "Answers that a process works on at a time: as many as its share of the cores, and one more, for when another process has nothing to do."
     return min(cores, -(-cores//(s.workers or cores)) + 1)
 
-# %% ../../nbs/serve/23_api.ipynb #9be6da6f
-def _timed(st, data, client) -> tuple:
+# %% ../../nbs/serve/23_api.ipynb #774a03c3
+def _timed(st, data, client, keep) -> tuple:
     "The model that answers, as which variant, what the graph says, and what is to be noted: of the prediction, and of its input if it is time for a sample."
     digest = sha256_of(data if isinstance(data, bytes) else json.dumps(data).encode())
     model, variant = st.live.pick(client or digest)
@@ -73,9 +73,9 @@ def _timed(st, data, client) -> tuple:
     out = model.run(x[None])
     end = time.perf_counter()
     for stage, seconds in (('decode', mid - start), ('infer', end - mid)): st.metrics.stage_seconds.labels(stage, variant).observe(seconds)
-    return model, variant, out, dict(seconds=end - start, input=digest), sample_of(model.kind, x, out) if st.due() else None
+    return model, variant, out, dict(seconds=end - start, input=digest), sample_of(model.kind, x, out) if keep and st.due() else None
 
-# %% ../../nbs/serve/23_api.ipynb #9817dea3
+# %% ../../nbs/serve/23_api.ipynb #dec8cb1c
 def note(
     st, # state of the app
     model: Model, # that answered
@@ -102,7 +102,7 @@ async def answer_noted(
     keep: bool = True, # count and log it
 ) -> dict: # fields of `Answer`
     "Answer for one input, and keep a record of it; raises `PlantError` where it cannot be decoded."
-    model, variant, out, about, sample = await asyncio.get_running_loop().run_in_executor(st.pool, _timed, st, data, client)
+    model, variant, out, about, sample = await asyncio.get_running_loop().run_in_executor(st.pool, _timed, st, data, client, keep)
     got = dict(id=str(uuid4()), timestamp=datetime.now(timezone.utc), file=name, variant=variant, **model.answer(out, 0))
     if keep: note(st, model, got, about, sample)
     if heatmap and 'heatmap' in out: got['heatmap'] = out['heatmap'][0].round(3).tolist()
@@ -150,14 +150,18 @@ _accepts_many = {'multipart/form-data': dict(schema=dict(type='object', required
 _problems = {c: dict(description=d, content={'application/problem+json': dict(schema=Problem.model_json_schema())}) for c, d in
              {400: 'Nothing sent', 401: 'The wrong token', 403: 'No token is set', 408: 'Sent too slowly', 413: 'Too large', 415: 'Not a photo', 422: 'A broken photo', 429: 'Too many at a time', 503: 'No model yet'}.items()}
 
-# %% ../../nbs/serve/23_api.ipynb #8788760d
+# %% ../../nbs/serve/23_api.ipynb #6977ff55
 def demo_input(
     model: Model, # what will answer
 ) -> tuple: # a photo's bytes or a list of numbers, and its name
     "Something to answer for: a drawn photo, or made-up numbers."
     if model.kind != 'image': return golden_input(model)[0].tolist(), None
+    return _drawn(), 'synthetic.jpg'
+
+@cache
+def _drawn() -> bytes:
     from plant_mlops.data.synthetic import LABELS, photo
-    return photo(LABELS[0], 0, 0), 'synthetic.jpg'
+    return photo(LABELS[0], 0, 0)
 
 # %% ../../nbs/serve/23_api.ipynb #becbee9f
 def authorise(
@@ -222,7 +226,7 @@ def add_busy_route(app: FastAPI):
 
 _bool = TypeAdapter(bool)
 
-# %% ../../nbs/serve/23_api.ipynb #afd1dda1
+# %% ../../nbs/serve/23_api.ipynb #801d269a
 def add_routes(app: FastAPI):
     "The routes for those who ask."
     get, post = (partial(f, tags=['Predictions']) for f in (app.get, app.post))
@@ -237,7 +241,7 @@ def add_routes(app: FastAPI):
     @get('/predict/demo', summary='Answer for a made-up input, to see that all is well', response_model_exclude_unset=True, responses={503: _problems[503]})
     async def predict_demo() -> Answer:
         model = the_model(app)
-        return await _answer_one(app.state, model.kind, *await to_thread.run_sync(demo_input, model), keep=False)
+        with place(app.state): return await _answer_one(app.state, model.kind, *await to_thread.run_sync(demo_input, model), keep=False)
 
     @post('/feedback', status_code=202, summary='Say what it really was', responses={k: _problems[k] for k in (401, 403, 413, 422, 503)},
               openapi_extra=dict(requestBody=dict(required=True, content={'application/json': dict(schema=Truth.model_json_schema())})))
@@ -288,7 +292,7 @@ def add_page(app: FastAPI):
         except PlantError as e: model, error = None, str(e)
         return home_page(model, str(request.base_url), has_ui(app), error)
 
-# %% ../../nbs/serve/23_api.ipynb #1e46a410
+# %% ../../nbs/serve/23_api.ipynb #ee4009f1
 @contextlib.asynccontextmanager
 async def _lifespan(app, fixed):
     "Follow the model in production while the server runs; wait a while for the first look."
@@ -296,7 +300,7 @@ async def _lifespan(app, fixed):
     st.pool, st.waiting = ThreadPoolExecutor(threads_for(st.settings), 'answer'), 0
     if st.spool: st.spool.start()
     st.live.tell()
-    tasks = [asyncio.create_task(o) for o in ([] if fixed else [follow(st.live, tried, st.settings.reload_every)]) + [f() for f in st.tasks]]
+    tasks = [asyncio.create_task(o) for o in [f() for f in st.tasks] + ([] if fixed else [follow(st.live, tried, st.settings.reload_every)])]
     if not fixed:
         with contextlib.suppress(TimeoutError): await asyncio.wait_for(tried.wait(), 10)
     try: yield

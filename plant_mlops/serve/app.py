@@ -252,7 +252,7 @@ async def ask_api(
     if r.is_success and said: return said
     raise PlantError(said.get('detail') or f'{client.base_url} answers with status {r.status_code}, and not as the API does. Set PLANT_API_URL to its address.')
 
-# %% ../../nbs/serve/24_app.ipynb #5650ba21
+# %% ../../nbs/serve/24_app.ipynb #1200b1ee
 def api_calls(
     s: Settings, # api_url and token among them
 ) -> tuple: # explain, info and say, as `create_ui` wants them; say is None without a token
@@ -263,11 +263,15 @@ def api_calls(
     async def explain(data):
         if not data: raise PlantError('The file is empty. Send another photo.')
         got = await ask_api(client, 'POST', '/predict', params=dict(heatmap=True), content=data)
-        if (v := got['model_version']) not in specs: specs[v] = (await info())['input']
+        if (v := got['model_version']) not in specs: specs[v] = _input_of(await info(), v)
         heat = got.pop('heatmap', None)
         return got, await to_thread.run_sync(pixels_for, data, specs[v], Limits(max_pixels=s.photo_max_pixels)), heat and np.array(heat, np.float32)
     async def say(id, label): return await ask_api(client, 'POST', '/feedback', json=dict(id=id, label=label), headers=key)
     return explain, info, say if s.token.get_secret_value() else None
+
+def _input_of(about: dict, version: str) -> dict:
+    "The input of the version that answered, from `/model/info`: of the champion or of the challenger."
+    return next((o['input'] for o in (about, about.get('challenger') or {}) if o.get('version') == version and 'input' in o), about['input'])
 
 # %% ../../nbs/serve/24_app.ipynb #d8c561c0
 def create_page(

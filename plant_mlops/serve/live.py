@@ -81,7 +81,7 @@ def _tried(f) -> PlantError | None:
 
 Live.look = _look
 
-# %% ../../nbs/serve/21_live.ipynb #a30a20da
+# %% ../../nbs/serve/21_live.ipynb #2aabbe30
 def _follow(self):
     "Serve what is in production; returns why it is the last good model instead, if it is."
     if self.model is None:
@@ -94,17 +94,17 @@ def _follow(self):
 
 def _follow_trial(self):
     "Try the challenger that is published, if one is; a challenger that cannot be used gets no requests."
-    pointer, now = read_pointer(self.store, self.s.model, 'challenger'), self.trial
-    if now and pointer == now.model.origin: return
-    self.trial = None
-    if pointer is None: return
-    model = load_published(self.s, pointer, self.store, threads=1, last_good=False)
-    if (model.kind, set(model.classes)) != (self.model.kind, set(self.model.classes)): raise PlantError(f'{model} cannot be compared with {self.model}. End the trial: `plant-mlops ab stop`.')
-    self.trial = Trial(model, float(pointer['share']), pointer['started_at'])
+    pointer, now, trial = read_pointer(self.store, self.s.model, 'challenger'), self.trial, None
+    try:
+        if pointer is None: return
+        new = now if now and pointer == now.model.origin else Trial(load_published(self.s, pointer, self.store, threads=1, last_good=False), float(pointer['share']), pointer['started_at'])
+        if (new.model.kind, set(new.model.classes)) != (self.model.kind, set(self.model.classes)): raise PlantError(f'{new.model} cannot be compared with {self.model}. End the trial: `plant-mlops ab stop`.')
+        trial = new
+    finally: self.trial = trial
 
 def _follow_drift(self):
     "Show in the figures what was found about drift last; what cannot be read changes nothing."
-    try: tell_drift(self.metrics, json.loads(self.store.get(f'models/{self.s.model}/drift.json')))
+    try: tell_drift(self.metrics, json.loads(self.store.get(f'models/{self.s.model}/drift.json')), self.model and self.model.version)
     except (StoreError, ValueError, KeyError, TypeError, AttributeError): pass
 
 Live._follow, Live._follow_trial, Live._follow_drift = _follow, _follow_trial, _follow_drift
@@ -142,7 +142,7 @@ def the_model(
     if live.model is None: raise live.error
     return live.model
 
-# %% ../../nbs/serve/21_live.ipynb #3e5ec3c5
+# %% ../../nbs/serve/21_live.ipynb #eedf65d1
 def describe(
     live: Live, # what serves
 ) -> dict: # name, version, classes, input, metrics, provenance, …, serving, challenger
@@ -150,6 +150,6 @@ def describe(
     model, trial, e = live.model, live.trial, live.trial_error
     if model is None: raise live.error
     figures = dict(metrics=model.origin['metrics']) if model.origin.get('metrics') else {} # on the test split, after the file was written
-    tried = dict(version=trial.model.version, share=trial.share, started_at=trial.name) if trial else dict(error=str(e)) if e else None
+    tried = dict(version=trial.model.version, share=trial.share, started_at=trial.name, input=trial.model.spec) if trial else dict(error=str(e)) if e else None
     return model.metadata | figures | dict(version=model.version, published=model.origin, challenger=tried,
                                            serving=dict(version=model.version, checked=live.checked, error=live.error and str(live.error)))

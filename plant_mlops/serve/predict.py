@@ -32,7 +32,7 @@ def open_session(
     try: return ort.InferenceSession(source if isinstance(source, bytes) else str(source), o, providers=['CPUExecutionProvider'])
     except Exception as e: raise PlantError(f'{what} is not a usable ONNX file ({str(e).splitlines()[0]}). Promote or export it again.') from e
 
-# %% ../../nbs/serve/18_predict.ipynb #3d29fa50
+# %% ../../nbs/serve/18_predict.ipynb #315e89f4
 def read_metadata(
     session: ort.InferenceSession, # an open model
 ) -> dict: # classes, version, input, metrics, provenance, …
@@ -43,6 +43,7 @@ def read_metadata(
     meta = {k: value(v) for k, v in sorted(session.get_modelmeta().custom_metadata_map.items())}
     missing = [k for k in ('classes', 'input') if k not in meta]
     if missing: raise PlantError(f'The model file does not say its {" and ".join(missing)}. Export it again.')
+    if not (isinstance(meta['input'], dict) and {'kind', 'shape'} <= set(meta['input'])): raise PlantError('The model file does not say of what kind and shape its input is. Export it again.')
     return meta | dict(version=str(meta.get('version', '')))
 
 # %% ../../nbs/serve/18_predict.ipynb #1fe3af44
@@ -73,7 +74,7 @@ def decode_features(
 
 DECODERS = {'image': decode_image, 'features': decode_features}
 
-# %% ../../nbs/serve/18_predict.ipynb #57c9d86d
+# %% ../../nbs/serve/18_predict.ipynb #8fdefe59
 class Model:
     "A model file, ready to answer."
     def __init__(self,
@@ -91,7 +92,9 @@ class Model:
 
     def __repr__(self): return f'Model({" | ".join(self.classes)}, version {self.version})'
 
-    def decode(self, item) -> np.ndarray:
+    def decode(self,
+        item: bytes | list, # a photo, or numbers
+    ) -> np.ndarray:
         "One input as an array: uint8 [H, W, 3] from a photo's bytes, float32 [F] from a list of numbers."
         return DECODERS[self.kind](item, self.spec, self.limits)
 

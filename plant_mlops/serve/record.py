@@ -24,7 +24,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.datastructures import Headers, MutableHeaders
 from ..config import Settings
 
-# %% ../../nbs/serve/19_record.ipynb #242d0b44
+# %% ../../nbs/serve/19_record.ipynb #889efd0f
 _SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
 
 def make_metrics() -> SimpleNamespace: # name → metric, and the registry
@@ -45,7 +45,7 @@ def make_metrics() -> SimpleNamespace: # name → metric, and the registry
         feedback=metric(Counter, 'feedback', 'True labels received'),
         log_dropped=metric(Counter, 'log_dropped', 'Rows of the prediction log that were lost for want of room'),
         drift_score=metric(Gauge, 'drift_score', 'Share of the recent inputs, at the least, that are unlike the data set; NaN where they are too few to say', multiprocess_mode='livemostrecent'),
-        drift_column=metric(Gauge, 'drift_column', 'The same, by one column alone', 'column', multiprocess_mode='livemostrecent'),
+        drift_columns=set(), drift_column=metric(Gauge, 'drift_column', 'The same, by one column alone', 'column', multiprocess_mode='livemostrecent'),
         drift_drifted=metric(Gauge, 'drift_drifted', '1 while the score is above its threshold', multiprocess_mode='livemostrecent'),
         drift_checked=metric(Gauge, 'drift_checked_timestamp_seconds', 'When drift was looked for last', multiprocess_mode='livemostrecent'))
 
@@ -70,16 +70,20 @@ def is_alive(
     except PermissionError: return True
     return True
 
-# %% ../../nbs/serve/19_record.ipynb #d103643b
+# %% ../../nbs/serve/19_record.ipynb #18875927
 def tell_drift(
     m: SimpleNamespace, # from `make_metrics`
     verdict: dict, # content of `models/<name>/drift.json`
+    version: str, # that serves
 ):
-    "Set the figures of drift."
-    m.drift_score.set(float('nan') if verdict['score'] is None else verdict['score'])
-    m.drift_drifted.set(verdict['drifted'])
+    "Set the figures of drift; those that are not known (any longer) are NaN."
+    known, nan = verdict['version'] == version, float('nan')
+    columns = {k: o['score'] for k, o in verdict['columns'].items()} if known else {}
+    m.drift_score.set(verdict['score'] if known and verdict['score'] is not None else nan)
+    m.drift_drifted.set(known and verdict['drifted'])
     m.drift_checked.set(datetime.fromisoformat(verdict['checked_at']).timestamp())
-    for k, v in verdict['columns'].items(): m.drift_column.labels(k).set(v['score'])
+    m.drift_columns.update(columns)
+    for k in m.drift_columns: m.drift_column.labels(k).set(columns.get(k, nan))
 
 # %% ../../nbs/serve/19_record.ipynb #c5b044ce
 request_id = ContextVar('request_id', default='')
@@ -108,21 +112,22 @@ def log_config(
     return dict(version=1, disable_existing_loggers=False, formatters=dict(line={'()': JsonLines} if json_lines else plain),
                 handlers=dict(err={'class': 'logging.StreamHandler', 'formatter': 'line', 'stream': 'ext://sys.stderr'}), loggers=loggers)
 
-# %% ../../nbs/serve/19_record.ipynb #b26c278e
+# %% ../../nbs/serve/19_record.ipynb #d781ff3b
 SECURITY = {'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'same-origin', 'X-Frame-Options': 'SAMEORIGIN', 'Cross-Origin-Opener-Policy': 'same-origin'}
 
 def route_of(
     scope: dict, # of ASGI, once it has been answered
-) -> str: # path as it was declared; the first part of what is mounted; 'other' for what is not known
+) -> str: # path as it was declared; 'other' for what is not known
     "The name under which a request is counted: one of a few, whatever strangers ask for."
-    path = getattr(scope.get('route'), 'path', '')
-    if path and 'endpoint' in scope: return path
-    return '/ui' if re.match(r'/ui(/|$)', scope['path']) else 'other'
+    return 'endpoint' in scope and getattr(scope.get('route'), 'path', '') or 'other'
 
-# %% ../../nbs/serve/19_record.ipynb #509c4492
+# %% ../../nbs/serve/19_record.ipynb #02429679
 class Watch:
     "ASGI middleware: a request id, headers, figures, and a line in the log."
-    def __init__(self, app, metrics): self.app, self.metrics = app, metrics
+    def __init__(self,
+        app, # ASGI app that answers
+        metrics: SimpleNamespace, # from `make_metrics`
+    ): self.app, self.metrics = app, metrics
 
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http': return await self.app(scope, receive, send)
