@@ -132,7 +132,7 @@ def test_empty_home(chromium, tmp_path):
 
 @in_browser
 @pytest.mark.timeout(600)
-def test_model_of_numbers(chromium, tmp_path):
+def test_model_of_numbers(chromium, tmp_path, monkeypatch):
     import numpy as np, onnx, pandas as pd
     from plant_mlops.model.file import linear_model
     from plant_mlops.model.registry import Reader, evaluate, promote, readers, register
@@ -140,11 +140,9 @@ def test_model_of_numbers(chromium, tmp_path):
     s, x = settings(home=tmp_path, model='stocks'), np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
     m = pd.DataFrame(dict(id=[f'day {i}' for i in range(60)], label=np.where(x[:, 0] + .3*x[:, 1] > 0, 'up', 'down'), group=range(60), split='test'))
     onnx.save(linear_model([[-1, 1], [0, 0]], ['down', 'up'], provenance=dict(dataset='daily', source='photos')), tmp_path/'m.onnx')
-    readers['features'] = Reader(lambda s, d: m, lambda s, ids, spec: x[[int(i.split()[1]) for i in ids]])
-    try:
-        with mlflow_client(s) as c: register(s, c.create_run(experiment_id(c, s)).info.run_id, tmp_path/'m.onnx')
-        evaluate(s), promote(s)
-    finally: readers.pop('features')
+    monkeypatch.setitem(readers, 'features', Reader(lambda s, d: m, lambda s, ids, spec: x[[int(i.split()[1]) for i in ids]]))
+    with mlflow_client(s) as c: register(s, c.create_run(experiment_id(c, s)).info.run_id, tmp_path/'m.onnx')
+    evaluate(s), promote(s)
     (tmp_path/'row.json').write_text('[2, 0]')
     with dashboard(tmp_path, PLANT_MODEL='stocks') as (url, p), opened(chromium, url) as page:
         assert page.locator('.pm-error').count() == 0

@@ -19,7 +19,10 @@ def manifest(s, dataset):
     return pd.DataFrame(dict(id=[str(i) for i in range(80)], label=np.where(points()[:, 0] > 0, 'dandelion', 'grass'), group=range(80), split=['test', 'train']*40))
 def inputs(s, ids, spec): return points()[[int(i) for i in ids]]
 
-registry.readers['features'] = registry.Reader(manifest, inputs)
+reader = registry.readers['features'] = registry.Reader(manifest, inputs) # for the processes that import this file
+
+@pytest.fixture(autouse=True)
+def _own_reader(monkeypatch): monkeypatch.setitem(registry.readers, 'features', reader)
 
 def model_file(path, weights=good):
     onnx.save(linear_model(weights, names, provenance=dict(dataset='d', source='synthetic', arch='linear')), path)

@@ -62,16 +62,17 @@ def threads_for(
     "Answers that a process works on at a time: as many as its share of the cores, and one more, for when another process has nothing to do."
     return min(cores, -(-cores//(s.workers or cores)) + 1)
 
-# %% ../../nbs/serve/23_api.ipynb #774a03c3
+# %% ../../nbs/serve/23_api.ipynb #d3d01188
 def _timed(st, data, client, keep) -> tuple:
     "The model that answers, as which variant, what the graph says, and what is to be noted: of the prediction, and of its input if it is time for a sample."
     digest = sha256_of(data if isinstance(data, bytes) else json.dumps(data).encode())
     model, variant = st.live.pick(client or digest)
-    start = time.perf_counter()
-    x = model.decode(data)
-    mid = time.perf_counter()
-    out = model.run(x[None])
-    end = time.perf_counter()
+    with st.core():
+        start = time.perf_counter()
+        x = model.decode(data)
+        mid = time.perf_counter()
+        out = model.run(x[None])
+        end = time.perf_counter()
     for stage, seconds in (('decode', mid - start), ('infer', end - mid)): st.metrics.stage_seconds.labels(stage, variant).observe(seconds)
     return model, variant, out, dict(seconds=end - start, input=digest), sample_of(model.kind, x, out) if keep and st.due() else None
 
@@ -292,7 +293,7 @@ def add_page(app: FastAPI):
         except PlantError as e: model, error = None, str(e)
         return home_page(model, str(request.base_url), has_ui(app), error)
 
-# %% ../../nbs/serve/23_api.ipynb #ee4009f1
+# %% ../../nbs/serve/23_api.ipynb #a99f9b6c
 @contextlib.asynccontextmanager
 async def _lifespan(app, fixed):
     "Follow the model in production while the server runs; wait a while for the first look."
@@ -319,7 +320,7 @@ def create_app(
     st, metrics = app.state, make_metrics()
     st.settings, st.metrics, st.live, st.tasks, st.page_token = s, metrics, (live := Live(s, model, metrics)), [], ''
     st.spool = Spool(log_folder(s), s.log_max_bytes, dropped=metrics.log_dropped.inc) if s.log_predictions else None
-    st.due = once_every(s.sample_every)
+    st.due, st.core = once_every(s.sample_every), contextlib.nullcontext
     st.reload = partial(to_thread.run_sync, live.look, abandon_on_cancel=True)
     for add in (add_problems, add_routes, add_busy_route, add_service, add_page): add(app)
     if s.cors_origins: app.add_middleware(CORSMiddleware, allow_origins=[o.strip() for o in s.cors_origins.split(',')], allow_methods=['GET', 'POST'], allow_headers=['*'])

@@ -7,7 +7,7 @@ __all__ = ['request_id', 'log', 'SECURITY', 'STATS', 'make_metrics', 'show_metri
            'Lines', 'log_config', 'route_of', 'Watch', 'log_folder', 'Spool', 'waiting', 'waiting_bytes', 'image_stats',
            'row_stats', 'sample_of', 'once_every']
 
-# %% ../../nbs/serve/19_record.ipynb #c9dafb7d
+# %% ../../nbs/serve/19_record.ipynb #f815f5c7
 import base64, contextlib, json, logging, os, re, sys, time
 from collections import deque
 from contextvars import ContextVar
@@ -21,7 +21,7 @@ import numpy as np
 from fastcore.basics import patch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from ..config import Settings
 
 # %% ../../nbs/serve/19_record.ipynb #889efd0f
@@ -85,9 +85,10 @@ def tell_drift(
     m.drift_columns.update(columns)
     for k in m.drift_columns: m.drift_column.labels(k).set(columns.get(k, nan))
 
-# %% ../../nbs/serve/19_record.ipynb #c5b044ce
+# %% ../../nbs/serve/19_record.ipynb #ee1d06cc
 request_id = ContextVar('request_id', default='')
 log = logging.getLogger('plant_mlops.requests')
+_json = json.JSONEncoder(ensure_ascii=False, default=str).encode # made once: `json.dumps` makes one for each call
 
 class JsonLines(logging.Formatter):
     "Log records as JSON, one a line."
@@ -95,7 +96,7 @@ class JsonLines(logging.Formatter):
         said = dict(time=datetime.fromtimestamp(r.created, timezone.utc).isoformat(timespec='milliseconds'), level=r.levelname.lower(), logger=r.name,
                     message=r.getMessage(), request_id=request_id.get() or None, **getattr(r, 'about', {}))
         if r.exc_info: said['error'] = self.formatException(r.exc_info)
-        return json.dumps({k: v for k, v in said.items() if v is not None}, ensure_ascii=False, default=str)
+        return _json({k: v for k, v in said.items() if v is not None})
 
 class Lines(logging.Formatter):
     "Log records for a person, each with the first letters of its request's id."
@@ -121,7 +122,9 @@ def route_of(
     "The name under which a request is counted: one of a few, whatever strangers ask for."
     return 'endpoint' in scope and getattr(scope.get('route'), 'path', '') or 'other'
 
-# %% ../../nbs/serve/19_record.ipynb #02429679
+# %% ../../nbs/serve/19_record.ipynb #7c7a8397
+_security = [(k.lower().encode(), v.encode()) for k, v in SECURITY.items()]
+
 class Watch:
     "ASGI middleware: a request id, headers, figures, and a line in the log."
     def __init__(self,
@@ -136,9 +139,8 @@ class Watch:
         async def answer(message):
             nonlocal status
             if message['type'] == 'http.response.start':
-                status, headers = message['status'], MutableHeaders(scope=message)
-                headers['X-Request-ID'] = name
-                for k, v in SECURITY.items(): headers.setdefault(k, v)
+                status, there = message['status'], {k for k, _ in message['headers']}
+                message['headers'] = [*message['headers'], (b'x-request-id', name.encode()), *(o for o in _security if o[0] not in there)]
             await send(message)
         token = request_id.set(name)
         self.metrics.in_flight.inc()
@@ -160,12 +162,14 @@ class Watch:
         about = dict(method=scope['method'], path=path, status=status, ms=round(1000*seconds, 1), client=(scope.get('client') or [None])[0])
         log.info('%s %s %s %.0f ms', scope['method'], path, status, 1000*seconds, extra=dict(about=about))
 
-# %% ../../nbs/serve/19_record.ipynb #8c5fbc10
+# %% ../../nbs/serve/19_record.ipynb #0156b2a1
 def log_folder(
     s: Settings, # home among them
 ) -> Path: # may not be there yet
     "Where predictions wait for the database."
     return s.home/'log'/'predictions'
+
+_row = json.JSONEncoder(default=str).encode
 
 class Spool:
     "Rows on their way to the database, through files in a folder."
@@ -191,7 +195,7 @@ class Spool:
         with self.lock:
             rows = [self.rows.popleft() for _ in range(len(self.rows))]
             if not rows: return
-            data = ''.join(json.dumps(o, default=str) + '\n' for o in rows).encode()
+            data = ''.join(_row(o) + '\n' for o in rows).encode()
             try: self._write(data)
             except OSError as e:
                 logging.getLogger(__name__).warning('%d rows of the prediction log were lost: %s.', len(rows), e.strerror or e)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'listen', 'url_of', 'keeping', 'show_page', 'run_page', 'Crew', 'run_server']
 
-# %% ../../nbs/serve/28_server.ipynb #d8c8f8a0
+# %% ../../nbs/serve/28_server.ipynb #a1685cdf
 import contextlib, logging, logging.config, os, secrets, socket, tempfile
 from functools import partial
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from uvicorn.supervisors.multiprocess import Multiprocess
 from ..config import PlantError, Settings
 from .record import log_config
-from .workers import end_with, worker_app
+from .workers import end_with, let_finish, worker_app
 
 # %% ../../nbs/serve/28_server.ipynb #10ce92dd
 def listen(
@@ -48,7 +48,7 @@ def keeping(
     logging.getLogger(__name__).warning('Predictions are kept in files only, because SQLAlchemy is not installed: pip install "plant_mlops[log]".')
     return contextlib.nullcontext()
 
-# %% ../../nbs/serve/28_server.ipynb #a90b70e0
+# %% ../../nbs/serve/28_server.ipynb #664d398f
 def show_page(
     s: Settings, # api_url and token among them
     sock: socket.socket, # listening
@@ -57,6 +57,7 @@ def show_page(
     "Serve the page until interrupted."
     from plant_mlops.serve.app import create_page
     if parent: end_with(parent)
+    let_finish()
     uvicorn.Server(uvicorn.Config(create_page(s), log_config=log_config(s.log_format, s.log_level), access_log=False, timeout_graceful_shutdown=1)).run(sockets=[sock])
 
 def run_page(
