@@ -20,7 +20,7 @@ from PIL import Image
 from ..config import PlantError, Settings
 from ..serve.words import CARDS, note_html
 
-# %% ../../nbs/apps/35_board.ipynb #6d260c49
+# %% ../../nbs/apps/35_board.ipynb #5ea53a38
 def html(
     *parts, # fastcore's tags, or text, which is escaped
 ) -> str: # HTML
@@ -36,7 +36,11 @@ def note(
 
 START = 'Nothing here yet. `plant-mlops run` trains a first model on drawn photos; `plant-mlops run --photos FOLDER` does it on yours.'
 
-def share(p: float) -> str: return f'{100*p:.1f} %'
+def share(
+    p: float, # 0 … 1
+) -> str:
+    "A share in percent."
+    return f'{100*p:.1f} %'
 
 def heading(
     title: str, # of a part
@@ -179,7 +183,7 @@ def put(
     for o in old:
         if o not in new: asyncio.get_running_loop().call_later(LINGER, _close, o)
 
-# %% ../../nbs/apps/35_board.ipynb #a5c7e128
+# %% ../../nbs/apps/35_board.ipynb #f246a722
 def _said(text: str) -> str: return html(X.Span(text, cls='pm-small pm-said'))
 
 class Board:
@@ -193,20 +197,29 @@ class Board:
         self.again.on_click(lambda _: self.spawn(self.refresh()))
         self.tick.on_click(lambda _: self.spawn(self.news()))
 
-    def spawn(self, work):
+    def spawn(self,
+        work, # coroutine
+    ):
         "Begin to do something while the page goes on."
         self.tasks.add(task := asyncio.get_running_loop().create_task(work))
         task.add_done_callback(self.tasks.discard)
 
-    async def call(self, f, *args): return await asyncio.get_running_loop().run_in_executor(self.pool, f, *args)
+    async def call(self,
+        f: Callable, # anything
+        *args, # of it
+    ):
+        "What a function gives, called on the one thread that works through the views."
+        return await asyncio.get_running_loop().run_in_executor(self.pool, f, *args)
 
     async def done(self):
         "Wait until everything that has begun is done."
         while self.tasks: await asyncio.gather(*self.tasks)
 
-# %% ../../nbs/apps/35_board.ipynb #fd25ac49
+# %% ../../nbs/apps/35_board.ipynb #017ff41c
 @patch
-async def fill(self:Board, section):
+async def fill(self:Board,
+    section: SimpleNamespace, # made by `section`
+):
     "Show what a view gives now: part by part the first time, all at once later."
     async with self.counted(), section.lock:
         section.seen = await self.seen(section)
@@ -218,7 +231,9 @@ async def fill(self:Board, section):
         put(section.box, parts)
 
 @patch
-async def seen(self:Board, section):
+async def seen(self:Board,
+    section: SimpleNamespace, # made by `section`
+):
     "What a live section says of its news."
     try: return section.live and await self.call(section.live, self.s)
     except Exception as e: return str(e) # the view says what is wrong

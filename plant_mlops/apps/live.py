@@ -19,7 +19,7 @@ from ..config import PlantError, Settings
 from ..data.store import NotFound, open_store
 from ..serve.words import answer_html, overlay, percent, size_seen, warning_of
 
-# %% ../../nbs/apps/37_live.ipynb #6f8bac67
+# %% ../../nbs/apps/37_live.ipynb #b538ca62
 SPANS = {'Hour': timedelta(hours=1), 'Day': timedelta(days=1), 'Week': timedelta(days=7), 'All': None}
 _STEPS = [1, 5, 10, 30, *(60*o for o in (1, 5, 10, 30, 60, 180, 360, 720, 1440, 7*1440))] # seconds
 
@@ -30,7 +30,9 @@ def step(
     "How long a bar of a time axis is."
     return next((o for o in _STEPS if seconds <= o*bars), _STEPS[-1])
 
-def length(seconds: float) -> str:
+def length(
+    seconds: float, # ≥ 0
+) -> str:
     "A length of time in words."
     n, unit = next((int(seconds//k), u) for k, u in ((86_400, 'day'), (3600, 'hour'), (60, 'minute'), (1, 'second')) if seconds >= k or k == 1)
     return f'{n} {unit}{"s" if n != 1 else ""}'

@@ -393,7 +393,7 @@ def _verdict(
     from plant_mlops.data.store import open_store
     out.print(f"The report: {escape(open_store(s).url(r['report']))}", highlight=False, soft_wrap=True)
 
-# %% ../../nbs/ops/34_cli.ipynb #df0532d4
+# %% ../../nbs/ops/34_cli.ipynb #f2bd85b0
 def main():
     "The console script `plant-mlops`."
     try: app()
@@ -402,7 +402,7 @@ def main():
         sys.exit(1)
     except ModuleNotFoundError as e:
         if (e.name or '').startswith('plant_mlops'): raise
-        extra = dict(gradio='app', voila='app', ipywidgets='app', ipykernel='jobs', evidently='jobs').get(e.name, 'train')
+        extra = dict(gradio='app', voila='app', ipywidgets='app', ipykernel='app', evidently='jobs').get(e.name, 'train')
         err.print(f"[bold red]error[/] This needs {e.name}, which is not installed. Install it with: pip install 'plant_mlops\\[{extra}]'", highlight=False, soft_wrap=True)
         sys.exit(1)
     except SystemExit as e: # typer has turned Ctrl-C into this code

@@ -188,8 +188,10 @@ def take_feedback(
     st.metrics.feedback.inc()
     st.spool.add('feedback', id=str(uuid4()), prediction_id=str(truth.id), timestamp=datetime.now(timezone.utc), label=truth.label)
 
-# %% ../../nbs/serve/23_api.ipynb #eaeda3a1
-def add_service(app: FastAPI):
+# %% ../../nbs/serve/23_api.ipynb #355a5b4d
+def add_service(
+    app: FastAPI, # as `create_app` makes it
+):
     "The routes for those who run the server."
     get, post = (partial(f, tags=['Service']) for f in (app.get, app.post))
     @get('/health', summary='Is the server up, and has it a model?')
@@ -214,8 +216,10 @@ def add_service(app: FastAPI):
     @get('/metrics', summary='Figures for Prometheus', response_class=Response)
     async def metrics(): return Response(await to_thread.run_sync(show_metrics, app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-# %% ../../nbs/serve/23_api.ipynb #5958f4bf
-def add_busy_route(app: FastAPI):
+# %% ../../nbs/serve/23_api.ipynb #ae071d4e
+def add_busy_route(
+    app: FastAPI, # as `create_app` makes it
+):
     "`POST /predict`, without a detour."
     async def predict(request: Request):
         request.scope['route'] = route
@@ -227,8 +231,10 @@ def add_busy_route(app: FastAPI):
 
 _bool = TypeAdapter(bool)
 
-# %% ../../nbs/serve/23_api.ipynb #801d269a
-def add_routes(app: FastAPI):
+# %% ../../nbs/serve/23_api.ipynb #72274f1d
+def add_routes(
+    app: FastAPI, # as `create_app` makes it
+):
     "The routes for those who ask."
     get, post = (partial(f, tags=['Predictions']) for f in (app.get, app.post))
     @post('/predict', summary='Answer for one photo', responses=_problems, response_model_exclude_unset=True,
@@ -277,12 +283,16 @@ def home_page(
     return _page.format(title=title_of(model.classes) if model else 'No model yet', about=about,
                         links=''.join(f'<li><a href="{p}">{t}</a>' for p, t in links), url=html.escape(url))
 
-# %% ../../nbs/serve/23_api.ipynb #79cc41a3
-def has_ui(app: FastAPI) -> bool:
+# %% ../../nbs/serve/23_api.ipynb #ec3bd5ce
+def has_ui(
+    app: FastAPI, # as `create_app` makes it
+) -> bool:
     "Whether the app passes `/ui` on to a page."
     return any(getattr(o, 'path', '').startswith('/ui') for o in app.routes)
 
-def add_page(app: FastAPI):
+def add_page(
+    app: FastAPI, # as `create_app` makes it
+):
     "The routes for people."
     @app.get('/favicon.ico', include_in_schema=False)
     async def icon(): return Response(_leaf, media_type='image/svg+xml', headers={'Cache-Control': 'max-age=86400'})

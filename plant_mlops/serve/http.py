@@ -97,8 +97,10 @@ def problem(
     body = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail)
     return JSONResponse(body.model_dump(), status, {k.replace('_', '-'): v for k, v in headers.items()}, media_type='application/problem+json')
 
-# %% ../../nbs/serve/20_http.ipynb #d15585d5
-def add_problems(app: FastAPI):
+# %% ../../nbs/serve/20_http.ipynb #49b567f6
+def add_problems(
+    app: FastAPI, # changed in place
+):
     "Every error of an app becomes a problem document."
     @app.exception_handler(StarletteHTTPException)
     async def refused(request, e):
@@ -118,15 +120,17 @@ def add_problems(app: FastAPI):
     async def failed(request, e):
         return problem(500, 'The server failed; its log says why. Nothing was recorded: try again.', **{'X-Request-ID': request.scope.get('request_id', '')}, **SECURITY)
 
-# %% ../../nbs/serve/20_http.ipynb #d9a9a067
-def too_large(max_bytes: int) -> HTTPException:
+# %% ../../nbs/serve/20_http.ipynb #d4c27117
+def too_large(
+    max_bytes: int, # the limit
+) -> HTTPException: # 413
     "The refusal of a body."
     return HTTPException(413, f'The body is larger than {max_bytes/1e6:g} MB. Send a smaller photo.')
 
 def limited(
     request: Request, # as it arrives
     max_bytes: int, # of the input itself; more is refused
-    slack: int = 0, # of what is around it
+    slack: int = 0, # bytes on top, for the headers of a form
 ) -> Request: # raises 413 as soon as the limit is passed
     "A request whose body cannot be larger than it may."
     claimed, seen = request.headers.get('content-length', ''), 0

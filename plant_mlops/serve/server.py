@@ -48,11 +48,11 @@ def keeping(
     logging.getLogger(__name__).warning('Predictions are kept in files only, because SQLAlchemy is not installed: pip install "plant_mlops[log]".')
     return contextlib.nullcontext()
 
-# %% ../../nbs/serve/28_server.ipynb #664d398f
+# %% ../../nbs/serve/28_server.ipynb #99eb7d1d
 def show_page(
     s: Settings, # api_url and token among them
     sock: socket.socket, # listening
-    parent: int = 0, # process without which it ends; 0: none
+    parent: int = 0, # process id; the page ends when that process is gone; 0: none
 ):
     "Serve the page until interrupted."
     from plant_mlops.serve.app import create_page
@@ -70,7 +70,7 @@ def run_page(
         ready(f'The page is at {url_of(sock)}, and asks the API at {s.api_url}. Ctrl-C stops it.')
         show_page(s, sock)
 
-# %% ../../nbs/serve/28_server.ipynb #0270af28
+# %% ../../nbs/serve/28_server.ipynb #bde4985b
 log = logging.getLogger(__name__)
 
 class Crew(Multiprocess):
@@ -84,6 +84,7 @@ class Crew(Multiprocess):
         self.start_page, self.page = page, page and page()
 
     def keep_subprocess_alive(self):
+        "Start again what has died, and say so; called again and again."
         before = [*self.processes]
         super().keep_subprocess_alive()
         for o in set(before) - set(self.processes): log.error('Process %s ended with exit code %s; another takes its place.', o.pid, o.exitcode)
@@ -92,6 +93,7 @@ class Crew(Multiprocess):
             self.page = self.start_page()
 
     def join_all(self):
+        "Wait for the end of all."
         if self.page: self.page.terminate()
         super().join_all()
         if self.page: self.page.join()

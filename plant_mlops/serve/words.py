@@ -35,8 +35,10 @@ def size_seen(
     w, h = shape_seen(info.width, info.height)
     return round(longer*w/max(w, h)), round(longer*h/max(w, h))
 
-# %% ../../nbs/serve/22_words.ipynb #2cad120f
-def percent(p: float) -> str:
+# %% ../../nbs/serve/22_words.ipynb #c99b5257
+def percent(
+    p: float, # 0 … 1
+) -> str:
     "A probability for people: never a certainty."
     return 'over 99.9 %' if .999 < p else 'under 0.1 %' if p < .001 else f'{100*p:.1f} %'
 
