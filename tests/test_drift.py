@@ -76,11 +76,14 @@ def test_samples_are_few():
 
 def test_a_verdict_shows_among_the_figures():
     m = make_metrics()
-    v = dict(checked_at='2026-05-01T12:00:00+00:00', score=.5, drifted=True, columns=dict(old=dict(score=.5, drifted=True)))
-    tell_drift(m, v)
-    tell_drift(m, v | dict(score=None, drifted=False, columns=dict(new=dict(score=.1, drifted=False))))
+    v = dict(checked_at='2026-05-01T12:00:00+00:00', version='1', score=.5, drifted=True, columns=dict(old=dict(score=.5, drifted=True)))
+    tell_drift(m, v, '1')
+    tell_drift(m, v | dict(score=None, drifted=False, columns=dict(new=dict(score=.1, drifted=False))), '1')
     text = generate_latest(m.registry).decode()
-    assert 'plant_drift_score NaN' in text and 'plant_drift_drifted 0.0' in text and '{column="new"} 0.1' in text
+    assert 'plant_drift_score NaN' in text and 'plant_drift_drifted 0.0' in text and '{column="new"} 0.1' in text and '{column="old"} NaN' in text
+    tell_drift(m, v, '2')
+    text = generate_latest(m.registry).decode()
+    assert 'plant_drift_score NaN' in text and 'plant_drift_drifted 0.0' in text and '{column="old"} NaN' in text
 
 # -- the job
 
