@@ -49,6 +49,14 @@ def _own_settings(monkeypatch, tmp_path):
     for k in [k for k in os.environ if k.startswith('PLANT_') or k == 'MLFLOW_TRACKING_URI']: monkeypatch.delenv(k)
     monkeypatch.setenv('PLANT_HOME', str(tmp_path/'home'))
 
+@pytest.fixture(scope='session', autouse=True)
+def _checkout():
+    "The tests leave nothing in the checkout, not even what git ignores."
+    here = lambda: {o for o in root.iterdir() if not o.name.startswith('.')}
+    before = here()
+    yield
+    assert here() == before, f'left in the checkout: {sorted(map(str, here() - before))}'
+
 @pytest.fixture(autouse=True)
 def _own_ctrl_c():
     "nbdev's runner of notebooks leaves a handler of SIGINT that ends the process: each test has the one it began with."

@@ -7,7 +7,7 @@ from conftest import wait_for
 from plant_mlops.config import settings
 from plant_mlops.model.file import linear_model
 from plant_mlops.model.registry import promote, register
-from plant_mlops.model.tracking import mlflow_client
+from plant_mlops.model.tracking import experiment_id, mlflow_client
 from test_monitor import serving, table
 from test_serve import cli
 
@@ -22,7 +22,7 @@ def versions(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setenv('PLANT_HOME', str(tmp_path_factory.mktemp('ab')/'home'))
         s = settings()
-        with mlflow_client(s) as c: run = c.create_run(c.create_experiment('numbers')).info.run_id
+        with mlflow_client(s) as c: run = c.create_run(experiment_id(c, s)).info.run_id
         for weights in ([[.2, 0], [0, .8]], [[1, 0], [0, 1]], [[1, 0, 0], [0, 1, 0]]):
             file = s.home/'model.onnx'
             file.write_bytes(linear_model(weights, ['left', 'right', 'both'][:len(weights[0])]).SerializeToString())

@@ -271,6 +271,7 @@ def test_retrains_only_where_there_is_drift_and_something_to_learn(tmp_path):
     plant('catalog', 'add', tmp_path/'new', home=home)
     said = plant('drift', '--retrain', home=home, ok=5, **env)
     assert 'Drift, version 1' in said and 'Version 2 was' in said and registry.model_bytes(s, '2')
+    if 'was promoted' in said: assert not json.loads(plant('drift', '--json', home=home, **env))['enough'] # of the new version nothing was sampled yet
     from plant_mlops.ops import stages
     again = stages.retrain(settings(home=home, image_size=96, epochs=0, batch_size=8), progress=False) # whatever the gate said of version 2
     assert not again['trained']

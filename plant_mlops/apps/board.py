@@ -215,7 +215,20 @@ class Board:
         "Wait until everything that has begun is done."
         while self.tasks: await asyncio.gather(*self.tasks)
 
-# %% ../../nbs/apps/35_board.ipynb #017ff41c
+# %% ../../nbs/apps/35_board.ipynb #10dcb5cf
+@patch
+@contextlib.asynccontextmanager
+async def counted(self:Board):
+    "While a section is being filled, the bar says so."
+    def add(n):
+        self.filling += n
+        self.again.disabled = self.filling > 0
+        self.said.value = _said('Looking …' if self.filling else f'{datetime.now():%H:%M:%S}')
+    add(1)
+    try: yield
+    finally: add(-1)
+
+# %% ../../nbs/apps/35_board.ipynb #894baa84
 @patch
 async def fill(self:Board,
     section: SimpleNamespace, # made by `section`
@@ -238,18 +251,7 @@ async def seen(self:Board,
     try: return section.live and await self.call(section.live, self.s)
     except Exception as e: return str(e) # the view says what is wrong
 
-@patch
-@contextlib.asynccontextmanager
-async def counted(self:Board):
-    "While a section is being filled, the bar says so."
-    def add(n):
-        self.filling += n
-        self.again.disabled = self.filling > 0
-        self.said.value = _said('Looking …' if self.filling else f'{datetime.now():%H:%M:%S}')
-    add(1)
-    try: yield
-    finally: add(-1)
-
+# %% ../../nbs/apps/35_board.ipynb #0c6e7066
 @patch
 def section(self:Board,
     view: Callable, # settings → parts

@@ -81,7 +81,7 @@ def pulse(
         with eng.connect() as c: return tuple(c.scalar(sa.select(sa.func.max(o.c.timestamp))) for o in (predictions, feedback))
     return datetime.now().minute, *_asked(s, last)
 
-# %% ../../nbs/apps/37_live.ipynb #48789ef8
+# %% ../../nbs/apps/37_live.ipynb #25b3690e
 def _bars(t, start: datetime, end: datetime) -> tuple:
     "Seconds of a bar, the beginning of each as a time, and the bar of each prediction."
     width = step((end - start).total_seconds())
@@ -96,6 +96,7 @@ def _time_axis(ax, start: datetime, end: datetime):
     ax.xaxis.set_major_formatter(ConciseDateFormatter(locator, show_offset=False))
     ax.set_xlim(start, end)
 
+# %% ../../nbs/apps/37_live.ipynb #d5f50c7e
 def plot_traffic(
     t, # what `recent` gives
     start: datetime, # UTC
@@ -115,6 +116,7 @@ def plot_traffic(
     ax.legend(fontsize=7.5, frameon=False, ncols=3, loc='lower left', bbox_to_anchor=(0, 1), borderaxespad=0)
     return ax
 
+# %% ../../nbs/apps/37_live.ipynb #5de8cef2
 def plot_confidence(
     t, # what `recent` gives
 ):

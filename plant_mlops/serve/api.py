@@ -151,7 +151,7 @@ _accepts_many = {'multipart/form-data': dict(schema=dict(type='object', required
 _problems = {c: dict(description=d, content={'application/problem+json': dict(schema=Problem.model_json_schema())}) for c, d in
              {400: 'Nothing sent', 401: 'The wrong token', 403: 'No token is set', 408: 'Sent too slowly', 413: 'Too large', 415: 'Not a photo', 422: 'A broken photo', 429: 'Too many at a time', 503: 'No model yet'}.items()}
 
-# %% ../../nbs/serve/23_api.ipynb #6977ff55
+# %% ../../nbs/serve/23_api.ipynb #45b94f19
 def demo_input(
     model: Model, # what will answer
 ) -> tuple: # a photo's bytes or a list of numbers, and its name
@@ -161,6 +161,7 @@ def demo_input(
 
 @cache
 def _drawn() -> bytes:
+    "A photo, drawn once."
     from plant_mlops.data.synthetic import LABELS, photo
     return photo(LABELS[0], 0, 0)
 

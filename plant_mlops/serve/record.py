@@ -24,7 +24,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.datastructures import Headers
 from ..config import Settings
 
-# %% ../../nbs/serve/19_record.ipynb #889efd0f
+# %% ../../nbs/serve/19_record.ipynb #9d112fdf
 _SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
 
 def make_metrics() -> SimpleNamespace: # name → metric, and the registry
@@ -45,7 +45,8 @@ def make_metrics() -> SimpleNamespace: # name → metric, and the registry
         feedback=metric(Counter, 'feedback', 'True labels received'),
         log_dropped=metric(Counter, 'log_dropped', 'Rows of the prediction log that were lost for want of room'),
         drift_score=metric(Gauge, 'drift_score', 'Share of the recent inputs, at the least, that are unlike the data set; NaN where they are too few to say', multiprocess_mode='livemostrecent'),
-        drift_columns=set(), drift_column=metric(Gauge, 'drift_column', 'The same, by one column alone', 'column', multiprocess_mode='livemostrecent'),
+        drift_columns=set(), # that were told
+        drift_column=metric(Gauge, 'drift_column', 'The same, by one column alone', 'column', multiprocess_mode='livemostrecent'),
         drift_drifted=metric(Gauge, 'drift_drifted', '1 while the score is above its threshold', multiprocess_mode='livemostrecent'),
         drift_checked=metric(Gauge, 'drift_checked_timestamp_seconds', 'When drift was looked for last', multiprocess_mode='livemostrecent'))
 
