@@ -71,12 +71,12 @@ class Train(BaseSettings):
     pretrained: bool = _f(True, 'Start from ImageNet weights; false: from random ones')
     precision: str = _f('auto', 'Numbers in the model file: auto takes int8 where that answers as well, fp32 never does', pattern='^(auto|fp32)$')
 
-# %% ../nbs/00_config.ipynb #8a17f64b
+# %% ../nbs/00_config.ipynb #190c10b5
 class Serve(BaseSettings):
     "How predictions are served."
     host: str = _f('127.0.0.1', 'Address that the API listens on')
     port: int = _f(8000, 'Port that the API listens on', ge=0, le=65535)
-    workers: int = _f(0, 'Processes that answer; 0: one for each core', ge=0)
+    workers: int = _f(0, 'Processes that answer; 0: one for every four cores', ge=0)
     threads: int = _f(0, 'Threads of one ONNX Runtime session; 0: one for each core', ge=0)
     batch_files: int = _f(64, 'Most photos or rows in one request', ge=1)
     batch_max_bytes: int = _f(100_000_000, 'Largest request with many photos or rows, in bytes', ge=1)

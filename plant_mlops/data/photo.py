@@ -6,12 +6,14 @@
 __all__ = ['STRETCH', 'PhotoError', 'Limits', 'PhotoInfo', 'check_photo', 'open_photo', 'shape_seen', 'square', 'to_pixels',
            'pixels_for']
 
-# %% ../../nbs/data/03_photo.ipynb #553eeed7
-import io, warnings
+# %% ../../nbs/data/03_photo.ipynb #315b3eef
+import io, threading, warnings
 from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 from ..config import PlantError
+try: import cykooz_resizer as simd
+except ImportError: simd = None # no build for this kind of machine
 
 # %% ../../nbs/data/03_photo.ipynb #89139e39
 class PhotoError(PlantError):
@@ -97,7 +99,24 @@ def _to_8_bits(
     top = 65535 if a.dtype.kind in 'iu' and a.max(initial=0) > 255 else 255 if a.max(initial=0) > 1 else 1
     return np.clip(a.astype(np.float32) * (255 / top), 0, 255).astype(np.uint8)
 
-# %% ../../nbs/data/03_photo.ipynb #148820c6
+# %% ../../nbs/data/03_photo.ipynb #6aa61d96
+_thread = threading.local() # a resizer keeps what it works in, so each thread has its own
+
+def _resize(
+    img: Image.Image, # RGB
+    size: tuple, # width and height of the result, in pixels
+    box: tuple | None = None, # left, top, right and bottom of what is kept, in pixels; None: all
+) -> Image.Image: # RGB
+    "Resize by cubic convolution."
+    l, t, r, b = box or (0, 0, *img.size)
+    if not simd: return img.resize(size, Image.Resampling.BICUBIC, (l, t, r, b), reducing_gap=3.)
+    if not hasattr(_thread, 'resizer'): _thread.resizer = simd.Resizer()
+    cubic = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)
+    out = Image.new('RGB', size)
+    _thread.resizer.resize_pil(img, out, simd.ResizeOptions(cubic, crop_box=simd.CropBox(l, t, r - l, b - t)))
+    return out
+
+# %% ../../nbs/data/03_photo.ipynb #99da4ef6
 def open_photo(
     data: bytes, # a file's content
     side: int = 256, # shorter side of the result, in pixels
@@ -110,9 +129,9 @@ def open_photo(
     w, h = img.size
     scale = side / min(w, h)
     if max(w, h) * scale > 40 * side: raise PhotoError(f'{w:,} × {h:,} pixels is a strip, not a photo')
-    return img if scale == 1 else img.resize((max(side, round(w * scale)), max(side, round(h * scale))), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return img if scale == 1 else _resize(img, (max(side, round(w * scale)), max(side, round(h * scale))))
 
-# %% ../../nbs/data/03_photo.ipynb #aca5827a
+# %% ../../nbs/data/03_photo.ipynb #4600d8df
 STRETCH = 2. # longest shape that is squeezed whole: longer side / shorter side
 
 def shape_seen(
@@ -130,7 +149,7 @@ def square(
 ) -> np.ndarray: # (size, size, 3) uint8
     "A photo squeezed into a square."
     (w, h), (sw, sh) = img.size, shape_seen(*img.size, stretch)
-    return np.asarray(img.resize((size, size), Image.Resampling.BICUBIC, box=((w - sw)/2, (h - sh)/2, (w + sw)/2, (h + sh)/2)))
+    return np.asarray(_resize(img, (size, size), ((w - sw)/2, (h - sh)/2, (w + sw)/2, (h + sh)/2)))
 
 def to_pixels(
     data: bytes, # a file's content

@@ -198,11 +198,11 @@ def _answer(r: dict, model):
     if r['novel']: what = f"[bold yellow]{'neither' if len(model.classes) == 2 else 'none of them'}[/], it seems: unlike any training photo; closest is {what}"
     out.print(f"{escape(r['file'])}: {what}{note}", highlight=False, soft_wrap=True)
 
-# %% ../../nbs/ops/34_cli.ipynb #ef54942f
+# %% ../../nbs/ops/34_cli.ipynb #ca5850f7
 @app.command()
 def serve(host: Annotated[Optional[str], typer.Option(help='Address to listen on')] = None,
           port: Annotated[Optional[int], typer.Option(help='Port to listen on')] = None,
-          workers: Annotated[Optional[int], typer.Option(help='Processes that answer; default: one for each core')] = None, home: Home = None):
+          workers: Annotated[Optional[int], typer.Option(help='Processes that answer; default: one for every four cores')] = None, home: Home = None):
     "Serve the model in production: the API, and the page at /ui."
     from plant_mlops.serve.server import run_server
     run_server(settings(home=home, host=host, port=port, workers=workers))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Answer', 'Failure', 'Answers', 'Health', 'Problem', 'Truth', 'labels_of', 'title_of', 'problem', 'add_problems',
-           'too_large', 'limited', 'read_input', 'read_inputs']
+           'too_large', 'limited', 'read_files', 'read_input', 'read_inputs']
 
-# %% ../../nbs/serve/20_http.ipynb #7fab4f3a
+# %% ../../nbs/serve/20_http.ipynb #8da44081
 import html, json, os
 from datetime import datetime
 from http import HTTPStatus
@@ -14,8 +14,8 @@ from uuid import UUID
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from ..config import PlantError, Settings
@@ -143,11 +143,28 @@ def limited(
         return message
     return Request(request.scope, receive)
 
-# %% ../../nbs/serve/20_http.ipynb #acd66516
+# %% ../../nbs/serve/20_http.ipynb #f2928da3
 def _is_form(request): return request.headers.get('content-type', '').lower().startswith('multipart/form-data')
 
-async def _content(file: UploadFile) -> tuple: return await file.read(), os.path.basename(file.filename or '') or None
+async def read_files(
+    request: Request, # a form, from `limited`
+    field: str, # in which files are looked for
+    most: int, # files that are wanted; where there are more, one more is read
+) -> list: # (bytes, name or None) of each
+    "The files in a field of a form; raises 400 for a broken form."
+    files, wanted = [], False
+    try:
+        parser = PushMultipartParser(parse_options_header(request.headers['content-type'])[1].get('boundary', ''), max_segment_count=most + 8)
+        async for chunk in request.stream():
+            for o in parser.parse(chunk):
+                if isinstance(o, MultipartSegment):
+                    if wanted := o.name == field and o.filename is not None: files.append(([], os.path.basename(o.filename) or None))
+                elif o and wanted: files[-1][0].append(o)
+            if parser.closed or len(files) > most: break
+    except MultipartError as e: raise HTTPException(400, f'The form is broken: {e}.') from None
+    return [(b''.join(parts), name) for parts, name in files]
 
+# %% ../../nbs/serve/20_http.ipynb #2bd57894
 async def read_input(
     request: Request, # a form, or raw bytes
     max_bytes: int, # of the input itself; what is around it in a form may come on top
@@ -155,14 +172,14 @@ async def read_input(
     "The one input of a request; raises 400 if there is none, 413 as soon as it is too large."
     if not _is_form(request): data, name = await limited(request, max_bytes).body(), None
     else:
-        async with limited(request, max_bytes, slack=64_000).form(max_files=1, max_fields=8) as form:
-            file = form.get('file')
-            if not isinstance(file, UploadFile): raise HTTPException(400, 'The form has no file in its field "file". Send one, as `curl -F file=@photo.jpg` does.')
-            data, name = await _content(file)
+        files = await read_files(limited(request, max_bytes, slack=64_000), 'file', 1)
+        if not files: raise HTTPException(400, 'The form has no file in its field "file". Send one, as `curl -F file=@photo.jpg` does.')
+        if len(files) > 1: raise HTTPException(400, 'The form has several files in its field "file". Send one, or many to /predict/batch in the field "files".')
+        data, name = files[0]
     if not data: raise HTTPException(400, 'There is nothing in the request. Send a photo as the body, or in the form field "file".')
     return data, name
 
-# %% ../../nbs/serve/20_http.ipynb #93cec895
+# %% ../../nbs/serve/20_http.ipynb #8b979767
 async def _read_rows(request, s) -> list:
     "Rows of numbers from JSON, each with no name."
     try: rows = json.loads(await limited(request, s.batch_max_bytes).body())['features']
@@ -175,16 +192,8 @@ async def read_inputs(
     s: Settings, # with the limits
 ) -> list: # (bytes or list of numbers, name of the file or None) of each
     "All inputs of a request, in order; raises 400 if there is none, 413 for too many or too much."
-    if _is_form(request):
-        try:
-            async with limited(request, s.batch_max_bytes, slack=64_000).form(max_files=s.batch_files + 1, max_fields=8) as form:
-                got = [await _content(o) for o in form.getlist('files') if isinstance(o, UploadFile)]
-        except StarletteHTTPException as e:
-            if 'Too many files' not in str(e.detail): raise
-            raise HTTPException(413, _too_many(s)) from None
+    if _is_form(request): got = await read_files(limited(request, s.batch_max_bytes, slack=64_000), 'files', s.batch_files)
     else: got = await _read_rows(request, s)
-    if len(got) > s.batch_files: raise HTTPException(413, _too_many(s))
+    if len(got) > s.batch_files: raise HTTPException(413, f'More than {s.batch_files} in one request (PLANT_BATCH_FILES). Send them in several.')
     if not got: raise HTTPException(400, 'There is nothing in the request. Send files in the form field "files", as `curl -F files=@a.jpg -F files=@b.jpg` does.')
     return got
-
-def _too_many(s: Settings) -> str: return f'More than {s.batch_files} in one request (PLANT_BATCH_FILES). Send them in several.'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'listen', 'url_of', 'keeping', 'show_page', 'run_page', 'Crew', 'run_server']
 
-# %% ../../nbs/serve/28_server.ipynb #a1685cdf
+# %% ../../nbs/serve/28_server.ipynb #e732c369
 import contextlib, logging, logging.config, os, secrets, socket, tempfile
 from functools import partial
 from importlib.util import find_spec
@@ -15,6 +15,7 @@ import uvicorn
 from pydantic import SecretStr
 from uvicorn.supervisors.multiprocess import Multiprocess
 from ..config import PlantError, Settings
+from .api import processes_for
 from .record import log_config
 from .workers import end_with, let_finish, worker_app
 
@@ -98,7 +99,7 @@ class Crew(Multiprocess):
         super().join_all()
         if self.page: self.page.join()
 
-# %% ../../nbs/serve/28_server.ipynb #dd0aeb9c
+# %% ../../nbs/serve/28_server.ipynb #8d113aa9
 @contextlib.contextmanager
 def _shared():
     "A folder that the processes of one server share, with the figures of each."
@@ -130,7 +131,7 @@ def run_server(
         folder, url = stack.enter_context(_shared()), url_of(sock)
         stack.enter_context(keeping(s))
         app = partial(worker_app, s, folder, os.getpid(), url_of(beside) if ui else '', token)
-        config = uvicorn.Config(app, factory=True, workers=s.workers or os.cpu_count() or 1, log_config=logs, access_log=False, timeout_graceful_shutdown=20, timeout_worker_healthcheck=30)
+        config = uvicorn.Config(app, factory=True, workers=processes_for(s), log_config=logs, access_log=False, timeout_graceful_shutdown=20, timeout_worker_healthcheck=30)
         crew = Crew(config, [sock], _page_of(s, url, beside, token if s.log_predictions else '') if ui else None)
         ready(f'Serving at {url}' + (f', the page at {url}/ui' if ui else '') + f', the API at {url}/docs. Ctrl-C stops it.')
         crew.run()
