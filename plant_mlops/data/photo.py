@@ -99,8 +99,8 @@ def _to_8_bits(
     top = 65535 if a.dtype.kind in 'iu' and a.max(initial=0) > 255 else 255 if a.max(initial=0) > 1 else 1
     return np.clip(a.astype(np.float32) * (255 / top), 0, 255).astype(np.uint8)
 
-# %% ../../nbs/data/03_photo.ipynb #6aa61d96
-_thread = threading.local() # a resizer keeps what it works in, so each thread has its own
+# %% ../../nbs/data/03_photo.ipynb #9aba760a
+_own = threading.local() # a resizer keeps what it works in, so each thread has its own
 
 def _resize(
     img: Image.Image, # RGB
@@ -110,10 +110,10 @@ def _resize(
     "Resize by cubic convolution."
     l, t, r, b = box or (0, 0, *img.size)
     if not simd: return img.resize(size, Image.Resampling.BICUBIC, (l, t, r, b), reducing_gap=3.)
-    if not hasattr(_thread, 'resizer'): _thread.resizer = simd.Resizer()
+    if not hasattr(_own, 'resizer'): _own.resizer = simd.Resizer()
     cubic = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)
     out = Image.new('RGB', size)
-    _thread.resizer.resize_pil(img, out, simd.ResizeOptions(cubic, crop_box=simd.CropBox(l, t, r - l, b - t)))
+    _own.resizer.resize_pil(img, out, simd.ResizeOptions(cubic, crop_box=simd.CropBox(l, t, r - l, b - t)))
     return out
 
 # %% ../../nbs/data/03_photo.ipynb #99da4ef6

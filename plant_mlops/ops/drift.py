@@ -33,7 +33,7 @@ def table_of(
     d = pd.DataFrame(rows).replace([np.inf, -np.inf], np.nan).dropna(ignore_index=True)
     return d.drop_duplicates('embedding', ignore_index=True) if 'embedding' in d else d
 
-# %% ../../nbs/ops/29_drift.ipynb #105bf51b
+# %% ../../nbs/ops/29_drift.ipynb #93288de3
 REFERENCE = 1000 # examples, at most
 
 def _held_out(
@@ -41,7 +41,7 @@ def _held_out(
     pointer: dict, # of the model in production
     data: bytes, # its file
 ): # yields samples
-    "Run a model over examples of its data set that it was not trained on."
+    "Run a model over examples of its data set that it was not trained on; raises `PlantError` where it does not say which, or nothing here reads them."
     if not pointer.get('dataset'): raise PlantError(f"Version {pointer['version']} of {s.model!r} does not say which data set it was trained on, so there is nothing to compare with. Train and promote another.")
     spec, session = read_metadata(data)['input'], open_session(data, s.threads)
     if spec['kind'] not in readers: raise PlantError(f"The model takes {spec['kind']!r}, which nothing here can read: add a `Reader` to `model.registry.readers`.")
@@ -53,12 +53,12 @@ def _held_out(
         out = run_model(session, x)
         for i in range(len(x)): yield sample_of(spec['kind'], x[i], out, i)
 
-# %% ../../nbs/ops/29_drift.ipynb #797e3e93
+# %% ../../nbs/ops/29_drift.ipynb #77fcd362
 def reference_of(
     s: Settings, # settings in force
     pointer: dict, # of the model in production
 ) -> pd.DataFrame: # as of `table_of`
-    "What a model's own data set looks like to it; made once for each version, then read from the store."
+    "What a model's own data set looks like to it; made once for each version, then read from the store. Raises `PlantError` where the set is not known."
     store, key = open_store(s), f"models/{s.model}/drift/reference-{pointer['version']}-{pointer['sha256'][:12]}.parquet"
     try: return pd.read_parquet(io.BytesIO(store.get(key)))
     except (NotFound, Corrupt): pass
