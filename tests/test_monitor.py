@@ -176,7 +176,7 @@ def test_a_model_that_cannot_serve_shows_in_the_figures(tmp_path):
 def test_too_many_at_a_time_are_turned_away(tmp_path):
     go, slow = threading.Event(), Model(tiny_model())
     run = slow.run
-    slow.run = lambda *a: (go.wait(10), run(*a))[1]
+    slow.run = lambda batch: (go.wait(10), run(batch))[1]
     with running(create_app(settings(home=tmp_path, queue=3), slow)) as c, ThreadPoolExecutor(3) as pool:
         first = [pool.submit(c.post, '/predict', content=jpeg()) for _ in range(3)]
         wait_for(lambda: figure(c.get('/metrics').text, 'plant_in_flight') >= 4)

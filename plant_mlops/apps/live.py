@@ -246,7 +246,7 @@ def drifted(
     "Whether there is news of drift."
     return (o := open_store(s).stat(f'models/{s.model}/drift.json')) and o.etag
 
-# %% ../../nbs/apps/37_live.ipynb #37308a42
+# %% ../../nbs/apps/37_live.ipynb #b83b626b
 def tried(
     s: Settings, # settings in force
     data: bytes, # of a file
@@ -255,7 +255,7 @@ def tried(
     from plant_mlops.serve.predict import load_champion
     if len(data) > s.ingest_max_bytes: raise PlantError(f'Larger than {s.ingest_max_bytes/1e6:g} MB. Make it smaller, or raise PLANT_INGEST_MAX_BYTES.')
     model = load_champion(s)
-    out = model.run((x := model.decode(data))[None], heatmap=True)
+    out = model.run((x := model.decode(data))[None])
     yield X.Safe(answer_html(model.answer(out, 0)))
     if model.kind != 'image': return
     size = size_seen(data)

@@ -69,8 +69,8 @@ def threads_for(
     "Answers that a process works on at a time: as many as its share of the cores, and one more, for when another process has nothing to do."
     return min(cores, -(-cores//processes_for(s, cores)) + 1)
 
-# %% ../../nbs/serve/23_api.ipynb #4b3959a0
-def _timed(st, data, client, heatmap, keep) -> tuple:
+# %% ../../nbs/serve/23_api.ipynb #d3d01188
+def _timed(st, data, client, keep) -> tuple:
     "The model that answers, as which variant, what the graph says, and what is to be noted: of the prediction, and of its input if it is time for a sample."
     digest = sha256_of(data if isinstance(data, bytes) else json.dumps(data).encode())
     model, variant = st.live.pick(client or digest)
@@ -78,12 +78,12 @@ def _timed(st, data, client, heatmap, keep) -> tuple:
         start = time.perf_counter()
         x = model.decode(data)
         mid = time.perf_counter()
-        out = model.run(x[None], heatmap)
+        out = model.run(x[None])
         end = time.perf_counter()
     for stage, seconds in (('decode', mid - start), ('infer', end - mid)): st.metrics.stage_seconds.labels(stage, variant).observe(seconds)
     return model, variant, out, dict(seconds=end - start, input=digest), sample_of(model.kind, x, out) if keep and st.due() else None
 
-# %% ../../nbs/serve/23_api.ipynb #15fba18e
+# %% ../../nbs/serve/23_api.ipynb #dec8cb1c
 def note(
     st, # state of the app
     model: Model, # that answered
@@ -110,10 +110,10 @@ async def answer_noted(
     keep: bool = True, # count and log it
 ) -> dict: # fields of `Answer`
     "Answer for one input, and keep a record of it; raises `PlantError` where it cannot be decoded."
-    model, variant, out, about, sample = await asyncio.get_running_loop().run_in_executor(st.pool, _timed, st, data, client, heatmap, keep)
+    model, variant, out, about, sample = await asyncio.get_running_loop().run_in_executor(st.pool, _timed, st, data, client, keep)
     got = dict(id=str(uuid4()), timestamp=datetime.now(timezone.utc), file=name, variant=variant, **model.answer(out, 0))
     if keep: note(st, model, got, about, sample)
-    if 'heatmap' in out: got['heatmap'] = out['heatmap'][0].round(3).tolist()
+    if heatmap and 'heatmap' in out: got['heatmap'] = out['heatmap'][0].round(3).tolist()
     return got
 
 # %% ../../nbs/serve/23_api.ipynb #9b21f2da

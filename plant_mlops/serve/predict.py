@@ -98,14 +98,12 @@ class Model:
         "One input as an array: uint8 [H, W, 3] from a photo's bytes, float32 [F] from a list of numbers."
         return DECODERS[self.kind](item, self.spec, self.limits)
 
-# %% ../../nbs/serve/18_predict.ipynb #14bd7d6e
+# %% ../../nbs/serve/18_predict.ipynb #e0c82778
 def _run(self,
     batch: np.ndarray, # decoded inputs, stacked: [N, …]
-    heatmap: bool = False, # where the class was seen as well, which takes some 5 % longer
 ) -> dict: # name of output → [N, …]
-    "What the graph says."
-    names = [o for o in self.outputs if heatmap or o != 'heatmap']
-    return dict(zip(names, self.session.run(names, {self.input: batch})))
+    "Every output of the graph."
+    return dict(zip(self.outputs, self.session.run(None, {self.input: batch})))
 
 def _answer(self,
     out: dict, # what `run` returned
@@ -141,13 +139,13 @@ def golden_input(
     rng, shape = np.random.default_rng(0), [n, *model.spec['shape'][1:]]
     return rng.integers(0, 256, shape, np.uint8) if model.kind == 'image' else rng.standard_normal(shape, np.float32)
 
-# %% ../../nbs/serve/18_predict.ipynb #7f192107
+# %% ../../nbs/serve/18_predict.ipynb #4d29dcd4
 def check_model(
     model: Model, # to be tried before it serves
 ) -> Model: # the same
     "Answer the golden input; raises `PlantError` unless the probabilities are some."
     for n in (1, 2):
-        try: p = model.run(golden_input(model, n), heatmap=True)['probabilities']
+        try: p = model.run(golden_input(model, n))['probabilities']
         except Exception as e: raise PlantError(f'{model} fails on the golden input ({e}). Promote another version.') from e
         if p.shape != (n, len(model.classes)): raise PlantError(f'{model} answers in shape {p.shape}. Export it again.')
         if not (np.isfinite(p).all() and np.allclose(p.sum(1), 1, atol=1e-3)): raise PlantError(f'{model}: its probabilities do not sum to 1. Export it again.')
