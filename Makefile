@@ -26,7 +26,7 @@ export: install       ## notebooks → modules and README, cleaned
 
 readme: install
 	@jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | \
-	  sed -E 's#\]\(((data|model|serve|ops|apps|bench)/|00_)#](nbs/\1#g' > README.md
+	  sed -E 's#\]\(((data|model|serve|ops|jobs|apps|bench)/|00_)#](nbs/\1#g' > README.md
 
 install: $(VENV)/.installed
 
@@ -39,7 +39,7 @@ $(VENV)/.installed: settings.ini setup.py
 	  { echo "No virtual environment could be made. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV): about 6 GB with PyTorch, a few minutes the first time"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5,<1"
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[train,app,jobs,dev]'
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[train,app,jobs,kubeflow,dev]'
 	@test ! -d .git || $(BIN)/nbdev-install-hooks
 	@touch $@
 

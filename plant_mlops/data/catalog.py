@@ -231,11 +231,11 @@ def _turn(shard: tuple) -> sa.ColumnElement:
     if not 1 <= i <= n: raise PlantError(f'Shard {i}/{n} does not exist. The first of {n} is 1/{n}, the last {n}/{n}.')
     return plants_data.c.id % n == i - 1
 
-def _fetch(eng: sa.Engine, *where, columns=(), limit=None) -> list:
-    "Rows as dicts, in the order of their id."
+def _fetch(eng: sa.Engine, *where, columns=(), limit=None, newest=False) -> list:
+    "Rows as dicts, in the order of their id, or the other way round."
     cols = [plants_data.c[o] for o in columns] or [plants_data]
     with eng.connect() as c:
-        return [dict(r) for r in c.execute(sa.select(*cols).where(*where).order_by(plants_data.c.id).limit(limit)).mappings()]
+        return [dict(r) for r in c.execute(sa.select(*cols).where(*where).order_by(plants_data.c.id.desc() if newest else plants_data.c.id).limit(limit)).mappings()]
 
 # %% ../../nbs/data/02_catalog.ipynb #9f683f8d
 def pending(
@@ -263,10 +263,11 @@ def rows(
     eng: sa.Engine, # catalog
     status: str | None = None, # only these
     limit: int | None = None, # at most so many
+    newest: bool = False, # those first that were added last
 ) -> list: # rows as dicts
     "Rows of the catalog."
     if status and status not in statuses: raise PlantError(f'There is no status {status!r}. It is one of {", ".join(statuses)}.')
-    return _fetch(eng, *([plants_data.c.status == status] if status else []), limit=limit)
+    return _fetch(eng, *([plants_data.c.status == status] if status else []), limit=limit, newest=newest)
 
 def counts(
     eng: sa.Engine, # catalog

@@ -6,11 +6,11 @@
 __all__ = ['ZOOM', 'MIN_SCALE', 'LIGHT', 'VIEWS', 'STRENGTHS', 'LABEL_SMOOTHING', 'WEIGHT_DECAY', 'AVERAGE', 'set_seed',
            'TrainCrop', 'WholeSquare', 'loaders', 'views', 'linear_probe', 'by_depth', 'FrozenStatistics', 'Progress',
            'new_learner', 'Trained', 'fit_learner', 'plot_confusions', 'activation_maps', 'plot_activations',
-           'top_losses', 'git_commit', 'log_training', 'train']
+           'top_losses', 'log_training', 'recipe', 'train']
 
 # %% ../../nbs/model/11_train.ipynb #30e5a335
 from .backbone import Body, build_body, device, features, keep_memory, normalise, unit
-import os, subprocess, warnings
+import os, warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,12 +22,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
-from .. import config
 from ..config import PlantError, Settings
 from ..data.dataset import load_dataset, load_pixels
 from ..data.photo import shape_seen, square
 from ..data.prepare import progress_bar
-from .tracking import experiment_id, mlflow_client
+from .tracking import experiment_id, git_commit, job_tag, mlflow_client
 
 # %% ../../nbs/model/11_train.ipynb #f108146f
 def set_seed(
@@ -274,7 +273,7 @@ def plot_confusions(
     fig, ax = plt.subplots(figsize=(2 + .5*n,)*2, layout='constrained')
     ax.imshow(m, cmap='Greens')
     for (i, j), v in np.ndenumerate(m): ax.text(j, i, v, ha='center', va='center', color='white' if v > m.max()/2 else 'black')
-    ax.set(xticks=range(n), yticks=range(n), xticklabels=trained.classes, yticklabels=trained.classes, xlabel='predicted', ylabel='true', title=_title(trained, 'Validation'))
+    ax.set(xticks=range(n), yticks=range(n), xticklabels=trained.classes, yticklabels=trained.classes, xlabel='predicted', ylabel='true', title=_title(trained, 'Validation').replace(' (', '\n('))
     return fig
 
 # %% ../../nbs/model/11_train.ipynb #5975d095
@@ -315,17 +314,6 @@ def top_losses(
     p = _softmax(trained.valid_logits)[np.arange(len(trained.valid_labels)), trained.valid_labels]
     return np.argsort(p, kind='stable')[:n]
 
-# %% ../../nbs/model/11_train.ipynb #a55e098b
-def git_commit(
-    file: Path = Path(config.__file__), # a file of the package
-) -> str: # its commit, '+' behind it where files were changed since; '' if git does not know the file
-    "The commit of the code that runs."
-    git = lambda *a: subprocess.run(['git', '-C', str(file.parent), *a], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    try:
-        git('ls-files', '--error-unmatch', file.name)
-        return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
-    except (OSError, subprocess.SubprocessError): return ''
-
 # %% ../../nbs/model/11_train.ipynb #275c19dd
 @contextmanager
 def _run(
@@ -334,7 +322,7 @@ def _run(
     tags: dict, # of the run
 ):
     "A new MLflow run, finished or failed in the end."
-    run = c.create_run(experiment_id(c, s), tags=tags).info.run_id
+    run = c.create_run(experiment_id(c, s), tags=tags | job_tag()).info.run_id
     try: yield run
     except BaseException: c.set_terminated(run, 'FAILED'); raise
     c.set_terminated(run)
@@ -357,11 +345,12 @@ def log_training(
     for k, fig in figures.items(): c.log_figure(run, fig, f'pictures/{k}.png'); plt.close(fig)
 
 # %% ../../nbs/model/11_train.ipynb #5df01675
-_LOGGED = ('arch', 'pretrained', 'image_size', 'epochs', 'batch_size', 'lr', 'seed')
-
-def _constants() -> dict:
-    "What the recipe fixes, for the record."
-    return dict(zoom=ZOOM, min_scale=MIN_SCALE, light=LIGHT, views=VIEWS, label_smoothing=LABEL_SMOOTHING, average=AVERAGE, weight_decay=WEIGHT_DECAY, device=device().type)
+def recipe(
+    s: Settings, # settings in force
+) -> dict: # name → value
+    "All that decides what is learnt from given photos: the settings, and what is fixed here."
+    chosen = {o: getattr(s, o) for o in ('arch', 'pretrained', 'image_size', 'epochs', 'batch_size', 'lr', 'seed')}
+    return chosen | dict(zoom=ZOOM, min_scale=MIN_SCALE, light=LIGHT, views=VIEWS, label_smoothing=LABEL_SMOOTHING, average=AVERAGE, weight_decay=WEIGHT_DECAY, device=device().type)
 
 def train(
     s: Settings, # settings in force
@@ -377,7 +366,7 @@ def train(
     source, commit = data.card.get('source', ''), git_commit()
     _check(labels, *parts, classes)
     with mlflow_client(s) as c, _run(c, s, dict(dataset=data.version, source=source, git_commit=commit)) as run:
-        for k, v in {**{o: getattr(s, o) for o in _LOGGED}, **_constants(), 'dataset': data.version, 'classes': ', '.join(classes)}.items(): c.log_param(run, k, v)
+        for k, v in {**recipe(s), 'dataset': data.version, 'classes': ', '.join(classes)}.items(): c.log_param(run, k, v)
         trained = fit_learner(jpegs, labels, *parts, classes, s, progress)
         trained.run_id, trained.dataset, trained.source, trained.git_commit = run, data.version, source, commit
         log_training(c, run, trained, np.stack([square(fv.PILImage.create(jpegs[i]), s.image_size) for i in parts[1]]))
