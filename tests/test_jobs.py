@@ -1,5 +1,5 @@
 "The jobs as a person, a workflow and a scheduler run them; killed, started twice, fed rubbish."
-import json, os, shutil, signal, sqlite3, subprocess, sys
+import json, os, shutil, signal, sqlite3, subprocess, sys, time
 from contextlib import suppress
 from pathlib import Path
 import psutil, pytest
@@ -78,15 +78,16 @@ def begun(s, job, p):
     return row()
 
 def test_killed_in_each_job(tmp_path):
-    photos, home = drawn(tmp_path/'photos', 30), tmp_path/'home'
-    s, given = settings(home=home), dict(ingest=['-p', 'photos', photos])
+    home, given, at = tmp_path/'home', dict(ingest=['-p', 'synthetic', 200]), dict(ingest=.5, prepare=3) # seconds into its work
+    s = settings(home=home)
     for job in ('ingest', 'prepare', 'train', 'evaluate', 'promote', 'monitor'):
         p = start('job', 'run', job, *given.get(job, []), home=home)
         row = begun(s, job, p)
         assert row, f'{job} was over before it could be killed: {p.communicate()}'
+        time.sleep(at.get(job, 0))
         if job == 'train': wait_for(lambda: registered(home), 120, 'the model') # the worst moment: registered, and not yet told
         kill(p, row['pid'])
-        assert find_run(s, row['id'])['status'] == 'killed'
+        wait_for(lambda: find_run(s, row['id'])['status'] == 'killed', 10, 'the end of it')
         plant('job', 'run', job, *given.get(job, []), home=home)
         last, dead = history(s, job, 2)
         assert (last['status'], dead['status'], dead['id']) == ('succeeded', 'killed', row['id'])
@@ -98,7 +99,7 @@ def test_killed_in_each_job(tmp_path):
 def test_two_starts_at_once_then_sigterm(tmp_path):
     home, s = tmp_path/'home', settings(home=tmp_path/'home')
     plant('job', 'run', 'ingest', '-p', 'synthetic', '40', home=home), plant('job', 'run', 'prepare', home=home)
-    two = [start('job', 'run', 'train', home=home) for _ in range(2)]
+    two = [start('job', 'run', 'train', home=home, PLANT_EPOCHS='50') for _ in range(2)]
     wait_for(lambda: [p for p in two if p.poll() is not None], 120, 'one of the two')
     refused, works = sorted(two, key=lambda p: p.poll() is None)
     row, = history(s, 'train', None)
@@ -119,7 +120,7 @@ def test_shards_run_side_by_side(tmp_path):
 @pytest.mark.parametrize('args, ok, says', [
     (['job', 'run', 'trian'], 1, 'did you mean train'), (['job', 'run', 'train', '-p', 'sed', '1'], 2, 'no parameter'), (['job', 'run', 'train', '-p', 'seed', 'x'], 2, 'valid integer'),
     (['job', 'run', '--all', '-p', 'sed', '1'], 2, 'None of ingest'), (['job', 'run', 'ingest', '-p', 'shard', '3/2'], 2, 'such as 2/4'), (['job', 'run', '--resume'], 1, '--all'),
-    (['job', 'run'], 2, 'one job, or --all'), (['job', 'show', 'lost'], 1, 'job history'), (['job', 'keep', 'lost.ipynb'], 1, 'not there')])
+    (['job', 'run'], 2, 'one job, or --all'), (['job', 'run', '--resume', '--ci'], 2, 'begun with'), (['job', 'run', 'train', '-p', 'seed'], 2, 'a name and a value'), (['job', 'show', 'lost'], 1, 'job history'), (['job', 'keep', 'lost.ipynb'], 1, 'not there')])
 def test_refused_before_anything_starts(tmp_path, args, ok, says):
     assert says in plant(*args, home=tmp_path/'home', ok=ok)
     assert not (tmp_path/'home/store').exists() and not history(settings(home=tmp_path/'home'))
@@ -155,12 +156,14 @@ def test_scheduler_runs_what_is_due_and_stops_cleanly(tmp_path):
     env = dict(PLANT_SCHEDULE_EVERY='0.5', PLANT_JOB_GRACE='0', PLANT_SCHEDULES=json.dumps(dict(ingest='', monitor='')))
     p = start('schedule', home=home, **env)
     wait_for(lambda: begun(s, 'train', p), 120, 'prepare, then train') # the photos' news, then the dataset's
+    its = psutil.Process(p.pid).children(recursive=True)
+    assert its
     p.send_signal(signal.SIGTERM)
     _, log = p.communicate(timeout=60)
     assert p.returncode == 0 and 'prepare starts (photos)' in log and 'train starts (dataset)' in log and 'stopping: ' in log, log
     row = find_run(s, 'train')
     assert (row['status'], row['why']) == ('cancelled', 'dataset') and row['report'] and find_run(s, 'prepare')['report']
-    assert not [o for o in psutil.process_iter(['cmdline']) if str(home) in ' '.join(o.info['cmdline'] or [])]
+    assert not psutil.wait_procs(its, 10)[1], 'something goes on'
     from datetime import timedelta
     from plant_mlops.ops.scheduler import why_due
     later = row['ended_at'] + timedelta(minutes=2)
@@ -196,3 +199,29 @@ def test_full_disk(disk):
     shutil.rmtree(kept)
     (disk/'filler').unlink()
     plant('job', 'run', 'prepare', home=home)
+
+def test_a_signal_before_the_first_cell(tmp_path):
+    p = start('job', 'run', 'monitor', '--why', 'schedule', home=tmp_path/'home')
+    wait_for(lambda: psutil.Process(p.pid).children() or p.poll() is not None, 60, 'the kernel')
+    p.send_signal(signal.SIGTERM)
+    _, err = p.communicate(timeout=60)
+    row = find_run(settings(home=tmp_path/'home'), 'monitor')
+    assert p.returncode == 130 and (row['status'], row['why'], row['exit']) == ('cancelled', 'schedule', 130) and 'Traceback' not in err, err
+
+def test_a_crashed_put_is_swept(tmp_path):
+    from plant_mlops.data.store import place
+    s = settings(home=tmp_path)
+    open_store(s).put('a', b'1')
+    with subprocess.Popen([sys.executable, '-c', '']) as p: pass
+    left = open_store(s).tmp/f'{p.pid}@{place()}@x'
+    left.touch()
+    open_store(s)
+    assert not left.exists()
+
+@pytest.mark.parametrize('new, tells', [(19, []), (20, ['dataset'])])
+def test_few_new_photos_are_no_news(tmp_path, monkeypatch, new, tells):
+    from plant_mlops.model import registry
+    from plant_mlops.ops import runs, stages
+    monkeypatch.setattr(stages, 'new_photos', lambda s: new)
+    monkeypatch.setattr(registry, 'versions', lambda s: [dict(version='1')])
+    with runs.open_runs(s := settings(home=tmp_path)) as eng: assert runs._news(eng, s, table.jobs['prepare'], dict(dataset='v2')) == tells

@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
 def train_again(monkeypatch, s, network):
     "The stage `train`, with a network that is trained already."
     with mlflow_client(s) as c: run = c.create_run(experiment_id(c, s)).info.run_id
-    monkeypatch.setattr('plant_mlops.model.train.train', lambda s, progress: dataclasses.replace(network, run_id=run))
+    monkeypatch.setattr('plant_mlops.model.train.train', lambda s, dataset, progress: dataclasses.replace(network, run_id=run))
     return stages.train(s, progress=False)
 
 def kept(s, run):

@@ -114,9 +114,9 @@ def _alive(pid: int) -> bool:
 def _sweep(tmp: Path):
     "Remove the temporary files of processes that are gone: of this place by number, of others after a day."
     for f in tmp.glob('*@*@*'):
-        pid, place, _ = f.name.split('@')
+        pid, at, _ = f.name.split('@')
         with contextlib.suppress(OSError):
-            if not _alive(int(pid)) if place == place() else time.time() - f.stat().st_mtime > 86_400: f.unlink()
+            if not _alive(int(pid)) if at == place() else time.time() - f.stat().st_mtime > 86_400: f.unlink()
 
 # %% ../../nbs/data/01_store.ipynb #15f86c47
 class FolderStore:

@@ -12,6 +12,7 @@ __all__ = ['app', 'catalog_app', 'ab_app', 'job_app', 'pipeline_app', 'out', 'er
 # %% ../../nbs/ops/37_cli.ipynb #398d7a93
 import json, os, secrets, sys, webbrowser
 from importlib.util import find_spec
+from inspect import formatannotation
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Optional
@@ -333,7 +334,11 @@ class _Pairs(typer.core.TyperCommand):
         rest, out = iter(args), []
         for o in rest:
             out.append(o)
-            if o == '-p': out.append(pair if '=' in (pair := next(rest, '')) else f"{pair}={next(rest, '')}")
+            if o != '-p': continue
+            pair = [next(rest, '')]
+            if '=' not in pair[0]: pair.append(next(rest, None))
+            if not pair[0] or pair[0].startswith('-') or None in pair: raise typer.BadParameter('-p wants a name and a value, as in: -p seed 7')
+            out.append('='.join(pair))
         return super().parse_args(ctx, out)
 
 # %% ../../nbs/ops/37_cli.ipynb #ffcc844a
@@ -352,7 +357,7 @@ def job_run(
     if (name is not None) + everything + again != 1: raise typer.BadParameter('give the name of one job, or --all, or --resume')
     from plant_mlops.ops import runner
     s, given = settings(home=home), dict(o.split('=', 1) for o in p or [])
-    if again and given: raise typer.BadParameter('--resume goes on with the parameters it was begun with')
+    if again and (given or ci): raise typer.BadParameter('--resume goes on with the parameters it was begun with')
     tell = lambda row: None if as_json else _did(row)
     if ci: rows = runner.run_ci(s, name or 'promote', given, reports, tell, err)
     elif again: rows = runner.resume(s, tell, err)
@@ -395,9 +400,10 @@ def job_show(name: Annotated[str, typer.Argument(help='A run, or a job: its newe
              browse: Annotated[Optional[bool], typer.Option('--open/--no-open', help='Open the report in the browser; default: at a terminal')] = None):
     "What a job can be told, how a run went, and its report."
     from plant_mlops.ops.jobs import jobs, parameters_of
-    from plant_mlops.ops.runs import find_run
+    from plant_mlops.ops.runs import find_run, history as runs
     s = settings(home=home)
-    if name in jobs and not as_json: _table([dict(parameter=k, type=getattr(q.type, '__name__', str(q.type)), default=repr(q.default), what=q.what) for k, q in parameters_of(jobs[name]).items()], 'It has no parameters.')
+    if name in jobs and not as_json: _table([dict(parameter=k, type=formatannotation(q.type), default=repr(q.default), what=q.what) for k, q in parameters_of(jobs[name]).items()], 'It has no parameters.')
+    if name in jobs and not runs(s, name, 1): return print('{}') if as_json else out.print('\nIt has not run yet.')
     row = find_run(s, name)
     if as_json: return print(json.dumps(_row(row)))
     out.print()
@@ -418,8 +424,9 @@ def _local(s: Settings, key: str) -> str:
 def job_keep(file: Annotated[Path, typer.Argument(help='An executed notebook, named by its run')], error: Annotated[str, typer.Option(help='What is known of its end')] = '', home: Home = None):
     "Put the report of a notebook that something else has run where it belongs."
     from plant_mlops.ops.runner import keep
+    from plant_mlops.ops.runs import context
     if not file.is_file(): raise PlantError(f'{file} is not there. Give the executed notebook.')
-    out.print(keep(settings(home=home), file, error)['status'])
+    out.print(keep(settings(home=home), file, error, **context())['status'])
 
 # %% ../../nbs/ops/37_cli.ipynb #28671347
 @app.command()

@@ -15,15 +15,15 @@ from typing import get_args
 from ..config import settings
 from .jobs import Job, jobs, new_id, notebook_of, parameters_of, said_of, schedule_of
 
-# %% ../../nbs/ops/35_dags.ipynb #21914491
+# %% ../../nbs/ops/35_dags.ipynb #7ab651ae
 def _keep(
     kernel: str, # name of the training environment's
     file: Path, # executed notebook
 ):
     "Have the training environment keep a report; a report that is lost is no reason to do the work again."
     from jupyter_client.kernelspec import get_kernel_spec
-    r = subprocess.run([get_kernel_spec(kernel).argv[0], '-m', 'plant_mlops', 'job', 'keep', str(file)], capture_output=True, text=True, timeout=600)
-    if r.returncode: logging.getLogger(__name__).warning('The report of %s was not kept: %s', file.stem, r.stderr.strip())
+    try: subprocess.run([get_kernel_spec(kernel).argv[0], '-m', 'plant_mlops', 'job', 'keep', str(file)], capture_output=True, text=True, timeout=600, check=True)
+    except Exception as e: logging.getLogger(__name__).warning('The report of %s was not kept: %s', file.stem, getattr(e, 'stderr', '') or e)
 
 @cache
 def operator() -> type: # of every task

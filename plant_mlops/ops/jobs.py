@@ -6,8 +6,8 @@
 __all__ = ['assets', 'jobs', 'MIME', 'Asset', 'Job', 'job_of', 'chain_to', 'notebook_of', 'Parameter', 'parameters_of', 'Refused',
            'part', 'checked', 'schedule_of', 'new_id', 'said_of']
 
-# %% ../../nbs/ops/31_jobs.ipynb #ced7ee06
-import ast, difflib, inspect, json, secrets
+# %% ../../nbs/ops/31_jobs.ipynb #41432980
+import ast, difflib, inspect, json, re, secrets
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
@@ -103,11 +103,12 @@ def job_of(
     near = difflib.get_close_matches(name, jobs, 1)
     raise PlantError(f"There is no job {name!r}{f'; did you mean {near[0]}?' if near else '.'} There are: {', '.join(jobs)}.")
 
-# %% ../../nbs/ops/31_jobs.ipynb #a6855da9
+# %% ../../nbs/ops/31_jobs.ipynb #d0441efd
 def chain_to(
     asset: str = 'champion', # what is wanted in the end
 ) -> list: # jobs, in order
-    "The jobs that lead to an asset."
+    "The jobs that lead to an asset; raises `PlantError` where there is no such asset."
+    if asset not in assets: raise PlantError(f"There is no asset {asset!r}. There are: {', '.join(assets)}.")
     makers = [j for j in jobs.values() if asset in j.produces]
     before = [o for j in makers for a in j.consumes for o in chain_to(a)]
     return list(dict.fromkeys([*before, *makers]))
@@ -155,7 +156,7 @@ def part(
     except ValueError: pass
     raise Refused(f'{shard!r} is no part of the work: write i/n with 1 ≤ i ≤ n, such as 2/4.')
 
-# %% ../../nbs/ops/31_jobs.ipynb #4ea5b53c
+# %% ../../nbs/ops/31_jobs.ipynb #ac01bbfe
 def checked(
     job: Job, # of the table
     given: dict, # name → value, as text or with its type
@@ -164,19 +165,22 @@ def checked(
     known = parameters_of(job)
     for k in given:
         if k not in known: raise Refused(f"{job.name} has no parameter {k!r}. It has: {', '.join(known) or 'none'}.")
-    model = create_model(job.name, __config__=ConfigDict(protected_namespaces=()), **{k: (p.type, p.default) for k, p in known.items()})
+    model = create_model(job.name, __config__=ConfigDict(protected_namespaces=(), allow_inf_nan=False), **{k: (p.type, p.default) for k, p in known.items()})
     try: out = model(**given).model_dump(include=set(given))
     except ValidationError as e:
         raise Refused('; '.join(f"{job.name}: {o['loc'][0]} = {o['input']!r}: {o['msg']}" for o in e.errors()) + '.') from None
     if 'shard' in out: part(out['shard'])
     return out
 
-# %% ../../nbs/ops/31_jobs.ipynb #d5edf005
+# %% ../../nbs/ops/31_jobs.ipynb #afb7ab66
 def schedule_of(
     s: Settings, # `schedules` among them
     job: Job, # of the table
 ) -> str: # cron expression in UTC; '' for never
-    "When a job runs by the clock."
+    "When a job runs by the clock; raises `PlantError` where a setting names a job that is none, or a day of the week by number."
+    for k, v in s.schedules.items():
+        name = job_of(k).name
+        if re.search(r'\d', ''.join(v.split()[4:])): raise PlantError(f'PLANT_SCHEDULES: {name} at {v!r}: write the day of the week as sun, mon …, since programs number them differently.')
     return s.schedules.get(job.name, job.schedule)
 
 # %% ../../nbs/ops/31_jobs.ipynb #63585867

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parameters_to', 'signature', 'run_step', 'component', 'pipeline', 'compile_pipeline', 'run_pipeline']
 
-# %% ../../nbs/ops/36_pipeline.ipynb #0f2e00a5
+# %% ../../nbs/ops/36_pipeline.ipynb #f24ad7e9
 import io, json, linecache, os, re, sys, tempfile, warnings
 from collections import deque
 from contextlib import redirect_stdout
@@ -13,7 +13,6 @@ from inspect import Parameter, Signature
 from pathlib import Path
 from typing import NamedTuple, get_args
 from unittest.mock import patch
-from pydantic import TypeAdapter
 from ..config import PlantError, Settings, settings
 from .jobs import Job, Refused, chain_to, jobs, parameters_of
 
@@ -140,14 +139,13 @@ class _Log(io.TextIOBase):
         last = re.sub(r'^[\w.]+: ', '', self.tail[i-1])
         return f'The step {_over.search(self.tail[i])[1]} failed. {last}' if i else ' '.join(self.tail)[-500:]
 
-# %% ../../nbs/ops/36_pipeline.ipynb #fafc85fc
+# %% ../../nbs/ops/36_pipeline.ipynb #3eb52402
 def _given(given: dict) -> dict:
     "A person's parameters, with the types that the pipeline has; raises `Refused`."
     from plant_mlops.ops.runner import spread
-    spread(chain_to(), given)
-    known = signature(parameters_to()).parameters
     if 'shard' in given: raise Refused('The parts of the work are the pipeline\'s own business: use --shards.')
-    return {k: TypeAdapter(known[k].annotation).validate_python(v) for k, v in given.items() if v is not None}
+    typed, known = {k: v for o in spread(chain_to(), given).values() for k, v in o.items()}, signature(parameters_to()).parameters
+    return {k: known[k].annotation(v) for k, v in typed.items() if v is not None}
 
 def run_pipeline(
     s: Settings, # settings in force

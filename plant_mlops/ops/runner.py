@@ -6,8 +6,8 @@
 __all__ = ['SMALL', 'environment', 'Cancelled', 'Watch', 'as_page', 'report_key', 'keep', 'JobFailed', 'run_job', 'spread',
            'run_chain', 'resume', 'run_ci']
 
-# %% ../../nbs/ops/33_runner.ipynb #344ef56b
-import ast, asyncio, json, os, re, shutil, signal, tempfile, threading
+# %% ../../nbs/ops/33_runner.ipynb #8d735ba2
+import ast, json, os, re, shutil, signal, tempfile, threading
 from contextlib import contextmanager, suppress
 from datetime import timezone
 from functools import cache
@@ -26,15 +26,14 @@ from ..model.tracking import experiment_id, mlflow_client
 from .jobs import Job, Refused, chain_to, checked, job_of, new_id, notebook_of, parameters_of
 from .runs import Busy, busy, find_run, history, holder, job_runs, mlflow_runs, open_runs, utc
 
-# %% ../../nbs/ops/33_runner.ipynb #e9a963b9
+# %% ../../nbs/ops/33_runner.ipynb #64f490b8
 def environment(
     s: Settings, # settings in force
     **context, # of the run: id, why, chain …
 ) -> dict: # of the kernel
     "The environment of this process, with the settings and the context of a run."
     plain = lambda v: v.get_secret_value() if isinstance(v, SecretStr) else json.dumps(v) if isinstance(v, dict) else str(v)
-    ours = {f'PLANT_{k.upper()}': plain(getattr(s, k)) for k, f in Settings.model_fields.items() if getattr(s, k) != f.default}
-    return {k: v for k, v in os.environ.items() if k != 'MLFLOW_TRACKING_URI'} | ours | dict(JOB_CONTEXT=json.dumps(context), JUPYTER_PREFER_ENV_PATH='1')
+    return os.environ | {f'PLANT_{k.upper()}': plain(getattr(s, k)) for k in Settings.model_fields} | dict(JOB_CONTEXT=json.dumps(context))
 
 def _imports(
     cells: list, # of a notebook
@@ -52,11 +51,14 @@ def _kernel(
     first: list, # lines of Python that it runs at its start
 ) -> AsyncKernelManager:
     "A kernel of this environment, that nobody else on this machine can listen to."
+    os.environ.setdefault('JUPYTER_PREFER_ENV_PATH', '1') # where its specification is looked for first
     km = AsyncKernelManager(kernel_name='python3', transport_encryption='auto')
     run_sync(km.start_kernel)(env=env, extra_arguments=['--HistoryManager.hist_file=:memory:', *(f'--IPKernelApp.exec_lines={o}' for o in first)])
     return km
 
-# %% ../../nbs/ops/33_runner.ipynb #cccd1c6d
+# %% ../../nbs/ops/33_runner.ipynb #dd58ba05
+_STOPPED = 'It was cancelled.'
+
 class Cancelled(Exception): "A signal came while no cell was at work."
 
 class Watch:
@@ -74,25 +76,23 @@ class Watch:
     def __exit__(self, *_):
         for o, f in self.was.items(): signal.signal(o, f)
 
-    def on_signal(self, sig, _):
+    def on_signal(self,
+        sig, # its number
+        _, # frame
+    ):
         "Interrupt the kernel while it works, the second time end it; else remember."
         if self.working: os.kill(self.km.provisioner.pid, signal.SIGKILL if self.signal else signal.SIGINT)
         self.signal = sig
 
-    def on_cell(self, cell, cell_index):
-        "Called before each cell."
-        if self.signal: raise Cancelled('It was cancelled.') # between two cells, or before the first
+    def on_cell(self,
+        cell, # of the notebook
+        cell_index, # its number, from 0
+    ):
+        "Called before each cell; raises `Cancelled`."
+        if self.signal: raise Cancelled(_STOPPED) # between two cells, or before the first
         if cell.cell_type == 'markdown': self.heading = next(iter(re.findall(r'^#+ (.*)', cell.source, re.M)), self.heading)
         self.say(self.heading, cell_index)
-        if not self.working and threading.current_thread() is threading.main_thread():
-            for o in self.was: asyncio.get_running_loop().remove_signal_handler(o); signal.signal(o, self.on_signal) # nbclient's would end the kernel at once
         self.working = True
-
-    def over(self):
-        "Called when the notebook has ended; from now on signals wait."
-        self.working = False
-        if threading.current_thread() is threading.main_thread():
-            for o in self.was: signal.signal(o, self.on_signal)
 
 # %% ../../nbs/ops/33_runner.ipynb #bb425c64
 @cache
@@ -109,7 +109,7 @@ def _papermill():
     papermill_engines.register('plant', Engine)
     return papermill
 
-# %% ../../nbs/ops/33_runner.ipynb #2db57f9a
+# %% ../../nbs/ops/33_runner.ipynb #816bd9f0
 @contextmanager
 def _bar(
     console: Console, # where to
@@ -129,18 +129,19 @@ def _execute(
     to: Path, # where the executed notebook goes
     env: dict, # of the kernel
     watch: Watch, # that follows it
+    timeout: float, # seconds; a run ends itself by then, so this is for a kernel that does not listen
 ) -> Exception | None: # what went wrong
     "Run the notebook of a job."
     path, warm = notebook_of(job), threading.Thread(target=_warm_up, args=[s], daemon=True)
-    watch.km = _kernel(env, _imports(json.loads(path.read_text(encoding='utf-8'))['cells']))
     try:
+        watch.km = _kernel(env, _imports(json.loads(path.read_text(encoding='utf-8'))['cells']))
         papermill = _papermill()
         warm.start() # while the cells run
-        papermill.execute_notebook(path, to, parameters, engine_name='plant', kernel_name='python3', language='python', progress_bar=False, watch=watch, execution_timeout=job.timeout + 120)
+        papermill.execute_notebook(path, to, parameters, engine_name='plant', kernel_name='python3', language='python', progress_bar=False, watch=watch, execution_timeout=int(timeout) + 120)
     except Exception as e: return e
     finally:
-        watch.over()
-        if watch.km.has_kernel: run_sync(watch.km.shutdown_kernel)(now=True)
+        watch.working = False
+        if watch.km and watch.km.has_kernel: run_sync(watch.km.shutdown_kernel)(now=True)
         if warm.ident: warm.join()
 
 def _warm_up(s: Settings):
@@ -158,19 +159,23 @@ def as_page(
     html, _ = HTMLExporter(embed_images=True, **nothing).from_notebook_node(nb, dict(metadata=dict(name=title)))
     return re.sub(r'<script[^>]*src=""[^>]*>\s*</script>', '', html)
 
-# %% ../../nbs/ops/33_runner.ipynb #511fdf78
+# %% ../../nbs/ops/33_runner.ipynb #e6d4582d
 def _settle(
     s: Settings, # settings in force
     run: str, # id, as `new_id` gives
     error: str = '', # what is known of its end
+    parameters: dict = {}, # of the run
+    **said, # why, chain, asked, attempt: what is known of them
 ) -> dict: # its row
     "Close the row of a run whose kernel has gone; one that never came to `begin` is given a row."
-    job, now, status = run.rsplit('-', 2)[0], utc(), 'cancelled' if error == 'It was cancelled.' else ''
+    job, now, stopped = run.rsplit('-', 2)[0], utc(), error == _STOPPED
+    known = dict(why='by hand', attempt=1) | {k: v for k, v in said.items() if k in ('why', 'chain', 'asked', 'attempt')}
+    end = dict(error=error or 'Its kernel died. Was it killed for want of memory?', exit=130 if stopped else 1, ended_at=now)
     def write(eng):
         with eng.begin() as c:
             mine = c.execute(sa.select(job_runs.c.status).where(job_runs.c.id == run)).scalar()
-            if mine is None: c.execute(sa.insert(job_runs), dict(id=run, model=s.model, job=job, shard='1/1', status=status or 'failed', why='by hand', attempt=1, parameters={}, error=error, exit=1, started_at=now, seen_at=now, ended_at=now))
-            if mine == 'running': c.execute(sa.update(job_runs).where(job_runs.c.id == run).values(status=status or 'killed', error=error or 'Its kernel died. Was it killed for want of memory?', exit=130 if status else 1, ended_at=now))
+            if mine is None: c.execute(sa.insert(job_runs), dict(id=run, model=s.model, job=job, shard=parameters.get('shard', '1/1'), status='cancelled' if stopped else 'failed', parameters=parameters, started_at=now, seen_at=now, **known, **end))
+            if mine == 'running': c.execute(sa.update(job_runs).where(job_runs.c.id == run).values(status='cancelled' if stopped else 'killed', **end))
     with open_runs(s) as eng: ask(write, eng)
     return find_run(s, run)
 
@@ -210,16 +215,17 @@ def _forget(s: Settings, store, run: str):
     keys = sorted(o.key for o in store.list(report_key(s, run).rpartition('/')[0] + '/'))
     for o in keys[:-2*s.job_reports]: store.delete(o)
 
-# %% ../../nbs/ops/33_runner.ipynb #d3ebaf1b
+# %% ../../nbs/ops/33_runner.ipynb #b8cb4473
 def keep(
     s: Settings, # settings in force
     file: Path, # executed notebook, named by its run
     error: str = '', # what is known of its end
+    **said, # parameters, why, chain …: of a run that never came to `begin`
 ) -> dict: # row of the run
-    "Close a run's row, and put its report into the store and into MLflow; raises `PlantError` where the store does not take it."
+    "Close a run's row, and put its report into the store and into MLflow; raises `PlantError` where they do not take it."
     import nbformat
     run, page = file.stem, file.with_suffix('.html')
-    row = _settle(s, run, error)
+    row = _settle(s, run, error, **{k: v for k, v in said.items() if k != 'run'})
     page.write_text(as_page(nbformat.read(file, 4), f"{row['job']}: {row['status']}, {row['started_at']:%Y-%m-%d %H:%M} UTC"), encoding='utf-8')
     store = open_store(s)
     for f in (file, page): store.put(report_key(s, run, f.suffix), f.read_bytes())
@@ -230,7 +236,7 @@ def keep(
     _attach(s, row, [file, page])
     return row | dict(report=report_key(s, run))
 
-# %% ../../nbs/ops/33_runner.ipynb #56a0d3b0
+# %% ../../nbs/ops/33_runner.ipynb #ae73fb21
 class JobFailed(PlantError):
     "A job that did not end well; its row is in `run`."
     run: dict = {}
@@ -246,42 +252,48 @@ def run_job(
     job = job_of(name)
     parameters, run = checked(job, given or {}), new_id(name)
     with open_runs(s) as eng: _free(s, eng, job, parameters)
-    console, folder = console or Console(stderr=True), Path(tempfile.mkdtemp(prefix='job-'))
+    console, folder = console or Console(stderr=True), _folder()
     with _bar(console, name, len(json.loads(notebook_of(job).read_text(encoding='utf-8'))['cells'])) as say, Watch(say) as watch:
-        failed = _execute(s, job, parameters, file := folder/f'{run}.ipynb', environment(s, run=run, **context), watch)
-        row, note = _put_away(s, file, failed)
+        failed = _execute(s, job, parameters, file := folder/f'{run}.ipynb', environment(s, run=run, **context), watch, context.get('timeout', job.timeout))
+        row, note = _put_away(s, file, failed, dict(parameters=parameters, **context))
     if failed or row['status'] != 'succeeded': raise _failure(s, job, row, failed, watch.heading, note)
     if note: console.print(f'[yellow]{name}:{escape(note)}[/]', highlight=False, soft_wrap=True)
     if watch.signal: signal.raise_signal(watch.signal) # it came while the report was put away
     return row
 
-# %% ../../nbs/ops/33_runner.ipynb #5a496d83
-def _put_away(s, file, failed) -> tuple: # row of the run, and what there is to say of its report
+# %% ../../nbs/ops/33_runner.ipynb #7d9a7caf
+def _folder() -> Path:
+    "Where a notebook is while it runs."
+    try: return Path(tempfile.mkdtemp(prefix='job-'))
+    except OSError as e: raise PlantError(f'No folder for the notebook could be made ({e}). Make room there, or set TMPDIR to another place.') from None
+
+def _put_away(s, file, failed, said) -> tuple: # row of the run, and what there is to say of its report
     "Keep a report, if need be where it is; of a run that another one kept from beginning there is none."
     if getattr(failed, 'ename', '') == 'Busy': shutil.rmtree(file.parent, ignore_errors=True); raise Busy(failed.evalue)
-    try: row, note = keep(s, file, _reason(failed)), ''
-    except (PlantError, OSError) as e: row, note = _settled(s, file.stem, failed), f' The report could not be put where it belongs ({e}); it is in {file.parent}.' if file.exists() else ' There is no report.'
+    try: row, note = keep(s, file, _reason(failed), **said), ''
+    except (PlantError, OSError, ValueError) as e: row, note = _settled(s, file.stem, failed, said), f' The report could not be put where it belongs ({e}); it is in {file.parent}.' if file.exists() else ' There is no report.'
     if not file.exists() or not note: shutil.rmtree(file.parent, ignore_errors=True)
     return row, note
 
-# %% ../../nbs/ops/33_runner.ipynb #c5e6f8c9
+# %% ../../nbs/ops/33_runner.ipynb #df660082
 def _free(s, eng, job, parameters):
     "Raise `Busy` where a job cannot begin now."
     with eng.connect() as c: living, _ = holder(s, c, job.name, parameters.get('shard', '1/1'))
     if living: raise busy(living)
 
-def _settled(s, run, failed):
+def _settled(s, run, failed, said):
     "The row of a run whose report could not be kept; what is known of it where the database is away, too."
-    with suppress(PlantError): return _settle(s, run, _reason(failed))
+    with suppress(PlantError): return _settle(s, run, _reason(failed), **said)
     return dict(id=run, status='failed', error='', report=None)
 
 def _reason(e: Exception | None) -> str:
     "What went wrong, from whoever noticed it."
-    if e is None: return ''
-    if hasattr(e, 'ename'): return e.evalue if e.ename in _ours else f'{e.ename}: {e.evalue}'
+    if e is None or type(e).__name__ == 'DeadKernelError': return ''
+    if getattr(e, 'ename', '') == 'KeyboardInterrupt': return _STOPPED
+    if hasattr(e, 'ename'): return e.evalue if e.ename in _names(PlantError) else f'{e.ename}: {e.evalue}'
     return str(e) or type(e).__name__
 
-_ours = {'PlantError', 'StoreError', 'Busy', 'Refused', 'NoModel', 'PhotoError', 'NotFound', 'Corrupt', 'Conflict'}
+def _names(cls: type) -> set: return {cls.__name__}.union(*map(_names, cls.__subclasses__()))
 
 def _failure(s, job, row, e, heading, note):
     "An error for a person: what failed, where, why, and where its report is."
@@ -292,7 +304,7 @@ def _failure(s, job, row, e, heading, note):
 
 def _where(s, row): return f" The report: {open_store(s).url(row['report'])}" if row.get('report') else ''
 
-# %% ../../nbs/ops/33_runner.ipynb #58d4b6d7
+# %% ../../nbs/ops/33_runner.ipynb #5d47a375
 def spread(
     chain: list, # jobs
     given: dict, # name → value
@@ -303,7 +315,7 @@ def spread(
         if not any(k in o for o in known.values()): raise Refused(f"None of {', '.join(known)} has a parameter {k!r}. They have: {', '.join(dict.fromkeys(p for o in known.values() for p in o))}.")
     return {j.name: checked(j, {k: v for k, v in given.items() if k in known[j.name]}) for j in chain}
 
-# %% ../../nbs/ops/33_runner.ipynb #f8d77e82
+# %% ../../nbs/ops/33_runner.ipynb #8f54de3d
 def run_chain(
     s: Settings, # settings in force
     jobs: list | None = None, # in order; None: all that lead to a model in production
@@ -314,7 +326,7 @@ def run_chain(
     console: Console | None = None, # where progress is shown; None: standard error
     why: str = 'by hand', # for the record
 ) -> list: # rows of the runs
-    "Run jobs one after another; raises what `run_job` does, and then `resume` goes on."
+    "Run jobs one after another; raises `Refused`, `Busy` or `JobFailed`, and then `resume` goes on."
     jobs, given, done, rows = jobs or chain_to(), given or {}, dict(done or {}), []
     mine, chain, got = spread(jobs, given), chain or new_id('chain'), {}
     for j in jobs:
@@ -330,8 +342,8 @@ def resume(
     tell=lambda row: None, # called with the row of each run that ended well
     console: Console | None = None, # where progress is shown; None: standard error
 ) -> list: # rows of the runs that were still to be done
-    "Go on with the newest chain, from the job that did not end well; raises `PlantError` where there is none."
-    rows = [r for r in history(s, limit=200) if r['chain']]
+    "Go on with the newest chain, from the job that did not end well; raises `PlantError` where there is none, else as `run_chain`."
+    rows = [r for r in history(s, limit=1000) if r['chain']]
     mine = [r for r in rows if r['chain'] == rows[0]['chain']]
     if not mine: raise PlantError('There is no chain to go on with. Start one: plant-mlops job run --all')
     done = {r['job']: r['outputs'] for r in mine if r['status'] == 'succeeded'}
@@ -339,7 +351,7 @@ def resume(
     if not left: raise PlantError(f"The newest chain ({mine[0]['started_at']:%Y-%m-%d %H:%M} UTC) came to its end. Start another: plant-mlops job run --all")
     return run_chain(s, None, mine[0]['asked'], tell, done, mine[0]['chain'], console)
 
-# %% ../../nbs/ops/33_runner.ipynb #9798c7e2
+# %% ../../nbs/ops/33_runner.ipynb #64a44bb7
 SMALL = dict(image_size=160, epochs=1) # of a batch run in CI
 
 def run_ci(
@@ -350,13 +362,13 @@ def run_ci(
     tell=lambda row: None, # called with the row of each run that ended well
     console: Console | None = None, # where progress is shown; None: standard error
 ) -> list: # rows of the runs
-    "Run a job with all that it needs on little data, and the gate after a training; the notebooks are in `reports`, also when a job failed."
+    "Run a job with all that it needs on little data, and the gate after a training; the notebooks are in `reports`, also when it raises, as `run_chain` does."
     home, made = s.home/'ci', job_of(name).produces
     s = s.model_copy(update=dict(home=home, catalog_url=f'sqlite:///{home}/catalog.db', store_url=str(home/'store'), tracking_uri=f'sqlite:///{home}/mlflow.db',
                                  **{k: v for k, v in SMALL.items() if getattr(s, k) == Settings.model_fields[k].default}))
     shutil.rmtree(home, ignore_errors=True)
     before = [o for a in made for o in chain_to(a)]
-    jobs = chain_to() if 'model' in {a for j in before for a in j.produces} else before
+    jobs = list(dict.fromkeys([*chain_to(), *before])) if 'model' in {a for j in before for a in j.produces} else before
     given = given or {}
     if not {'photos', 'manifest'} & set(given): given = dict(synthetic=80) | given
     try: return run_chain(s, jobs, given, tell, console=console, why='ci')
