@@ -120,7 +120,7 @@ def test_shards_run_side_by_side(tmp_path):
 @pytest.mark.parametrize('args, ok, says', [
     (['job', 'run', 'trian'], 1, 'did you mean train'), (['job', 'run', 'train', '-p', 'sed', '1'], 2, 'no parameter'), (['job', 'run', 'train', '-p', 'seed', 'x'], 2, 'valid integer'),
     (['job', 'run', '--all', '-p', 'sed', '1'], 2, 'None of ingest'), (['job', 'run', 'ingest', '-p', 'shard', '3/2'], 2, 'such as 2/4'), (['job', 'run', '--resume'], 1, '--all'),
-    (['job', 'run'], 2, 'one job, or --all'), (['job', 'run', '--resume', '--ci'], 2, 'begun with'), (['job', 'run', 'train', '-p', 'seed'], 2, 'a name and a value'), (['job', 'show', 'lost'], 1, 'job history'), (['job', 'keep', 'lost.ipynb'], 1, 'not there')])
+    (['job', 'run'], 2, 'one job, or --all'), (['job', 'run', '--resume', '--ci'], 2, 'begun with'), (['job', 'run', 'train', '-p', '--all'], 2, 'a name and a value'), (['job', 'show', 'lost'], 1, 'job history'), (['job', 'keep', 'lost.ipynb'], 1, 'not there')])
 def test_refused_before_anything_starts(tmp_path, args, ok, says):
     assert says in plant(*args, home=tmp_path/'home', ok=ok)
     assert not (tmp_path/'home/store').exists() and not history(settings(home=tmp_path/'home'))
