@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PlantError', 'Basics', 'Places', 'Ingest', 'Photos', 'Train', 'Serve', 'Drift', 'Jobs', 'Settings', 'settings',
-           'allowed_hosts', 'provenance', 'unknown_variables']
+           'allowed_hosts', 'provenance', 'unknown_variables', 'cpu_cores']
 
 # %% ../nbs/00_config.ipynb #051451bc
 import difflib, os, re
@@ -94,6 +94,8 @@ class Serve(BaseSettings):
     log_max_bytes: int = _f(100_000_000, 'Predictions that may wait for the catalog in one folder, in bytes', ge=1000)
     dashboard_host: str = _f('127.0.0.1', 'Address that the dashboard listens on')
     dashboard_port: int = _f(8866, 'Port that the dashboard listens on', ge=0, le=65535)
+    exporter_host: str = _f('127.0.0.1', 'Address that the exporter listens on, for Prometheus')
+    exporter_port: int = _f(9400, 'Port that the exporter listens on', ge=0, le=65535)
 
 # %% ../nbs/00_config.ipynb #4b7cc795
 class Drift(BaseSettings):
@@ -206,3 +208,13 @@ def unknown_variables() -> list: # (variable, the one that was probably meant or
     known = {_variable(k) for k in Settings.model_fields} | {'PLANT_TRACKING_URI'}
     wrong = sorted(k for k in {*os.environ, *map(str.upper, dotenv_values('.env'))} if k.startswith('PLANT_') and k not in known)
     return [(k, next(iter(difflib.get_close_matches(k, known, 1)), '')) for k in wrong]
+
+# %% ../nbs/00_config.ipynb #8334fd63
+def cpu_cores(
+    cgroup: Path = Path('/sys/fs/cgroup'), # of the container that this runs in, if it does
+) -> int: # ≥ 1
+    "Cores that this process may use, by its affinity and by its container's limit."
+    n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    try: quota, period = map(int, (cgroup/'cpu.max').read_text().split())
+    except (OSError, ValueError): return n # no such file, or no limit: 'max 100000'
+    return max(1, min(n, -(-quota//period)))

@@ -46,3 +46,8 @@ def test_light_imports(module):
     code = f'import sys, {module}; print(*sorted({{m.split(".")[0] for m in sys.modules}}))'
     loaded = set(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split())
     assert not loaded & (heavy | {'sqlalchemy', 'gradio', 'boto3'})
+
+def test_exporter_runs_from_the_small_image():
+    code = 'import sys, plant_mlops.ops.exporter, plant_mlops.ops.backup; print(*sorted({m.split(".")[0] for m in sys.modules}))'
+    loaded = set(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split())
+    assert not loaded & (heavy | {'gradio', 'IPython', 'papermill'})

@@ -45,7 +45,7 @@ def open_catalog(
         url = sa.make_url(s.catalog_url)
         if url.get_backend_name() == 'sqlite' and url.database: Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         eng = sa.create_engine(url, pool_pre_ping=True, connect_args=dict(timeout=30) if url.get_backend_name() == 'sqlite' else {})
-        if url.get_backend_name() == 'sqlite': sa.event.listen(eng, 'connect', _wal)
+        if (prepare := _sessions.get(eng.dialect.name)): sa.event.listen(eng, 'connect', prepare)
         create_tables(eng)
         return eng
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as e: raise _unusable(s, e) from e
@@ -57,7 +57,8 @@ def may_pass(e: Exception) -> bool:
 
 def reason(e: Exception) -> str:
     "What the database itself said."
-    said = str(getattr(e, 'orig', e)).strip()
+    lines = str(getattr(e, 'orig', e)).strip().splitlines()
+    said = ' '.join(o.strip() for o in lines if not o.endswith('?')) # without PostgreSQL's questions
     return said + (' (is the disk full?)' if said in ('disk I/O error', 'unable to open database file') else '')
 
 # %% ../../nbs/data/02_catalog.ipynb #f88d52ba
@@ -69,6 +70,15 @@ def _wal(con, _):
             if not left or not may_pass(e): raise
         time.sleep(.05)
     con.execute('PRAGMA synchronous=NORMAL').close()
+
+def _utc(command: str):
+    "What makes a session tell times in UTC, whatever its server's clock says."
+    def prepare(con, _):
+        with con.cursor() as c: c.execute(command)
+        con.commit()
+    return prepare
+
+_sessions = dict(sqlite=_wal, postgresql=_utc("SET TIME ZONE 'UTC'"), **dict.fromkeys(('mysql', 'mariadb'), _utc("SET time_zone = '+00:00'")))
 
 def create_tables(
     eng: sa.Engine, # database

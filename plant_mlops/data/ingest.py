@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from ..config import PlantError, Settings
+from ..config import PlantError, Settings, cpu_cores
 from .catalog import PATIENCE, ask, open_catalog, pending, record
 from .fetch import Fetched, Refused, Unreachable, fetcher, run_async
 from .photo import Limits, PhotoError, check_photo
@@ -164,7 +164,7 @@ def processes_for(
     n: int, # rows to do
 ) -> int: # at least 1
     "How many processes are worth having; each takes a second to start."
-    cores = getattr(os, 'process_cpu_count', os.cpu_count)() or 1
+    cores = cpu_cores()
     return min(s.ingest_processes or min(cores, 4, n // 2000 + 1), s.ingest_per_host)
 
 # %% ../../nbs/data/05_ingest.ipynb #c7f82504

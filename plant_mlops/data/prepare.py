@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'SCHEMA', 'quality', 'prepare_photo', 'put_shard', 'load_fmt', 'progress_bar', 'prepare']
 
 # %% ../../nbs/data/06_prepare.ipynb #d78f454a
-import io, os, time
+import io, time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,7 +14,7 @@ import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from PIL import Image, ImageChops
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from ..config import PlantError, Settings
+from ..config import PlantError, Settings, cpu_cores
 from .catalog import ask, open_catalog, record, stored
 from .photo import Limits, PhotoError, check_photo, open_photo
 from .store import Corrupt, NotFound, StoreError, address, open_store, sha256_of
@@ -165,7 +165,7 @@ def prepare(
     if todo and not have and next(iter(store.list('raw/')), None) is None:
         raise PlantError(f'{store} holds no photo, though the catalog says that {len(photos):,} are stored. Is PLANT_STORE_URL right? '
                          'If the store was emptied, `plant-mlops catalog retry --all` has them fetched again.')
-    pool = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2))
+    pool = ThreadPoolExecutor(min(8, cpu_cores() + 2))
     try:
         with progress_bar('prepare', progress and bool(todo)) as bar:
             task = bar.add_task('', total=len(todo))

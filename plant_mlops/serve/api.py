@@ -8,7 +8,7 @@ __all__ = ['place', 'in_time', 'processes_for', 'threads_for', 'note', 'answer_n
            'add_page', 'create_app']
 
 # %% ../../nbs/serve/23_api.ipynb #724333c4
-import asyncio, contextlib, hmac, html, json, os, time
+import asyncio, contextlib, hmac, html, json, time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from functools import cache, partial
@@ -25,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 from starlette.routing import Route
 from .. import __version__
-from ..config import PlantError, Settings
+from ..config import PlantError, Settings, cpu_cores
 from ..data.store import sha256_of
 from .http import Answer, Answers, Health, Problem, Truth, add_problems, labels_of, limited, read_input, read_inputs, title_of, too_large
 from .live import Live, describe, follow, the_model
@@ -57,14 +57,14 @@ async def in_time(
 # %% ../../nbs/serve/23_api.ipynb #dcb87c84
 def processes_for(
     s: Settings, # workers among them
-    cores: int = os.cpu_count() or 1, # of the machine
+    cores: int = cpu_cores(), # that may be used
 ) -> int: # ≥ 1
     "Processes that answer: as many as was said, or one for every four cores."
     return s.workers or -(-cores//4)
 
 def threads_for(
     s: Settings, # workers among them
-    cores: int = os.cpu_count() or 1, # of the machine
+    cores: int = cpu_cores(), # that may be used
 ) -> int: # threads, 1 … cores
     "Answers that a process works on at a time: as many as its share of the cores, and one more, for when another process has nothing to do."
     return min(cores, -(-cores//processes_for(s, cores)) + 1)

@@ -7,7 +7,7 @@ __all__ = ['CSS', 'LOOK', 'thumbnail', 'judge', 'judge_many', 'greet', 'draw_exa
            'theme', 'ask_api', 'api_calls', 'create_page']
 
 # %% ../../nbs/serve/24_app.ipynb #cbad7cef
-import asyncio, csv, html, inspect, os, tempfile
+import asyncio, csv, html, inspect, tempfile
 from collections.abc import Callable
 from pathlib import Path
 import gradio as gr
@@ -17,7 +17,7 @@ from anyio import to_thread
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from PIL import Image
-from ..config import PlantError, Settings
+from ..config import PlantError, Settings, cpu_cores
 from ..data.photo import Limits, pixels_for
 from ..data.synthetic import LABELS, draw
 from .http import labels_of, title_of
@@ -203,7 +203,7 @@ def create_ui(
         at = _layout(draw_examples(Path(ui.pictures.name)))
         parts = lambda names: [at[k] for k in names.split()]
         at['photo'].change(do_photo, parts('photo seen'), parts('answer heat id truth thanks seen last'), show_progress='minimal', show_progress_on=at['answer'],
-                           concurrency_limit=os.cpu_count(), api_visibility='private').then(None, js=_to_answer)
+                           concurrency_limit=cpu_cores(), api_visibility='private').then(None, js=_to_answer)
         at['last'].select(do_last, at['seen'], parts('answer heat id truth thanks'), api_visibility='private')
         at['truth'].input(do_truth, parts('id truth'), at['thanks'], api_visibility='private')
         at['photos'].change(do_many, at['photos'], parts('table csv'), api_visibility='private')

@@ -8,14 +8,14 @@ __all__ = ['DECODERS', 'log', 'open_session', 'read_metadata', 'decode_image', '
            'read_file', 'predict_files']
 
 # %% ../../nbs/serve/18_predict.ipynb #07acc4ce
-import contextlib, ctypes, json, logging, os
+import contextlib, ctypes, json, logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
 import numpy as np
 import onnxruntime as ort
-from ..config import PlantError, Settings
+from ..config import PlantError, Settings, cpu_cores
 from ..data.photo import Limits, PhotoError, pixels_for
 from ..data.store import FolderStore, NotFound, StoreError, open_store, sha256_of
 
@@ -26,7 +26,7 @@ def open_session(
 ) -> ort.InferenceSession: # ready to run, on the CPU
     "An ONNX Runtime session; raises `PlantError` for what is no ONNX model."
     o = ort.SessionOptions()
-    o.intra_op_num_threads, o.inter_op_num_threads, o.log_severity_level = threads or os.cpu_count() or 1, 1, 3
+    o.intra_op_num_threads, o.inter_op_num_threads, o.log_severity_level = threads or cpu_cores(), 1, 3
     o.add_session_config_entry('session.intra_op.allow_spinning', '0')
     what = 'The model' if isinstance(source, bytes) else str(source)
     try: return ort.InferenceSession(source if isinstance(source, bytes) else str(source), o, providers=['CPUExecutionProvider'])
@@ -276,7 +276,7 @@ def predict_files(
 ): # a dict for each, in order: file, and the answer or an error
     "Answer for files; one that cannot be judged says why."
     paths = iter(paths)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cpu_cores()) as pool:
         while group := list(islice(paths, batch)):
             decoded = list(pool.map(partial(_try_decode, model, max_bytes), group))
             good = [o for o in decoded if not isinstance(o, PlantError)]

@@ -16,7 +16,7 @@ from uuid import uuid4
 from anyio import to_thread
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import RedirectResponse, StreamingResponse
-from ..config import Settings
+from ..config import Settings, cpu_cores
 from .api import create_app, processes_for
 from .record import is_alive
 
@@ -114,7 +114,7 @@ class Cores:
     "As many at work at a time, in all processes together, as there are cores; each thread has files of its own."
     def __init__(self,
         folder: Path, # that the processes share
-        n: int = os.cpu_count() or 1, # cores
+        n: int = cpu_cores(), # cores
     ): self.files, self.own = [folder/f'core-{(os.getpid() + i) % n}' for i in range(n)], local()
 
     @contextlib.contextmanager
