@@ -1,11 +1,12 @@
 # Two commands do all the set-up: `make run` and `make test`. Their environment is .venv.
 PYTHON ?= python3
 VENV   ?= .venv
+EXTRAS ?= train,app,dashboard,jobs,kubeflow,dev
 BIN    := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_SYSTEM_CERTS := 1
 
-.PHONY: run test serve docs readme export clean install
+.PHONY: run test serve up down smoke docs readme export clean install images locks test-images
 .DEFAULT_GOAL := run
 
 run: install          ## the main job, on drawn photos, offline
@@ -17,16 +18,50 @@ test: install         ## every test, two files at a time
 serve: install        ## the model in production, on http://127.0.0.1:8000
 	@plant-mlops serve
 
+up:                   ## everything at once, in Docker
+	@docker/setup.sh
+
+down:                 ## stops that, and keeps what it knows
+	@cd docker && docker compose --profile '*' down
+
+smoke:                ## walks a photo through it
+	@cd docker && set -a && . ./.env && docker compose exec -T -e GRAFANA_PASSWORD api python3 - < smoke.py
+
 docs: install         ## the documentation site (needs Quarto)
 	@command -v quarto >/dev/null || { echo "Quarto is not installed: see quarto.org, or run nbdev-install-quarto"; exit 1; }
 	nbdev-docs
 
-export: install       ## notebooks → modules and README, cleaned
+export: install       ## notebooks → modules, README, boards and CronJobs, cleaned
 	nbdev-export && nbdev-clean && $(MAKE) --no-print-directory readme
+	python -c 'from plant_mlops.ops.grafana import write_boards; write_boards("docker/grafana/dashboards")'
+	env -u PLANT_SCHEDULES python -m plant_mlops job cronjobs > kubernetes/base/cronjobs.yaml
 
 readme: install
 	@jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | \
-	  sed -E 's#\]\(((data|model|serve|ops|jobs|apps|bench)/|00_)#](nbs/\1#g' > README.md
+	  sed -E 's#\]\(((data|model|serve|ops|jobs|apps|bench|guides)/|00_)#](nbs/\1#g' > README.md
+
+# The container images, by Docker or by `make images DOCKER=podman`; airflow is made on train.
+DOCKER  ?= docker
+export BUILDAH_FORMAT := docker
+VERSION := $(shell sed -n 's/^version = //p' settings.ini)
+images:
+	@for o in serve app dashboard train airflow; do $(DOCKER) build --file docker/$$o/Dockerfile --tag plant-mlops/$$o:$(VERSION) \
+	  --build-arg VERSION=$(VERSION) --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
+	  $$(test $$o != airflow || echo --build-arg TRAIN=plant-mlops/train:$(VERSION)) . || exit 1; done
+
+# The newest versions that go together, with their checksums: a lock for each image, and one for what builds them.
+LOCK = uv pip compile --quiet --upgrade --generate-hashes --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_36 --custom-compile-command 'make locks'
+lock = $(LOCK) $(addprefix --extra=,$(2)) pyproject.toml -o docker/$(1)/requirements.lock
+locks: install
+	@printf 'setuptools>=77\nuv>=0.5,<1\n' | $(LOCK) - -o docker/build.lock
+	@$(call lock,serve,log)
+	@$(call lock,app,app)
+	@$(call lock,dashboard,dashboard)
+	@$(call lock,train,train log jobs kubeflow)
+	@$(call lock,airflow,airflow celery)
+
+test-images: install  ## the images, built and run (root, podman, buildah, runc, debootstrap; 40 GB)
+	@python -m pytest -s tests/images.py
 
 install: $(VENV)/.installed
 
@@ -39,7 +74,7 @@ $(VENV)/.installed: settings.ini setup.py
 	  { echo "No virtual environment could be made. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV): about 6 GB with PyTorch, a few minutes the first time"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5,<1"
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[train,app,jobs,kubeflow,dev]'
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[$(EXTRAS)]'
 	@test ! -d .git || $(BIN)/nbdev-install-hooks
 	@touch $@
 

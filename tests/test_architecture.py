@@ -38,7 +38,7 @@ def test_every_dependency_has_a_bound():
     cfg.read(root/'settings.ini')
     for key in cfg['DEFAULT']:
         if key.endswith('requirements'):
-            for l in filter(None, map(str.strip, cfg['DEFAULT'][key].splitlines())): assert '>=' in l, f'{l} has no lower bound'
+            for l in filter(None, map(str.strip, cfg['DEFAULT'][key].splitlines())): assert '>=' in l or '==' in l, f'{l} has no lower bound'
 
 @pytest.mark.parametrize('module', ['plant_mlops.serve.predict', 'plant_mlops.serve.api', 'plant_mlops.ops.cli'])
 def test_light_imports(module):

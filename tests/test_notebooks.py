@@ -5,7 +5,7 @@ import pytest
 from nbdev.test import test_nb as run_notebook
 from conftest import borrow_venv, root
 
-notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o.startswith(('_', '.')) for o in p.parts)
+notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o.startswith(('_', '.')) for o in p.relative_to(root/'nbs').parts)
                    and p.relative_to(root/'nbs').parts[0] not in ('bench', 'jobs'))
 
 @pytest.mark.parametrize('nb', notebooks, ids=lambda p: str(p.relative_to(root/'nbs')))

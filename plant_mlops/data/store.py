@@ -265,7 +265,7 @@ def delete(self:FolderStore,
 # %% ../../nbs/data/01_store.ipynb #eaa7254d
 def _client(
     s: Settings, # endpoint, keys and timeout
-    tries: int = 4, # of a request
+    tries: int = 8, # of a request: half a minute, in which a server may be started again
 ):
     "A boto3 client that retries what is worth retrying; every request has a time limit."
     import boto3
@@ -308,6 +308,7 @@ class S3Store:
         self.prefix = prefix.strip('/') + '/' if prefix.strip('/') else ''
         self.where = f'{s.s3_endpoint_url or "S3"} (bucket {self.bucket})'
         self.s3 = _client(s)
+        self.hurried = lambda: _client(s, tries=4) # for a first contact: whoever mistyped an address does not want to wait
 
     def __repr__(self): return f's3://{self.bucket}/{self.prefix}'
     def _at(self, key: str) -> dict: return dict(Bucket=self.bucket, Key=self.prefix + _check_key(key))
@@ -375,7 +376,7 @@ def delete(self:S3Store, key):
 def ensure_bucket(self:S3Store):
     "Make the bucket unless it is there; raises `StoreError` if it may not be used."
     try:
-        with _s3(self.bucket, self.where): self.s3.head_bucket(Bucket=self.bucket)
+        with _s3(self.bucket, self.where): self.hurried().head_bucket(Bucket=self.bucket)
     except NotFound:
         with contextlib.suppress(Conflict), _s3(self.bucket, self.where): self.s3.create_bucket(Bucket=self.bucket)
     return self

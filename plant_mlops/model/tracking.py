@@ -14,7 +14,7 @@ from .. import config
 from ..config import PlantError, Settings
 
 # %% ../../nbs/model/09_tracking.ipynb #b77beca8
-_ENV = dict(MLFLOW_DISABLE_TELEMETRY='true', MLFLOW_HTTP_REQUEST_MAX_RETRIES='3', MLFLOW_HTTP_REQUEST_TIMEOUT='30',
+_ENV = dict(MLFLOW_DISABLE_TELEMETRY='true', MLFLOW_HTTP_REQUEST_MAX_RETRIES='5', MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR='1', MLFLOW_HTTP_REQUEST_TIMEOUT='30',
             MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR='false', GIT_PYTHON_REFRESH='quiet')
 
 def _client(s):

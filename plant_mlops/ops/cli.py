@@ -11,7 +11,7 @@ __all__ = ['app', 'catalog_app', 'ab_app', 'job_app', 'store_app', 'pipeline_app
            'pipeline_run', 'ab_start', 'ab_status', 'ab_stop', 'config', 'status', 'drift', 'main']
 
 # %% ../../nbs/ops/41_cli.ipynb #398d7a93
-import json, os, secrets, sys, webbrowser
+import json, os, secrets, signal, sys, threading, webbrowser
 from importlib.util import find_spec
 from inspect import formatannotation
 from ipaddress import ip_address
@@ -597,13 +597,14 @@ def _verdict(
 # %% ../../nbs/ops/41_cli.ipynb #f2bd85b0
 def main():
     "The console script `plant-mlops`."
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler) # in a container, process 1 has no other
     try: app()
     except PlantError as e:
         err.print(f'[bold red]error[/] {escape(str(e))}', highlight=False, soft_wrap=True)
         sys.exit(e.exit_code)
     except ModuleNotFoundError as e:
         if (e.name or '').startswith('plant_mlops'): raise
-        extra = dict(gradio='app', voila='app', ipywidgets='app', ipykernel='jobs', evidently='jobs', papermill='jobs', psutil='jobs', nbconvert='jobs', apscheduler='jobs', kfp='kubeflow').get(e.name, 'train')
+        extra = dict(gradio='app', voila='dashboard', ipywidgets='dashboard', ipykernel='jobs', evidently='jobs', papermill='jobs', psutil='jobs', nbconvert='jobs', apscheduler='jobs', kfp='kubeflow').get(e.name, 'train')
         err.print(f"[bold red]error[/] This needs {e.name}, which is not installed. Install it with: pip install 'plant_mlops\\[{extra}]'", highlight=False, soft_wrap=True)
         sys.exit(1)
     except SystemExit as e: # typer has turned Ctrl-C into this code

@@ -7,7 +7,7 @@ __all__ = ['run_tables', 'job_runs', 'KILLED', 'GRACE', 'open_runs', 'utc', 'ali
            'context', 'short', 'Note', 'Run', 'begin', 'history', 'find_run']
 
 # %% ../../nbs/ops/32_runs.ipynb #7469b693
-import json, math, os, signal, socket, threading, time
+import itertools, json, math, os, signal, socket, threading, time
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from html import escape
@@ -296,7 +296,8 @@ def begin(
                inputs={a: assets[a].state(s) for a in job.consumes}, started_at=utc(), seen_at=utc())
     try: dead = _patiently(s, eng, row)
     except BaseException: eng.dispose(); raise
-    for o in dead: _bury(s, o)
+    fallen = itertools.takewhile(lambda r: r['status'] != 'succeeded', history(s, name, 4)[1:])
+    for o in {*dead, *(r['id'] for r in fallen if r['status'] != 'running')}: _bury(s, o)
     os.environ['JOB_RUN'] = row['id']
     return Run(s, eng, row, said.get('timeout', job.timeout if said else math.inf))
 

@@ -1,0 +1,1 @@
+from plant_mlops.ops.dags import dags; globals().update(dags())  # airflow

@@ -1,0 +1,3 @@
+-- Beside the catalog, which POSTGRES_DB makes.
+CREATE DATABASE mlflow;
+CREATE DATABASE airflow;

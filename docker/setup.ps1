@@ -1,0 +1,58 @@
+# Start the whole system on this machine: passwords of its own into docker\.env, images built, everything up.
+#   docker\setup.ps1            do all of it
+#   docker\setup.ps1 -EnvOnly   only write docker\.env, to be looked at first
+param([switch]$EnvOnly)
+$ErrorActionPreference = 'Stop'
+Set-Location $PSScriptRoot
+
+function Get-Random32([string]$name) { # of 32 bytes; Fernet wants them in base64, everything else is in URLs and gets digits and letters
+    $bytes = New-Object byte[] 32
+    $source = [System.Security.Cryptography.RandomNumberGenerator]::Create()
+    $source.GetBytes($bytes)
+    if ($name -like '*FERNET*') { return [Convert]::ToBase64String($bytes).Replace('+', '-').Replace('/', '_') }
+    return (-join ($bytes | ForEach-Object { $_.ToString('x2') })).Substring(0, 40)
+}
+
+# Lines that are missing are added, so that an .env of an older version goes on working; nothing that stands there is changed.
+$there = @()
+$fresh = -not (Test-Path .env)
+if (-not $fresh) { $there = @(Get-Content .env | Where-Object { $_ -match '^[A-Z0-9_]+=' } | ForEach-Object { $_.Split('=')[0] }) }
+$lines = @()
+$added = 0
+foreach ($line in Get-Content .env.example) {
+    if ($line -notmatch '^[A-Z0-9_]+=') {
+        if ($fresh) { $lines += $line }
+        continue
+    }
+    $name = $line.Split('=')[0]
+    if ($there -contains $name) { continue }
+    if ($line.EndsWith('=')) { $line += Get-Random32 $name }
+    $lines += $line
+    $added++
+}
+if ($lines.Count) { [IO.File]::AppendAllText((Join-Path $PSScriptRoot '.env'), ($lines -join "`n") + "`n") }
+Write-Output "docker\.env: $added settings added"
+New-Item -ItemType Directory -Force photos | Out-Null
+if ($EnvOnly) { exit 0 }
+
+docker compose version *> $null
+if ($LASTEXITCODE) { throw 'Docker with its Compose plugin (2.24 or newer) is needed: see docs.docker.com/get-docker' }
+docker info *> $null
+if ($LASTEXITCODE) { throw 'Docker is installed, but its engine does not answer: start Docker Desktop' }
+docker compose up --build --detach --wait
+if ($LASTEXITCODE) { throw 'Not everything came up. What failed is above; docker compose logs NAME says more.' }
+
+Write-Output @'
+
+API         http://localhost:8000/docs
+page        http://localhost:7860
+dashboard   http://localhost:8866      token: PLANT_TOKEN in docker\.env
+MLflow      http://localhost:5001
+Airflow     http://localhost:8080      admin, AIRFLOW_PASSWORD
+Grafana     http://localhost:3000      admin, GRAFANA_PASSWORD
+Prometheus  http://localhost:9090, alerts http://localhost:9093
+MinIO       http://localhost:9001      S3_ACCESS_KEY, S3_SECRET_KEY
+
+There is no model yet. Put photos into docker\photos, a folder for each class, then, in the folder docker:
+  docker compose run --rm cli job run --all -p photos /photos      (without -p ... : on drawn photos)
+'@

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Start the whole system on this machine: passwords of its own into docker/.env, images built, everything up.
+#   docker/setup.sh          do all of it
+#   docker/setup.sh --env    only write docker/.env, to be looked at first
+set -euo pipefail
+cd "$(dirname "$0")"
+
+random() { # of 32 bytes; Fernet wants them in base64, everything else is in URLs and gets digits and letters
+  case $1 in
+    *FERNET*) head -c 32 /dev/urandom | base64 | tr '+/' '-_' ;;
+    *) head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' | cut -c1-40 ;;
+  esac
+}
+
+# Lines that are missing are added, so that an .env of an older version goes on working; nothing that stands there is changed.
+umask 077
+[[ -e .env ]] && fresh= || fresh=1
+touch .env
+added=0
+while IFS= read -r line; do
+  name=${line%%=*}
+  [[ $line =~ ^[A-Z0-9_]+= ]] || { [[ $fresh ]] && printf '%s\n' "$line" >> .env; continue; }
+  grep -q "^$name=" .env && continue
+  [[ $line == *= ]] && line=$line$(random "$name")
+  printf '%s\n' "$line" >> .env
+  added=$((added + 1))
+done < .env.example
+echo "docker/.env: $added settings added"
+mkdir -p photos
+[[ ${1:-} == --env ]] && exit
+
+docker compose version >/dev/null 2>&1 || { echo "Docker with its Compose plugin (2.24 or newer) is needed: see docs.docker.com/get-docker" >&2; exit 1; }
+docker info >/dev/null 2>&1 || { echo "Docker is installed, but its engine does not answer: start it, or see that you may use it (group docker)" >&2; exit 1; }
+docker compose up --build --detach --wait
+
+cat <<'EOF'
+
+API         http://localhost:8000/docs
+page        http://localhost:7860
+dashboard   http://localhost:8866      token: PLANT_TOKEN in docker/.env
+MLflow      http://localhost:5001
+Airflow     http://localhost:8080      admin, AIRFLOW_PASSWORD
+Grafana     http://localhost:3000      admin, GRAFANA_PASSWORD
+Prometheus  http://localhost:9090, alerts http://localhost:9093
+MinIO       http://localhost:9001      S3_ACCESS_KEY, S3_SECRET_KEY
+
+There is no model yet. Put photos into docker/photos, a folder for each class, then, in the folder docker:
+  docker compose run --rm cli job run --all -p photos /photos      (without -p … : on drawn photos)
+EOF

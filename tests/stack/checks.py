@@ -1,0 +1,99 @@
+"What must hold of the whole system; test_stack.py runs it in a network of its own."
+import json, threading, time, urllib.parse, urllib.request
+import pytest
+from conftest import wait_for
+from services import Stack, bin
+from test_ingest import photo, serve
+from test_monitoring import EXPORTER
+
+quick = dict(PLANT_EPOCHS='0', PLANT_IMAGE_SIZE='96', PLANT_BATCH_SIZE='8', PLANT_PRECISION='fp32') # how good the model is, is asked elsewhere
+
+def ask(url, data=None, **headers):
+    "What a server answers."
+    with urllib.request.urlopen(urllib.request.Request(url, data, {k.replace('_', '-'): v for k, v in headers.items()}), timeout=30) as f: body = f.read()
+    try: return json.loads(body)
+    except ValueError: return body.decode()
+
+def value(query):
+    "What Prometheus says to a query: labels and value of each series."
+    found = ask('http://prometheus:9090/api/v1/query?' + urllib.parse.urlencode(dict(query=query)))['data']['result']
+    return [(o['metric'], float(o['value'][1])) for o in found]
+
+@pytest.fixture(scope='module')
+def stack(tmp_path_factory):
+    "All that can run without Docker; a model is in production."
+    o = Stack(tmp_path_factory.mktemp('stack'), S3_ENDPOINT='http://seaweedfs:8333')
+    try:
+        o.start('postgres', 'seaweedfs')
+        o.healthy('seaweedfs')
+        assert 's3://mlflow can be written' in o.run('stores')
+        o.start('mlflow', 'exporter', 'prometheus', 'alertmanager', 'api')
+        o.healthy('mlflow', 'exporter', 'prometheus', 'alertmanager', 'api')
+        yield o
+    finally: o.close()
+
+def test_main_job_then_a_photo_all_the_way(stack):
+    assert '"status": "ok"' in json.dumps(ask('http://api:8000/health'))
+    with pytest.raises(urllib.request.HTTPError, match='503'): ask('http://api:8000/ready')
+    said = stack.run('cli', 'job', 'run', '--all', '-p', 'synthetic', '60', '-p', 'seed', '7', **quick)
+    assert '✓ promote' in said, said
+    wait_for(lambda: ask('http://api:8000/ready'), 30, 'the model in the API')
+    smoke = stack.folder/'docker/smoke.py'
+    said = stack.run_program('api', str(bin/'python'), str(smoke), 'api', 'mlflow', 'exporter', 'prometheus', 'alertmanager')
+    assert 'Prometheus knows the model in production' in said
+    wait_for(lambda: stack.sql('SELECT count(*) FROM predictions')[0][0] == 1, 30, 'the prediction in the database')
+    assert stack.sql('SELECT count(*) FROM feedback')[0][0] == 1
+
+def test_all_targets_are_scraped(stack):
+    wait_for(lambda: len(value('up == 1')) == len(value('up')) == 4, 60, 'every target')
+
+def test_the_exporter_has_the_figures_that_boards_and_rules_ask_for(stack):
+    there = {o['__name__']: {*o} - {'__name__', 'instance', 'job'} for o, _ in value('{job!~"api|prometheus|alertmanager",__name__=~"plant_.*"}')}
+    assert {*EXPORTER} <= {*there}, {*EXPORTER} - {*there}
+    for k, labels in EXPORTER.items(): assert there[k] >= {*labels} - {'job'}, k
+
+class Asker(threading.Thread):
+    "Asks for predictions all the time; `failed` says what went wrong, `answered` which predictions there were."
+    def __init__(self): self.failed, self.answered, self.ending = [], [], threading.Event(); super().__init__(daemon=True)
+    def run(self):
+        from plant_mlops.data.synthetic import LABELS, photo
+        data = photo(LABELS[0], 0, 0)
+        while not self.ending.wait(.2):
+            try: self.answered.append(ask('http://api:8000/predict', data, Content_Type='image/jpeg')['id'])
+            except Exception as e: self.failed.append(repr(e))
+    def __enter__(self): self.start(); return self
+    def __exit__(self, *e): self.ending.set(); self.join()
+
+def carry_on(stack, p, log, *again, **env):
+    "What was at work while a service was away: it came to its end, or it said so, and then it does so when it is begun again."
+    code = p.wait(300)
+    said = (stack.folder/f'{log}.log').read_text()
+    print(f'{log} ended with {code}')
+    assert code == 0 or 'Traceback' not in said and 'error' in said, said[-3000:]
+    if code: stack.run('cli', *again, **env)
+
+@pytest.mark.parametrize('away', ['postgres', 'seaweedfs', 'mlflow'])
+def test_a_service_is_away_for_20_seconds(stack, away):
+    "While photos are ingested, a model is trained, and predictions are asked for."
+    import mlflow
+    env = dict(PLANT_INGEST_ALLOW_HOSTS='localhost,127.0.0.0/8,::1/128', PLANT_INGEST_PER_HOST='1', PLANT_INGEST_BATCH='5')
+    c, before = mlflow.MlflowClient('http://mlflow:5000'), len(mlflow.MlflowClient('http://mlflow:5000').search_model_versions("name = 'plants'"))
+    with serve({f'/{away}-{i}.jpg': photo(len(away)*100 + i) for i in range(60)}, delay=.4) as site, Asker() as asker:
+        (csv := stack.folder/f'{away}.csv').write_text('url_source,label\n' + ''.join(f'http://localhost:{site.server_address[1]}{o},grass\n' for o in site.pages))
+        stack.run('cli', 'catalog', 'load', str(csv))
+        ingest, train = ('job', 'run', 'ingest', '-p', 'synthetic', '0'), ('job', 'run', 'train', '-p', 'again', 'true')
+        its = [stack.begin(f'ingest-{away}', 'cli', *ingest, **env), stack.begin(f'train-{away}', 'cli', *train, **quick | dict(PLANT_EPOCHS='12'))]
+        wait_for(lambda: len(site.seen) > 5, 60, 'ingestion')
+        wait_for(lambda: c.search_runs([c.get_experiment_by_name('plants').experiment_id], "attributes.status = 'RUNNING'"), 90, 'training')
+        stack.kill(away)
+        time.sleep(20)
+        stack.start(away)
+        if away != 'postgres': stack.healthy(away)
+        carry_on(stack, its[0], f'ingest-{away}', *ingest, **env)
+        carry_on(stack, its[1], f'train-{away}', *train, **quick)
+    rows = stack.sql(f"SELECT status, sha256 FROM plants_data WHERE url_source LIKE '%/{away}-%'")
+    assert [o for o, _ in rows] == ['stored']*60 and len({h for _, h in rows}) == 60
+    assert not asker.failed and len(asker.answered) > 50
+    wait_for(lambda: stack.sql(f"SELECT count(*) FROM predictions WHERE id IN ({','.join(map(repr, asker.answered))})")[0][0] == len(asker.answered), 60, 'all predictions in the database')
+    assert not c.search_runs([c.get_experiment_by_name('plants').experiment_id], "attributes.status = 'RUNNING'")
+    assert len(c.search_model_versions("name = 'plants'")) == before + 1
