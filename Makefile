@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_SYSTEM_CERTS := 1
 
-.PHONY: run test serve up down smoke docs readme export clean install images locks test-images
+.PHONY: run test serve up down smoke docs readme export clean install images locks test-images screenshots
 .DEFAULT_GOAL := run
 
 run: install          ## the main job, on drawn photos, offline
@@ -29,7 +29,7 @@ smoke:                ## walks a photo through it
 
 docs: install         ## the documentation site (needs Quarto)
 	@command -v quarto >/dev/null || { echo "Quarto is not installed: see quarto.org, or run nbdev-install-quarto"; exit 1; }
-	nbdev-docs
+	PYTHONPATH=tests nbdev-docs
 
 export: install       ## notebooks → modules, README, boards and CronJobs, cleaned
 	nbdev-export && nbdev-clean && $(MAKE) --no-print-directory readme
@@ -62,6 +62,9 @@ locks: install
 
 test-images: install  ## the images, built and run (root, podman, buildah, runc, debootstrap; 40 GB)
 	@python -m pytest -s tests/images.py
+
+screenshots: install  ## the pictures of the documentation (Chromium; ten minutes)
+	@python tests/screenshots.py
 
 install: $(VENV)/.installed
 

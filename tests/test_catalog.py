@@ -1,5 +1,5 @@
 "One contract, three databases: SQLite, and real PostgreSQL and MariaDB processes."
-import os, threading
+import json, os, subprocess, sys, threading
 import pytest, sqlalchemy as sa
 from plant_mlops.config import PlantError, settings
 from plant_mlops.data import catalog as cat
@@ -126,3 +126,16 @@ def test_a_database_that_is_not_there():
     with pytest.raises(PlantError, match='Check PLANT_CATALOG_URL') as e: cat.open_catalog(settings(catalog_url='postgresql+psycopg://me:hush@127.0.0.1:9/x'))
     assert 'hush' not in str(e.value)
     with pytest.raises(PlantError): cat.open_catalog(settings(catalog_url='nonsense'))
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize('database', ['postgres', 'mariadb'])
+def test_the_whole_main_job(database, request, tmp_path):
+    env = {k: v for k, v in os.environ.items() if not k.startswith('PLANT_')} | dict(PLANT_CATALOG_URL=request.getfixturevalue(database), PLANT_EPOCHS='0', PLANT_IMAGE_SIZE='96', PLANT_PRECISION='fp32')
+    def plant(*args):
+        r = subprocess.run([sys.executable, '-m', 'plant_mlops', *args, '--home', tmp_path, '--json'], env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr
+        return json.loads(r.stdout)
+    r = plant('run', '--synthetic', '40')
+    assert r['champion'] == '1' and r['prediction']['prediction'] in ('dandelion', 'grass') and not (tmp_path/'catalog.db').exists()
+    again = plant('ingest')
+    assert again['stored'] == 0 and plant('job', 'run', 'monitor')[0]['status'] == 'succeeded'

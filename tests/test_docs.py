@@ -50,7 +50,7 @@ def test_quarto_gets_every_page(tmp_path):
         if not os.path.lexists(root/f): continue
         (to/f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root/f, to/f, follow_symlinks=False)
-    env = os.environ | dict(PATH=f'{bin}:{Path(sys.executable).parent}:{os.environ["PATH"]}')
+    env = os.environ | dict(PATH=f'{bin}:{Path(sys.executable).parent}:{os.environ["PATH"]}', PYTHONPATH=str(to/'tests'))
     r = subprocess.run(['nbdev-proc-nbs'], cwd=to, env=env, capture_output=True, text=True)
     assert r.returncode == 0 and not re.search(r'error|traceback', r.stdout + r.stderr, re.I), r.stdout + r.stderr
     made = {str(p.relative_to(to/'_proc')) for p in (to/'_proc').rglob('*.ipynb')}

