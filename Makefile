@@ -25,7 +25,7 @@ down:                 ## stops that, and keeps what it knows
 	@cd docker && docker compose --profile '*' down
 
 smoke:                ## walks a photo through it
-	@cd docker && set -a && . ./.env && docker compose exec -T -e GRAFANA_PASSWORD api python3 - < smoke.py
+	@cd docker && docker compose exec -T -e GRAFANA_PASSWORD="$$(sed -n 's/^GRAFANA_PASSWORD=//p' .env)" api python3 - < smoke.py
 
 docs: install         ## the documentation site (needs Quarto)
 	@command -v quarto >/dev/null || { echo "Quarto is not installed: see quarto.org, or run nbdev-install-quarto"; exit 1; }
@@ -35,6 +35,7 @@ export: install       ## notebooks → modules, README, boards and CronJobs, cle
 	nbdev-export && nbdev-clean && $(MAKE) --no-print-directory readme
 	python -c 'from plant_mlops.ops.grafana import write_boards; write_boards("docker/grafana/dashboards")'
 	env -u PLANT_SCHEDULES python -m plant_mlops job cronjobs > kubernetes/base/cronjobs.yaml
+	python -c 'from plant_mlops.ops.cronjobs import rules; print(rules("docker/prometheus/rules"), end="")' > kubernetes/components/prometheus-operator/rules.yaml
 
 readme: install
 	@jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | \

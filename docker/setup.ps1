@@ -13,7 +13,7 @@ function Get-Random32([string]$name) { # of 32 bytes; Fernet wants them in base6
     return (-join ($bytes | ForEach-Object { $_.ToString('x2') })).Substring(0, 40)
 }
 
-# Lines that are missing are added, so that an .env of an older version goes on working; nothing that stands there is changed.
+# Lines that are missing are added, so that an .env of an older version goes on working; nothing that stands there is changed, but VERSION.
 $there = @()
 $fresh = -not (Test-Path .env)
 if (-not $fresh) { $there = @(Get-Content .env | Where-Object { $_ -match '^[A-Z0-9_]+=' } | ForEach-Object { $_.Split('=')[0] }) }
@@ -31,16 +31,21 @@ foreach ($line in Get-Content .env.example) {
     $added++
 }
 if ($lines.Count) { [IO.File]::AppendAllText((Join-Path $PSScriptRoot '.env'), ($lines -join "`n") + "`n") }
+$version = (Get-Content ..\settings.ini | Where-Object { $_ -match '^version = ' }) -replace '^version = ', ''
+$text = (Get-Content .env) -replace '^VERSION=.*', "VERSION=$version"
+[IO.File]::WriteAllText((Join-Path $PSScriptRoot '.env'), ($text -join "`n") + "`n")
 Write-Output "docker\.env: $added settings added"
 New-Item -ItemType Directory -Force photos | Out-Null
 if ($EnvOnly) { exit 0 }
 
-docker compose version *> $null
-if ($LASTEXITCODE) { throw 'Docker with its Compose plugin (2.24 or newer) is needed: see docs.docker.com/get-docker' }
-docker info *> $null
-if ($LASTEXITCODE) { throw 'Docker is installed, but its engine does not answer: start Docker Desktop' }
+$ErrorActionPreference = 'Continue' # a warning of docker's is no error
+$need, $have = '2.33.1', ''
+if (Get-Command docker -ErrorAction SilentlyContinue) { $have = "$(docker compose version --short 2>$null)".TrimStart('v') }
+if (-not $have -or [version]($have -replace '[^0-9.].*', '') -lt [version]$need) { Write-Error "Docker with its Compose plugin, $need or newer, is needed: see docs.docker.com/get-docker"; exit 1 }
+docker info 2>&1 | Out-Null
+if ($LASTEXITCODE) { Write-Error 'Docker is installed, but its engine does not answer: start Docker Desktop'; exit 1 }
 docker compose up --build --detach --wait
-if ($LASTEXITCODE) { throw 'Not everything came up. What failed is above; docker compose logs NAME says more.' }
+if ($LASTEXITCODE) { Write-Error 'Not everything came up. What failed is above; docker compose logs NAME says more.'; exit 1 }
 
 Write-Output @'
 
@@ -55,4 +60,5 @@ MinIO       http://localhost:9001      S3_ACCESS_KEY, S3_SECRET_KEY
 
 There is no model yet. Put photos into docker\photos, a folder for each class, then, in the folder docker:
   docker compose run --rm cli job run --all -p photos /photos      (without -p ... : on drawn photos)
+Then a walk through all of it: Get-Content smoke.py | docker compose exec -T api python3 -
 '@

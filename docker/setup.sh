@@ -12,8 +12,10 @@ random() { # of 32 bytes; Fernet wants them in base64, everything else is in URL
   esac
 }
 
-# Lines that are missing are added, so that an .env of an older version goes on working; nothing that stands there is changed.
+mkdir -p photos # before only its owner may read what is made
 umask 077
+
+# Lines that are missing are added, so that an .env of an older version goes on working; nothing that stands there is changed, but VERSION.
 [[ -e .env ]] && fresh= || fresh=1
 touch .env
 added=0
@@ -25,11 +27,14 @@ while IFS= read -r line; do
   printf '%s\n' "$line" >> .env
   added=$((added + 1))
 done < .env.example
+version=$(sed -n 's/^version = //p' ../settings.ini)
+sed "s/^VERSION=.*/VERSION=$version/" .env > .env.new && mv .env.new .env
 echo "docker/.env: $added settings added"
-mkdir -p photos
 [[ ${1:-} == --env ]] && exit
 
-docker compose version >/dev/null 2>&1 || { echo "Docker with its Compose plugin (2.24 or newer) is needed: see docs.docker.com/get-docker" >&2; exit 1; }
+need=2.33.1 have=$(docker compose version --short 2>/dev/null | tr -d v) || true
+[[ $(printf '%s\n' "$need" "${have:-0}" | sort -V | head -1) == "$need" ]] || {
+  echo "Docker with its Compose plugin, $need or newer, is needed; this has ${have:-none}: see docs.docker.com/get-docker" >&2; exit 1; }
 docker info >/dev/null 2>&1 || { echo "Docker is installed, but its engine does not answer: start it, or see that you may use it (group docker)" >&2; exit 1; }
 docker compose up --build --detach --wait
 
@@ -46,4 +51,5 @@ MinIO       http://localhost:9001      S3_ACCESS_KEY, S3_SECRET_KEY
 
 There is no model yet. Put photos into docker/photos, a folder for each class, then, in the folder docker:
   docker compose run --rm cli job run --all -p photos /photos      (without -p … : on drawn photos)
+Then a walk through all of it: docker compose exec -T api python3 - < smoke.py
 EOF

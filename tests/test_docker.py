@@ -9,7 +9,7 @@ docker = root/'docker'
 dockerfiles = sorted(docker.glob('*/Dockerfile'))
 example = (docker/'.env.example').read_text()
 variables = dict(re.findall(r'^#?([A-Z0-9_]+)=(.*)$', example, re.M))
-secret = [k for k, v in variables.items() if not v]
+secret = [k for k, v in re.findall(r'^([A-Z0-9_]+)=(.*)$', example, re.M) if not v and k != 'VERSION']
 
 def run(*cmd, cwd, **env):
     r = subprocess.run([*map(str, cmd)], cwd=cwd, env=dict(PATH=f'{bin}:/usr/bin:/bin', HOME=str(cwd)) | env, capture_output=True, text=True)
@@ -18,6 +18,7 @@ def run(*cmd, cwd, **env):
 @pytest.fixture
 def copy(tmp_path):
     "The folder as a new clone has it."
+    shutil.copy(root/'settings.ini', tmp_path)
     shutil.copytree(docker, tmp_path/'docker', ignore=shutil.ignore_patterns('.env', 'photos', 'backup'))
     return tmp_path/'docker'
 
@@ -42,7 +43,7 @@ def test_setup_draws_secrets_once(copy):
     first = (copy/'.env').read_text()
     values = dict(re.findall(r'^([A-Z0-9_]+)=(.*)$', first, re.M))
     assert len({values[k] for k in secret}) == len(secret) and all(len(values[k]) >= 40 for k in secret)
-    assert (copy/'.env').stat().st_mode & 0o077 == 0 and first.splitlines()[0] == example.splitlines()[0]
+    assert (copy/'.env').stat().st_mode & 0o077 == 0 and (copy/'photos').stat().st_mode & 0o055 == 0o055 and re.search(r'^VERSION=\d', first, re.M) and first.splitlines()[0] == example.splitlines()[0]
     assert run(copy/'setup.sh', '--env', cwd=copy)[0] == 0 and (copy/'.env').read_text() == first
     (copy/'.env').write_text(re.sub(r'^GRAFANA_PASSWORD=.*\n', '', first, flags=re.M)) # of an older version
     run(copy/'setup.sh', '--env', cwd=copy)
@@ -50,12 +51,12 @@ def test_setup_draws_secrets_once(copy):
 
 def test_setup_says_what_is_missing(copy):
     code, said = run('bash', copy/'setup.sh', cwd=copy, PATH=str(no_docker(copy)))
-    assert code == 1 and 'Docker with its Compose plugin' in said
+    assert code == 1 and 'Docker with its Compose plugin' in said and 'this has none' in said
 
 def no_docker(at):
     "Programs without docker."
     (to := at/'bin').mkdir()
-    for o in ('bash', 'dirname', 'touch', 'grep', 'head', 'base64', 'tr', 'od', 'cut', 'mkdir'): (to/o).symlink_to(shutil.which(o))
+    for o in ('bash', 'dirname', 'touch', 'grep', 'head', 'base64', 'tr', 'od', 'cut', 'mkdir', 'sed', 'mv', 'sort'): (to/o).symlink_to(shutil.which(o))
     return to
 
 def composed(copy, *args, **env):
@@ -67,6 +68,8 @@ def test_compose_is_valid_with_every_profile(copy):
     for profiles in (['*'], ['minio', 'airflow'], ['seaweedfs', 'scheduler'], ['minio', 'mysql']):
         code, said = composed(copy, *(o for p in profiles for o in ('--profile', p)), 'config', '--quiet', COMPOSE_PROFILES='')
         assert code == 0 and not said, said
+    code, said = composed(copy, '-f', copy/'gpu.yaml', '--profile', '*', 'config')
+    assert code == 0 and {k for k, o in yaml.safe_load(said)['services'].items() if 'deploy' in o and 'nvidia' in str(o['deploy'])} == {'cli', 'scheduler', 'airflow-worker'}, said
 
 def test_compose_starts_nothing_without_passwords(copy):
     code, said = composed(copy, 'config', '--quiet')
@@ -84,7 +87,7 @@ def test_compose_promises():
     want = {8000: 'api', 7860: 'app', 8866: 'dashboard', 5001: 'mlflow', 8080: 'airflow-api-server', 9000: 'minio', 9001: 'minio', 5433: 'postgres', 6379: 'redis', 9090: 'prometheus', 9093: 'alertmanager', 3000: 'grafana', 8333: 'seaweedfs'}
     assert ports == want and all(str(p).startswith('${BIND:-127.0.0.1}:') for o in services.values() for p in o.get('ports', ()))
     for k, o in services.items():
-        ours = o['image'].startswith('plant-mlops/')
+        ours = o['image'].startswith('localhost/plant-mlops/')
         assert ours and o['read_only'] and o['cap_drop'] == ['ALL'] or re.search(r':[\w.-]+@sha256:[0-9a-f]{64}$', o['image']), k
         assert 'no-new-privileges:true' in o['security_opt'], k
         if not ours: assert o['healthcheck']['test'], k
@@ -94,5 +97,5 @@ def test_windows_does_the_same():
     sh, ps = (docker/'setup.sh').read_text(), (docker/'setup.ps1').read_text()
     shown = lambda t: [o.replace('\\', '/').replace('…', '...') for o in re.findall(r'^(?:\w+  +http\S+.*|There is no model.*|  docker compose run.*)$', t, re.M)]
     assert len(shown(sh)) == 10 and shown(sh) == shown(ps)
-    for o in ('docker compose version', 'docker info', 'docker compose up --build --detach --wait', '.env.example', 'FERNET'): assert o in sh and o in ps, o
+    for o in ('docker compose version --short', '2.33.1', 'docker info', 'docker compose up --build --detach --wait', '.env.example', 'FERNET', 'VERSION='): assert o in sh and o in ps, o
     assert ps.count('{') == ps.count('}') and ps.count('(') == ps.count(')') and ps.count("@'") == 1 == ps.count("\n'@")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, yaml
 from conftest import root
 from plant_mlops.config import Settings, settings
-from plant_mlops.ops.cronjobs import cronjob, cronjobs
+from plant_mlops.ops.cronjobs import cronjob, cronjobs, rules
 from plant_mlops.ops.jobs import jobs
 
 k8s = root/'kubernetes'
@@ -193,10 +193,14 @@ def test_an_overlay_can_have_a_component_more(component, tmp_path):
     near = lambda p: os.path.relpath(k8s/p, tmp_path.resolve())
     (tmp_path/'kustomization.yaml').write_text(yaml.safe_dump(dict(resources=[near('overlays/production')], components=[near(f'components/{component}')])))
     got = [o for o in yaml.safe_load_all(render(tmp_path.resolve()))]
-    assert len(got) == len(found('overlays/production')) + (1 if component == 'prometheus-operator' else -len(jobs))
+    assert len(got) == len(found('overlays/production')) + (3 if component == 'prometheus-operator' else -len(jobs))
+    watched = {}
     for m in [o['spec'] for o in got if o['kind'] == 'ServiceMonitor']:
-        services = [o for o in kinds('overlays/production', 'Service') if selects(m['selector'], o['metadata']['labels'])]
-        assert {o['metadata']['name'] for o in services} == {'api', 'exporter'} and all(m['endpoints'][0]['port'] == p['name'] for o in services for p in o['spec']['ports'])
+        [service] = [o for o in kinds('overlays/production', 'Service') if selects(m['selector'], o['metadata']['labels'])]
+        assert m['endpoints'][0]['port'] in {p['name'] for p in service['spec']['ports']}
+        watched[service['metadata']['name']] = m['endpoints'][0]['relabelings'][0]['replacement'], m['endpoints'][0].get('honorLabels')
+    assert component == 'no-cronjobs' or watched == dict(api=('api', None), exporter=('jobs', True)) # as in docker/prometheus/prometheus.yml
+    for o in [o for o in got if o['kind'] == 'PrometheusRule']: assert yaml.safe_dump(o['spec']) == yaml.safe_dump(yaml.safe_load(rules(root/'docker/prometheus/rules'))['spec']), 'run `make export`'
 
 @pytest.fixture(scope='module')
 def checkov():

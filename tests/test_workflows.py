@@ -125,11 +125,12 @@ def test_a_deployment_names_every_image_by_its_digest(tmp_path):
     (tmp_path/'kustomize').write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'); (tmp_path/'kustomize').chmod(0o755)
     script = step('workflows/images.yml', 'Name the images of this release by their digests')['run']
     env = dict(RUNNER_TEMP=str(tmp_path), GITHUB_REPOSITORY='Some/Plants')
-    bash = lambda: run('bash', '--noprofile', '--norc', '-eo', 'pipefail', '-c', script, cwd=overlay.parent, **env)
+    bash = lambda: run('bash', '--noprofile', '--norc', '-eo', 'pipefail', '-c', script, cwd=root/'kubernetes', **env)
     assert bash()[0] == 0
     ours = {o['name'] for o in yaml.safe_load(overlay.read_text())['images'] if o['name'].startswith('plant-mlops/')}
-    want = {f'edit set image {o}=ghcr.io/some/plants/{o.split("/")[1]}@sha256:{"a"*64}' for o in ours} | {'build .'}
-    assert ours and set((tmp_path/'asked').read_text().splitlines()) == want
+    want = {f'edit set image {o}=ghcr.io/some/plants/{o.split("/")[1]}@sha256:{"a"*64}' for o in ours} | {'build overlays/production'}
+    said = (tmp_path/'asked').read_text().splitlines()
+    assert ours and set(said) == want and len(said) == len(want) + 1, 'train is named for the CronJobs, and for the Job on a GPU'
     (tmp_path/'images/serve.digest').write_text('latest\n')
     assert bash()[0] != 0
 

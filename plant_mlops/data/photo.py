@@ -87,10 +87,18 @@ def _rgb(
 ) -> Image.Image: # mode RGB
     "Convert any mode to RGB; transparency is laid on white."
     if img.mode.startswith('I') or img.mode == 'F': img = Image.fromarray(_to_8_bits(np.asarray(img)))
-    if img.mode in ('LA', 'PA', 'RGBA', 'RGBa', 'La') or 'transparency' in img.info:
-        img = img.convert('RGBA')
-        img = Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img)
+    if img.mode in ('LA', 'PA', 'RGBA', 'RGBa', 'La') or 'transparency' in img.info: img = _on_white(img)
     return img if img.mode == 'RGB' else img.convert('RGB')
+
+def _on_white(
+    img: Image.Image, # with transparency
+) -> Image.Image: # mode RGB
+    "Lay a photo on white, a strip at a time: whole copies of a large one may not fit into a small server."
+    out = Image.new('RGB', img.size)
+    for y in range(0, img.height, 256):
+        strip = img.crop((0, y, img.width, min(y + 256, img.height))).convert('RGBA')
+        out.paste(Image.alpha_composite(Image.new('RGBA', strip.size, 'white'), strip).convert('RGB'), (0, y))
+    return out
 
 def _to_8_bits(
     a: np.ndarray, # h × w, integers of up to 16 bits, or floats

@@ -42,12 +42,13 @@ def test_the_main_job_while_nobody_answers(stack):
     assert [o['name'] for o in alerts()['ApiDown']['receivers']] == ['page']
 
 def test_a_photo_all_the_way(stack):
-    stack.start('api')
-    stack.healthy('api')
+    stack.start('api', 'app', 'dashboard')
+    stack.healthy('api', 'app', 'dashboard')
     assert ask('http://api:8000/ready')['ready']
     smoke = stack.folder/'docker/smoke.py'
-    said = stack.run_program('api', str(bin/'python'), str(smoke), 'api', 'mlflow', 'exporter', 'prometheus', 'alertmanager')
-    assert 'Prometheus knows the model in production' in said
+    said = stack.run_program('api', str(bin/'python'), str(smoke), 'api', 'app', 'dashboard', 'mlflow', 'exporter', 'prometheus', 'alertmanager')
+    assert 'Prometheus knows the model in production' in said and 'the dashboard is there' in said
+    stack.kill('app', 'dashboard')
     wait_for(lambda: stack.sql('SELECT count(*) FROM predictions')[0][0] == 1, 30, 'the prediction in the database')
     assert stack.sql('SELECT count(*) FROM feedback')[0][0] == 1
     wait_for(lambda: not value('ALERTS{alertname="ApiDown"}'), 60, 'the end of the alert')

@@ -21,8 +21,8 @@ def read_compose(folder, env):
 
 def image(service):
     "What the Dockerfile of one of our images says: variables, CMD, HEALTHCHECK."
-    if not service['image'].startswith('plant-mlops/'): return {}, [], []
-    name = service['image'].split('/')[1].split(':')[0]
+    if not service['image'].startswith('localhost/plant-mlops/'): return {}, [], []
+    name = service['image'].split('/')[2].split(':')[0]
     last = re.sub(r'\\\n\s*', ' ', (root/'docker'/name/'Dockerfile').read_text()).rpartition('\nFROM')[2]
     listed = lambda pattern: json.loads(m[1]) if (m := re.search(pattern, last, re.M)) else []
     env = dict(o.split('=', 1) for line in re.findall(r'^ENV (.*)', last, re.M) for o in shlex.split(line))
@@ -32,7 +32,8 @@ class Stack:
     "Services by their name."
     def __init__(self, folder, **env):
         self.folder, self.ps = folder, {}
-        shutil.copytree(root/'docker', folder/'docker', ignore=shutil.ignore_patterns('.env'))
+        shutil.copy(root/'settings.ini', folder)
+        shutil.copytree(root/'docker', folder/'docker', ignore=shutil.ignore_patterns('.env', 'photos', 'backup'))
         subprocess.run([folder/'docker/setup.sh', '--env'], check=True, capture_output=True)
         self.services = read_compose(folder, env)
         self._name_all()
@@ -62,7 +63,7 @@ class Stack:
         "The variables of a service; /data is a folder of its own, and nothing is compiled ahead."
         s, home = self.services[name], self.folder/'data'/name
         home.mkdir(parents=True, exist_ok=True)
-        ours = image(s)[0] | dict(PLANT_HOME=str(home), HOME=str(home)) if s['image'].startswith('plant-mlops/') else {}
+        ours = image(s)[0] | dict(PLANT_HOME=str(home), HOME=str(home)) if s['image'].startswith('localhost/') else {}
         ours.pop('PYTHONDONTWRITEBYTECODE', None)
         return ours | dict(PATH=path) | {k: str(v) for k, v in (s.get('environment') or {}).items()} | more
 
