@@ -107,6 +107,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'plant_mlops.config._explain': ('config.html#_explain', 'plant_mlops/config.py'),
                                     'plant_mlops.config._f': ('config.html#_f', 'plant_mlops/config.py'),
                                     'plant_mlops.config._found': ('config.html#_found', 'plant_mlops/config.py'),
+                                    'plant_mlops.config._quota': ('config.html#_quota', 'plant_mlops/config.py'),
                                     'plant_mlops.config._show': ('config.html#_show', 'plant_mlops/config.py'),
                                     'plant_mlops.config._variable': ('config.html#_variable', 'plant_mlops/config.py'),
                                     'plant_mlops.config.allowed_hosts': ('config.html#allowed_hosts', 'plant_mlops/config.py'),

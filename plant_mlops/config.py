@@ -215,6 +215,13 @@ def cpu_cores(
 ) -> int: # ≥ 1
     "Cores that this process may use, by its affinity and by its container's limit."
     n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    try: quota, period = map(int, (cgroup/'cpu.max').read_text().split())
+    try: quota, period = _quota(cgroup)
     except (OSError, ValueError): return n # no such file, or no limit: 'max 100000'
-    return max(1, min(n, -(-quota//period)))
+    return n if quota <= 0 else max(1, min(n, -(-quota//period)))
+
+def _quota(
+    cgroup: Path, # folder
+) -> tuple: # microseconds of CPU time, of how many
+    "The limit of a container, as version 2 of Linux's control groups says it, or version 1."
+    if (cgroup/'cpu.max').exists(): return tuple(map(int, (cgroup/'cpu.max').read_text().split()))
+    return tuple(int((cgroup/f'cpu/cpu.cfs_{o}_us').read_text()) for o in ('quota', 'period'))
