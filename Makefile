@@ -13,7 +13,7 @@ run: install          ## the main job, on drawn photos, offline
 	@plant-mlops run
 
 test: install         ## every test, two files at a time
-	@OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist loadfile
+	@OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 serve: install        ## the model in production, on http://127.0.0.1:8000
 	@plant-mlops serve

@@ -982,6 +982,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'plant_mlops.ops.runs.Run.done': ('ops/runs.html#run.done', 'plant_mlops/ops/runs.py'),
                                       'plant_mlops.ops.runs.Run.fail': ('ops/runs.html#run.fail', 'plant_mlops/ops/runs.py'),
                                       'plant_mlops.ops.runs._bury': ('ops/runs.html#_bury', 'plant_mlops/ops/runs.py'),
+                                      'plant_mlops.ops.runs._fallen': ('ops/runs.html#_fallen', 'plant_mlops/ops/runs.py'),
                                       'plant_mlops.ops.runs._last_told': ('ops/runs.html#_last_told', 'plant_mlops/ops/runs.py'),
                                       'plant_mlops.ops.runs._news': ('ops/runs.html#_news', 'plant_mlops/ops/runs.py'),
                                       'plant_mlops.ops.runs._overlap': ('ops/runs.html#_overlap', 'plant_mlops/ops/runs.py'),

@@ -140,7 +140,7 @@ def _mariadb(tmp_path_factory):
         yield f'mysql+pymysql://root@127.0.0.1:{port}/plants?charset=utf8mb4'
     finally: stop(p)
 
-slow = ('test_airflow', 'test_jobs', 'test_readme', 'test_notebooks', 'test_drift', 'test_recipe', 'test_pipeline', 'test_cli')
+slow = ('test_stack', 'test_readme', 'test_notebooks', 'test_airflow', 'test_guides', 'test_jobs', 'test_drift', 'test_recipe', 'test_pipeline', 'test_monitoring', 'test_catalog', 'test_cli')
 
 def pytest_collection_modifyitems(items):
     "Files that take minutes come first, so that no worker is left with one of them at the end."

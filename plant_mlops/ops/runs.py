@@ -127,6 +127,16 @@ def _bury(
         for r in mlflow_runs(c, s, dead):
             if r.info.status == 'RUNNING': c.set_terminated(r.info.run_id, 'KILLED')
 
+def _fallen(
+    eng: sa.Engine, # of `open_runs`
+    s: Settings, # settings in force
+    job: str, # its name
+) -> list: # ids
+    "The last runs that failed, since one succeeded."
+    t = job_runs.c
+    q = sa.select(t.id, t.status).where(t.job == job, t.model == s.model, t.status != 'running').order_by(t.started_at.desc()).limit(3)
+    with eng.connect() as c: return [r.id for r in itertools.takewhile(lambda r: r.status != 'succeeded', c.execute(q))]
+
 def mlflow_runs(
     c, # MlflowClient
     s: Settings, # settings in force
@@ -296,8 +306,7 @@ def begin(
                inputs={a: assets[a].state(s) for a in job.consumes}, started_at=utc(), seen_at=utc())
     try: dead = _patiently(s, eng, row)
     except BaseException: eng.dispose(); raise
-    fallen = itertools.takewhile(lambda r: r['status'] != 'succeeded', history(s, name, 4)[1:])
-    for o in {*dead, *(r['id'] for r in fallen if r['status'] != 'running')}: _bury(s, o)
+    for o in {*dead, *ask(_fallen, eng, s, name)}: _bury(s, o)
     os.environ['JOB_RUN'] = row['id']
     return Run(s, eng, row, said.get('timeout', job.timeout if said else math.inf))
 
