@@ -3,7 +3,7 @@
 They run in a network and a mount namespace of their own (`unshare --net --mount`), where the name of every service is this machine's, and every port is free.
 """
 import json, os, re, shlex, shutil, subprocess, sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 import psutil
 from conftest import root, wait_for
@@ -110,10 +110,10 @@ class Stack:
     def kill(self, *names):
         "End services at once, as when their machine is gone."
         for name in names:
-            its = [*(p := self.ps.pop(name)).children(recursive=True), p]
+            p = self.ps.pop(name)
+            its = [*(p.children(recursive=True) if p.is_running() else ()), p]
             for o in its:
-                try: o.kill()
-                except psutil.NoSuchProcess: pass
+                with suppress(psutil.NoSuchProcess): o.kill()
             psutil.wait_procs(its, 10)
 
     def close(self): self.kill(*self.ps)
