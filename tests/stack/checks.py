@@ -26,7 +26,7 @@ def stack(tmp_path_factory):
     try:
         o.start('postgres', 'seaweedfs')
         o.healthy('seaweedfs')
-        assert 's3://mlflow can be written' in o.run('stores')
+        wait_for(lambda: 's3://mlflow can be written' in o.run('stores'), 120, 'stores') # which Compose starts again, too
         o.start('prometheus', 'alertmanager', 'mlflow', 'exporter')
         o.healthy('prometheus', 'alertmanager', 'mlflow', 'exporter')
         yield o

@@ -163,7 +163,7 @@ class Stack:
             shutil.chown(data, user)
             (pw := self.folder/'pw').write_text(env['POSTGRES_PASSWORD'])
             subprocess.run([programs/'initdb', '-D', data, '-U', env['POSTGRES_USER'], '--auth=scram-sha-256', f'--pwfile={pw}'], check=True, user=user, capture_output=True)
-        self.spawn('postgres', [str(programs/'postgres'), '-D', str(data), '-k', '/tmp', '-c', 'fsync=off'], dict(PATH=path), user=user)
+        self.spawn('postgres', [str(programs/'postgres'), '-D', str(data), '-k', '', '-c', 'fsync=off'], dict(PATH=path), user=user)
         wait_for(lambda: self.sql('SELECT 1', 'postgres'), what='PostgreSQL')
         if fresh:
             scripts = next(v['source'] for v in self.services['postgres']['volumes'] if v['type'] == 'bind')
