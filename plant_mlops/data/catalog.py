@@ -317,9 +317,10 @@ PATIENCE = 60. # seconds for the catalog to answer, more than SQLite waits for a
 def ask(
     f, # function of the catalog
     *args, # its arguments
+    away: float = RESTART, # seconds that the database may be away; few for those who ask again by themselves
 ):
     "Call the catalog; raises `PlantError` where it keeps failing or does not answer."
-    tries = tenacity.Retrying(stop=tenacity.stop_after_delay(RESTART), wait=tenacity.wait_exponential_jitter(.3, 5, jitter=.3), reraise=True,
+    tries = tenacity.Retrying(stop=tenacity.stop_after_delay(away), wait=tenacity.wait_exponential_jitter(.3, 5, jitter=.3), reraise=True,
                               retry=_passing)
     try: return _within(PATIENCE, partial(tries, f, *args))
     except TimeoutError: why = f'has not answered for {PATIENCE:g} s'
