@@ -49,16 +49,17 @@ def show_page(browser, api, home):
 
 def show_dashboard(browser, url):
     "Its first sections, mistakes and traffic."
-    p = browser.new_page(viewport=dict(width=1180, height=900))
+    p = browser.new_page(viewport=dict(width=1180, height=8000)) # so that nothing has to be scrolled
     p.goto(url)
     p.wait_for_function(r"/\d:\d\d/.test(document.querySelector('.pm-said')?.innerText)", timeout=120_000)
     p.locator('button:has-text("Hour")').click()
     p.wait_for_timeout(4000)
     p.add_style_tag(content='.pm-bar { position: static !important }')
-    top = {o.inner_text().strip('¶\n '): int(o.bounding_box()['y']) - 20 for o in p.locator('h2').all()}
-    png = p.screenshot(full_page=True)
+    top = {}
+    for o in p.locator('h2').all(): top.setdefault(o.inner_text().replace('¶', '').strip(), max(0, int(o.bounding_box()['y']) - 20))
+    png = p.screenshot()
     for name, since, until in (('top', None, 'Models'), ('mistakes', 'Mistakes', 'Traffic'), ('traffic', 'Traffic', 'Drift')):
-        save(png, f'apps/dashboard-{name}.jpg', (0, top[since] if since else 0, 1180, top[until]))
+        save(png, f'apps/dashboard-{name}.jpg', (0, top[since] if since else 0, 1180, top[until] if since else 1500))
 
 def show_report(browser, home):
     "What papermill left of a training."
@@ -66,7 +67,8 @@ def show_report(browser, home):
     p = browser.new_page(viewport=dict(width=750, height=1215))
     p.goto((home/'store'/row['report'].replace('.ipynb', '.html')).as_uri())
     p.wait_for_timeout(1000)
-    save(p.screenshot(), 'ops/report.jpg')
+    top = int(p.locator('h2:has-text("Training")').bounding_box()['y']) - 20 # from where the pictures are
+    save(p.screenshot(full_page=True), 'ops/report.jpg', (0, top, 750, top + 1215))
 
 def main():
     home = Path(tempfile.mkdtemp(prefix='plant-pictures-'))
