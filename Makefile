@@ -35,7 +35,7 @@ export: install       ## notebooks → modules, README, boards and CronJobs, cle
 	nbdev-export && nbdev-clean && $(MAKE) --no-print-directory readme
 	python -c 'from plant_mlops.ops.grafana import write_boards; write_boards("docker/grafana/dashboards")'
 	env -u PLANT_SCHEDULES python -m plant_mlops job cronjobs > kubernetes/base/cronjobs.yaml
-	python -c 'from plant_mlops.ops.cronjobs import rules; print(rules("docker/prometheus/rules"), end="")' > kubernetes/components/prometheus-operator/rules.yaml
+	python -c 'from plant_mlops.ops.kubernetes import rules; print(rules("docker/prometheus/rules"), end="")' > kubernetes/components/prometheus-operator/rules.yaml
 
 readme: install
 	@jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | \

@@ -29,6 +29,17 @@ def stop(p):
     try: p.wait(10)
     except subprocess.TimeoutExpired: p.kill(); p.wait()
 
+def checkout_files(*paths) -> list:
+    "Files of the project, those that are not committed yet too."
+    r = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard', *paths], cwd=root, capture_output=True, text=True, check=True)
+    return [f for f in r.stdout.split('\0') if f and os.path.lexists(root/f)]
+
+def copy_checkout(to, *paths):
+    "Copy files of the project, as a clone would have them; all, or those at some paths."
+    for f in checkout_files(*paths):
+        (to/f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root/f, to/f, follow_symlinks=False)
+
 def borrow_venv(to):
     "Let a copy of the project use this environment, so that `make` there installs nothing."
     (to/'.venv').mkdir()

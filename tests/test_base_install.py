@@ -1,8 +1,8 @@
 "The base install is enough to serve, and small."
-import json, os, subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 import pytest
-from conftest import root
+from conftest import copy_checkout
 
 def _uv():
     return str(Path(sys.executable).with_name('uv'))
@@ -12,10 +12,7 @@ def base(tmp_path_factory):
     "A virtual environment with the base install alone."
     at = tmp_path_factory.mktemp('base')
     src = at/'src'
-    files = subprocess.run(['git', 'ls-files', '-z', 'plant_mlops', 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md'], cwd=root, capture_output=True, text=True, check=True).stdout.split('\0')
-    for f in filter(None, files):
-        (src/f).parent.mkdir(parents=True, exist_ok=True)
-        (src/f).write_bytes((root/f).read_bytes())
+    copy_checkout(src, 'plant_mlops', 'nbs/jobs', 'nbs/apps/dashboard.ipynb', 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md') # with what plant_mlops links to
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', at/'venv'], check=True)
     r = subprocess.run([_uv(), 'pip', 'install', '--quiet', '--python', at/'venv/bin/python', str(src)], capture_output=True, text=True)
     if r.returncode: pytest.skip(f'the base install cannot be fetched here: {r.stderr[-300:]}')

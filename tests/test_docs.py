@@ -1,8 +1,8 @@
 "The documentation: what Quarto gets of the notebooks, and where their links lead."
-import json, os, re, shutil, subprocess, sys
+import json, os, re, subprocess, sys
 from pathlib import Path
 import pytest
-from conftest import root
+from conftest import copy_checkout, root
 
 nbs = root/'nbs'
 notebooks = sorted(p for p in nbs.rglob('*.ipynb') if not any(o.startswith(('.', '_')) for o in p.relative_to(nbs).parts))
@@ -46,10 +46,7 @@ def test_quarto_gets_every_page(tmp_path):
     (bin/'quarto').write_text('#!/bin/sh\n')
     (bin/'quarto').chmod(0o755)
     to = tmp_path/'p'
-    for f in subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=root, capture_output=True, text=True, check=True).stdout.split('\0')[:-1]:
-        if not os.path.lexists(root/f): continue
-        (to/f).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(root/f, to/f, follow_symlinks=False)
+    copy_checkout(to)
     env = os.environ | dict(PATH=f'{bin}:{Path(sys.executable).parent}:{os.environ["PATH"]}', PYTHONPATH=str(to/'tests'))
     r = subprocess.run(['nbdev-proc-nbs'], cwd=to, env=env, capture_output=True, text=True)
     assert r.returncode == 0 and not re.search(r'error|traceback', r.stdout + r.stderr, re.I), r.stdout + r.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, yaml
 from conftest import root
 from plant_mlops.config import Settings, settings
-from plant_mlops.ops.cronjobs import cronjob, cronjobs, rules
+from plant_mlops.ops.kubernetes import cronjob, cronjobs, rules
 from plant_mlops.ops.jobs import jobs
 
 k8s = root/'kubernetes'

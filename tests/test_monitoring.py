@@ -1,12 +1,12 @@
 """The monitoring: rules, routes and boards, each by the program that will read it."""
 
-import json, re, shutil, socket, subprocess, time, urllib.error, urllib.parse, urllib.request
+import json, re, shutil, subprocess, time, urllib.error, urllib.parse, urllib.request
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 import pytest, yaml
-from conftest import root
+from conftest import free_port, root, stop, wait_for
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
 DOCKER = root/'docker'
@@ -54,6 +54,17 @@ def test_routes(receiver, labels):
     said_by(program('amtool'), 'config', 'routes', 'test', f'--config.file={AM}', f'--verify.receivers={receiver}', *(f'{k}={v}' for k, v in labels.items()))
 
 # What alerts say, and whether they were tried
+
+def test_a_job_is_late_after_two_runs_of_its_schedule_and_two_hours():
+    from datetime import datetime, timedelta
+    from plant_mlops.config import settings
+    from plant_mlops.ops.jobs import jobs, schedule_of
+    from plant_mlops.ops.scheduler import next_time
+    def due(cron):
+        first = next_time(cron, datetime(2026, 1, 1))
+        return (next_time(cron, first + timedelta(seconds=1)) - first).total_seconds()*2 + 7200
+    said = {r['labels']['job']: eval(re.fullmatch(r'vector\((.*)\)', r['expr'])[1]) for r in rules(alerts=False) if r['record'] == 'plant:job_due:seconds'}
+    assert said == {j.name: due(schedule_of(settings(), j)) for j in jobs.values() if j.schedule}
 
 def kebab(name): return re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '-', name).lower()
 
@@ -161,11 +172,6 @@ def test_boards_are_what_the_code_makes(tmp_path):
 
 # All of it at work
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
 def serve(page):
     "A page of figures on a free port; returns the server."
     class Handler(BaseHTTPRequestHandler):
@@ -215,20 +221,9 @@ def exporter_page():
 def start(*command, url):
     "A process that answers at a URL soon."
     p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    for _ in range(150):
-        try:
-            urllib.request.urlopen(url, timeout=2)
-            return p
-        except OSError:
-            assert p.poll() is None, p.stderr.read()
-            time.sleep(.2)
-    p.kill()
-    raise AssertionError(f'{command[0]} did not start')
-
-def stop(p):
-    p.terminate()
-    try: p.wait(10)
-    except subprocess.TimeoutExpired: p.kill()
+    try: wait_for(lambda: p.poll() is not None or urllib.request.urlopen(url, timeout=2), 30, command[0])
+    finally: assert p.poll() is None, p.stderr.read()
+    return p
 
 def quick_config(folder, places):
     "The configuration as it is, but with other places, and in a hurry."

@@ -3,7 +3,7 @@ import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from PIL import Image
-from conftest import borrow_venv, root
+from conftest import borrow_venv, copy_checkout, root
 
 pytestmark = pytest.mark.timeout(900)
 readme = (root/'README.md').read_text()
@@ -21,10 +21,7 @@ def sh(cmd, cwd, ok=(0,)):
 def clone(tmp_path_factory):
     "The tracked files, with this environment as .venv, so that nothing is installed twice."
     to = tmp_path_factory.mktemp('clone')/'plant_mlops'
-    for f in subprocess.run(['git', 'ls-files', '-z'], cwd=root, capture_output=True, text=True, check=True).stdout.split('\0')[:-1]:
-        if (root/f).is_file():
-            (to/f).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(root/f, to/f, follow_symlinks=False)
+    copy_checkout(to)
     borrow_venv(to)
     return to
 

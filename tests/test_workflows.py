@@ -2,7 +2,7 @@
 import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest, yaml
-from conftest import root
+from conftest import checkout_files, copy_checkout, root
 
 path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
 pytestmark = pytest.mark.skipif(not (root/'.github/workflows').is_dir(), reason='no .github here')
@@ -142,8 +142,7 @@ def secrets(at, *files):
     return json.loads(said[said.index('{'):])['results']
 
 def test_no_secrets(tmp_path):
-    files = run('git', 'ls-files', '--cached', '--others', '--exclude-standard', '-z')[1].split('\0')
-    assert not (bad := secrets(root, *filter(None, files))), bad
+    assert not (bad := secrets(root, *checkout_files())), bad
     (tmp_path/'settings.py').write_text('key = "AKIA' + 'Z7Q2M4X6B8N3V5C1"\n')
     assert secrets(tmp_path, '--all-files', '.')
 
@@ -151,10 +150,7 @@ def test_no_secrets(tmp_path):
 def test_the_tests_run_as_a_workflow(tmp_path):
     "Both jobs of test.yml by act, on this machine and with this environment: whether notebooks are in step, then .ci/run with one notebook."
     act, to = tool('act'), tmp_path/'checkout'
-    for f in filter(None, run('git', 'ls-files', '--cached', '--others', '--exclude-standard', '-z')[1].split('\0')):
-        if not os.path.lexists(root/f): continue
-        (to/f).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(root/f, to/f, follow_symlinks=False)
+    copy_checkout(to)
     for cmd in ('init --quiet', 'add --all', '-c user.name=test -c user.email=test@localhost commit --quiet --no-verify -m all', 'remote add origin https://github.com/some/plants.git'):
         code, said = run('git', *cmd.split(), cwd=to)
         assert code == 0, said

@@ -17,6 +17,7 @@ from PIL import Image
 from .board import AMBER, GREEN, GREY, PALETTE, axes, heading, note, parts_of, photos, plot, put, share, table, tiles
 from ..config import PlantError, Settings
 from ..data.store import NotFound, open_store
+from ..ops.exporter import newest_card
 from ..serve.words import answer_html, overlay, percent, size_seen, warning_of
 
 # %% ../../nbs/apps/44_live.ipynb #b538ca62
@@ -293,9 +294,7 @@ def _production(s) -> tuple:
     return 'In production', f'version {p["version"]}', f'right on {share(m["accuracy"])} of its test split ({share(m["accuracy_low"])} to {share(m["accuracy_high"])}{drawn})'
 
 def _data(s) -> tuple:
-    store = open_store(s)
-    try: c = json.loads(store.get(f'agg/{json.loads(store.get("agg/latest.json"))["version"]}/card.json'))
-    except NotFound: return 'Data', 'none yet', 'plant-mlops run'
+    if not (c := newest_card(open_store(s))): return 'Data', 'none yet', 'plant-mlops run'
     return 'Data', f'{c["photos"]:,}', f'photos of {len(c["classes"])} classes, dataset {c["version"]}'
 
 def _traffic(s) -> tuple:

@@ -268,16 +268,19 @@ def _client(
     tries: int = 8, # of a request: half a minute, in which a server may be started again
 ):
     "A boto3 client that retries what is worth retrying; every request has a time limit."
+    region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION') or 'us-east-1'
+    return _made(s.s3_endpoint_url, s.s3_access_key.get_secret_value(), s.s3_secret_key.get_secret_value(), s.s3_timeout, region, tries)
+
+@lru_cache(8)
+def _made(endpoint, key, secret, timeout, region, tries):
+    "A client, made once: that takes longer than most of what it is asked for, and threads may share it."
     import boto3
     from botocore.config import Config
-    secret = lambda o: o.get_secret_value() or None
-    cfg = Config(retries=dict(max_attempts=tries, mode='standard'), connect_timeout=s.s3_timeout, read_timeout=s.s3_timeout,
+    cfg = Config(retries=dict(max_attempts=tries, mode='standard'), connect_timeout=timeout, read_timeout=timeout,
                  max_pool_connections=64, request_checksum_calculation='when_required', response_checksum_validation='when_required',
-                 s3=dict(addressing_style='path') if s.s3_endpoint_url else None)
-    region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION') or 'us-east-1'
-    try: return boto3.client('s3', endpoint_url=s.s3_endpoint_url or None, region_name=region, config=cfg,
-                             aws_access_key_id=secret(s.s3_access_key), aws_secret_access_key=secret(s.s3_secret_key))
-    except ValueError: raise StoreError(f'PLANT_S3_ENDPOINT_URL = {s.s3_endpoint_url!r} is not a URL. Write it as http://host:9000.') from None
+                 s3=dict(addressing_style='path') if endpoint else None)
+    try: return boto3.client('s3', endpoint_url=endpoint or None, region_name=region, config=cfg, aws_access_key_id=key or None, aws_secret_access_key=secret or None)
+    except ValueError: raise StoreError(f'PLANT_S3_ENDPOINT_URL = {endpoint!r} is not a URL. Write it as http://host:9000.') from None
 
 # %% ../../nbs/data/01_store.ipynb #133e2e4e
 @contextlib.contextmanager
@@ -307,8 +310,7 @@ class S3Store:
         self.bucket, _, prefix = url.removeprefix('s3://').partition('/')
         self.prefix = prefix.strip('/') + '/' if prefix.strip('/') else ''
         self.where = f'{s.s3_endpoint_url or "S3"} (bucket {self.bucket})'
-        self.s3 = _client(s)
-        self.hurried = lambda: _client(s, tries=4) # for a first contact: whoever mistyped an address does not want to wait
+        self.s3, self.hurried = _client(s), _client(s, tries=4) # the second for a first contact: whoever mistyped an address does not want to wait
 
     def __repr__(self): return f's3://{self.bucket}/{self.prefix}'
     def _at(self, key: str) -> dict: return dict(Bucket=self.bucket, Key=self.prefix + _check_key(key))
@@ -376,7 +378,7 @@ def delete(self:S3Store, key):
 def ensure_bucket(self:S3Store):
     "Make the bucket unless it is there; raises `StoreError` if it may not be used."
     try:
-        with _s3(self.bucket, self.where): self.hurried().head_bucket(Bucket=self.bucket)
+        with _s3(self.bucket, self.where): self.hurried.head_bucket(Bucket=self.bucket)
     except NotFound:
         with contextlib.suppress(Conflict), _s3(self.bucket, self.where): self.s3.create_bucket(Bucket=self.bucket)
     return self

@@ -10,10 +10,10 @@ __all__ = ['ZOOM', 'MIN_SCALE', 'LIGHT', 'VIEWS', 'STRENGTHS', 'LABEL_SMOOTHING'
 
 # %% ../../nbs/model/11_train.ipynb #30e5a335
 from .backbone import Body, build_body, device, features, keep_memory, normalise, unit
-import os, warnings
+import warnings
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, torch
@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
-from ..config import PlantError, Settings
+from ..config import PlantError, Settings, cpu_cores
 from ..data.dataset import load_dataset, load_pixels
 from ..data.photo import shape_seen, square
 from ..data.prepare import progress_bar
@@ -71,7 +71,7 @@ def loaders(
         item_tfms=[TrainCrop(_crop_size(s.image_size), min_scale=MIN_SCALE), WholeSquare(s.image_size), fv.FlipItem(.5)],
         batch_tfms=[*fv.aug_transforms(do_flip=False, max_rotate=0, max_zoom=1, max_warp=0, max_lighting=LIGHT, p_lighting=1), fv.Saturation(LIGHT, p=1),
                     fv.Normalize.from_stats(body.mean, body.std)])
-    workers = min(8, os.cpu_count()-1) if device().type == 'cuda' else 0
+    workers = min(8, cpu_cores()-1) if device().type == 'cuda' else 0
     return block.dataloaders(idx, bs=min(s.batch_size, len(train_idx)), num_workers=workers, device=device())
 
 # %% ../../nbs/model/11_train.ipynb #c26b6a69

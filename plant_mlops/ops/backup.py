@@ -7,7 +7,6 @@ __all__ = ['copy_object', 'copy_store', 'check_store']
 
 # %% ../../nbs/ops/40_backup.ipynb #c98cb622
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from secrets import token_hex
 from ..config import PlantError, Settings
 from ..data.store import Corrupt, NotFound, address, open_store, sha256_of
@@ -22,7 +21,7 @@ def copy_object(
     there = target.stat(key)
     if there and address(key): return 0
     data = source.get(key)
-    if there and there.sha256 == (h := sha256_of(data)) and there.size == len(data): return 0
+    if there and (there.sha256, there.size) == (sha256_of(data), len(data)): return 0
     target.put(key, data)
     return len(data)
 

@@ -11,7 +11,7 @@ __all__ = ['app', 'catalog_app', 'ab_app', 'job_app', 'store_app', 'pipeline_app
            'pipeline_run', 'ab_start', 'ab_status', 'ab_stop', 'config', 'status', 'drift', 'main']
 
 # %% ../../nbs/ops/41_cli.ipynb #398d7a93
-import json, os, secrets, signal, sys, threading, webbrowser
+import json, os, secrets, signal, sys, webbrowser
 from importlib.util import find_spec
 from inspect import formatannotation
 from ipaddress import ip_address
@@ -340,10 +340,11 @@ def store_copy(source: Annotated[str, typer.Argument(help='Store to copy from: a
 def job_list(home: Home = None, as_json: Json = False):
     "The jobs, when they run, and how they last ended."
     from plant_mlops.ops.jobs import jobs, schedule_of
-    from plant_mlops.ops.runs import history as runs
+    from plant_mlops.ops.runs import newest
     s, rows = settings(home=home), []
+    found = newest(s)
     for j in jobs.values():
-        last = next(iter(runs(s, j.name, 1)), {})
+        last = found.get(j.name, [{}])[0]
         rows.append(dict(job=j.name, what=j.what, schedule=schedule_of(s, j), after=', '.join(j.on), last=last.get('status', ''), at=_minute(last.get('started_at'))))
     if as_json: return print(json.dumps(rows))
     _table(rows, '')
@@ -470,7 +471,7 @@ def schedule(home: Home = None):
 @job_app.command('cronjobs')
 def job_cronjobs(image: Annotated[str, typer.Option(help='Image of the containers, with plant_mlops in it')] = 'plant-mlops/train'):
     "Print the jobs as CronJobs of Kubernetes, in YAML."
-    from plant_mlops.ops.cronjobs import cronjobs
+    from plant_mlops.ops.kubernetes import cronjobs
     print(cronjobs(settings(), image), end='')
 
 @app.command()
@@ -597,7 +598,7 @@ def _verdict(
 # %% ../../nbs/ops/41_cli.ipynb #f2bd85b0
 def main():
     "The console script `plant-mlops`."
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler) # in a container, process 1 has no other
+    signal.signal(signal.SIGTERM, signal.default_int_handler) # process 1 of a container would not end otherwise
     try: app()
     except PlantError as e:
         err.print(f'[bold red]error[/] {escape(str(e))}', highlight=False, soft_wrap=True)

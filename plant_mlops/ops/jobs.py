@@ -7,7 +7,7 @@ __all__ = ['assets', 'jobs', 'MIME', 'Asset', 'Job', 'job_of', 'chain_to', 'note
            'part', 'checked', 'schedule_of', 'new_id', 'said_of']
 
 # %% ../../nbs/ops/31_jobs.ipynb #41432980
-import ast, difflib, inspect, json, re, secrets
+import ast, difflib, json, re, secrets
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path

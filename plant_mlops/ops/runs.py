@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_tables', 'job_runs', 'KILLED', 'GRACE', 'open_runs', 'utc', 'alive', 'Busy', 'holder', 'busy', 'mlflow_runs',
-           'context', 'short', 'Note', 'Run', 'begin', 'history', 'find_run']
+           'context', 'short', 'Note', 'Run', 'begin', 'history', 'find_run', 'newest']
 
 # %% ../../nbs/ops/32_runs.ipynb #7469b693
 import itertools, json, math, os, signal, socket, threading, time
@@ -331,8 +331,11 @@ def history(
     q = sa.select(job_runs).where(t.model == s.model, *(t[k] == v for k, v in (where | (dict(job=job) if job else {})).items()))
     def read(eng):
         with eng.connect() as c: return [dict(r) for r in c.execute(q.order_by(t.started_at.desc(), t.id.desc()).limit(limit)).mappings()]
-    with open_runs(s) as eng: rows = ask(read, eng)
-    return [r | dict(ended_at=r['seen_at'], **KILLED) if r['status'] == 'running' and not alive(s, r) else r for r in rows]
+    with open_runs(s) as eng: return [_known(s, r) for r in ask(read, eng)]
+
+def _known(s: Settings, r: dict) -> dict:
+    "A row, with what everybody knows who looks: whether its process is gone."
+    return r | dict(ended_at=r['seen_at'], **KILLED) if r['status'] == 'running' and not alive(s, r) else r
 
 def find_run(
     s: Settings, # settings in force
@@ -342,3 +345,19 @@ def find_run(
     rows = history(s, limit=1, id=name) or history(s, name, 1)
     if rows: return rows[0]
     raise PlantError(f'There is no run {name!r}, and no job of that name has run. `plant-mlops job history` lists them.')
+
+# %% ../../nbs/ops/32_runs.ipynb #5345f324
+def newest(
+    s: Settings, # settings in force
+    each: int = 1, # runs of every job, at most
+) -> dict: # job → rows of `job_runs` as dicts, newest first; none for a job that never ran
+    "The newest runs of every job; raises `PlantError` where the database cannot be used."
+    t = job_runs.c
+    nth = sa.func.row_number().over(partition_by=t.job, order_by=(t.started_at.desc(), t.id.desc())).label('nth')
+    q = sa.select(job_runs, nth).where(t.model == s.model).subquery()
+    def read(eng):
+        with eng.connect() as c: return [dict(r) for r in c.execute(sa.select(q).where(q.c.nth <= each).order_by(q.c.nth)).mappings()]
+    found = {}
+    with open_runs(s) as eng:
+        for r in ask(read, eng): found.setdefault(r['job'], []).append(_known(s, {k: v for k, v in r.items() if k != 'nth'}))
+    return found

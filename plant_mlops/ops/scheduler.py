@@ -12,7 +12,7 @@ from apscheduler.triggers.cron import CronTrigger
 from ..config import PlantError, Settings
 from .jobs import Job, job_of, jobs, schedule_of
 from .runner import environment
-from .runs import history, utc
+from .runs import history, newest, utc
 
 # %% ../../nbs/ops/34_scheduler.ipynb #c030419d
 def next_time(
@@ -55,20 +55,19 @@ def why_due(
     if cron and (next_time(cron, began or since) <= now or not (began or job.on)): return 'schedule'
     return _retry(job, last, now) if last else ''
 
-# %% ../../nbs/ops/34_scheduler.ipynb #341251f8
-log = logging.getLogger(__name__)
-
+# %% ../../nbs/ops/34_scheduler.ipynb #fd469ab3
 def recent(
     s: Settings, # settings in force
 ) -> list: # rows, newest first
     "The runs of the last weeks, and the last one of each job."
     rows = history(s, limit=1000)
-    return rows + [r for j in jobs if j not in {o['job'] for o in rows} for r in history(s, j, 1)]
+    return rows + [r for j, rs in newest(s).items() if j not in {o['job'] for o in rows} for r in rs]
 
 def _attempt(why: str, job: str, runs: list) -> int:
     "Which attempt this is."
     return next(r['attempt'] for r in runs if r['job'] == job) + 1 if why == 'retry' else 1
 
+# %% ../../nbs/ops/34_scheduler.ipynb #f7654b79
 def due(
     s: Settings, # settings in force
     name: str, # of the job
@@ -77,6 +76,9 @@ def due(
     runs, now = recent(s), utc()
     why = why_due(s, job_of(name), runs, now, now)
     return why, _attempt(why, name, runs) if why else 0
+
+# %% ../../nbs/ops/34_scheduler.ipynb #fa7ea90f
+log = logging.getLogger(__name__)
 
 def start(
     s: Settings, # settings in force
@@ -88,6 +90,7 @@ def start(
     cmd = [sys.executable, '-m', 'plant_mlops', 'job', 'run', job, '--why', why, '--attempt', str(attempt)]
     return subprocess.Popen(cmd, env=environment(s), start_new_session=True, stdin=subprocess.DEVNULL)
 
+# %% ../../nbs/ops/34_scheduler.ipynb #f3741710
 def look(
     s: Settings, # settings in force
     running: dict, # job → process, of those at work; changed here
