@@ -107,7 +107,8 @@ def test_every_section(page, tmp_path):
         with page.expect_file_chooser() as chooser: page.click('.pm-upload')
         chooser.value.set_files(str(tmp_path/name))
         page.wait_for_selector(f'.pm-card {says}' if says.startswith('h2') else says)
-    assert page.locator('.pm-large img').count() == 2 and fits(page)
+    page.wait_for_function("document.querySelectorAll('.pm-large img').length == 2") # parts come one after another
+    assert fits(page)
 
 @in_browser
 @pytest.mark.timeout(900)
