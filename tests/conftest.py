@@ -1,5 +1,5 @@
 "Real servers for the tests, on loopback and on free ports, each stopped by its own process id."
-import os, random, shutil, signal, socket, subprocess, sys, time
+import json, os, random, re, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
 
@@ -47,6 +47,14 @@ def borrow_venv(to):
         if f.name != '.installed': (to/'.venv'/f.name).symlink_to(f)
     (to/'.venv/.installed').touch()
     os.utime(to/'.venv/.installed', (2**32, 2**32)) # later than any file it depends on
+
+def prose(path) -> str:
+    "What a notebook says between its cells."
+    return '\n'.join(''.join(c['source']) for c in json.loads((root/path).read_text())['cells'] if c['cell_type'] == 'markdown')
+
+def fences(path) -> list:
+    "Kind and text of what a notebook shows between ``` and ```."
+    return re.findall(r'^```([^\n]*)\n(.*?)^```', prose(path), re.M | re.S)
 
 @pytest.fixture(scope='session')
 def photos() -> Path:

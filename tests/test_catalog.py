@@ -1,6 +1,6 @@
 "One contract, three databases: SQLite, and real PostgreSQL and MariaDB processes."
 import json, os, subprocess, sys, threading
-import pytest, sqlalchemy as sa
+import pytest
 from plant_mlops.config import PlantError, settings
 from plant_mlops.data import catalog as cat
 

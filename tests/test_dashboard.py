@@ -1,7 +1,6 @@
 "The dashboard as a person opens it: a real Voilà, driven in a real Chromium."
 import contextlib, os, re, shutil, signal, subprocess, sys
 from datetime import datetime, timezone
-from pathlib import Path
 from uuid import uuid4
 import httpx, psutil, pytest
 from fastcore.nbio import mk_cell, read_nb, write_nb

@@ -7,7 +7,7 @@ from plant_mlops.data import prepare as module
 from plant_mlops.data.catalog import add_dir, add_rows, counts, open_catalog, record, retry, rows, stored
 from plant_mlops.data.dataset import FRACTIONS, build_dataset, load_dataset, load_features, load_pixels
 from plant_mlops.data.ingest import ingest
-from plant_mlops.data.prepare import SCHEMA, load_fmt, prepare, prepare_photo, put_shard
+from plant_mlops.data.prepare import load_fmt, prepare, prepare_photo, put_shard
 from plant_mlops.data.store import FolderStore, StoreError, address, open_store, sha256_of
 from plant_mlops.data.synthetic import LABELS, draw, photo
 

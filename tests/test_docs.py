@@ -2,13 +2,12 @@
 import json, os, re, subprocess, sys
 from pathlib import Path
 import pytest
-from conftest import copy_checkout, root
+from conftest import copy_checkout, prose, root
 
 nbs = root/'nbs'
 notebooks = sorted(p for p in nbs.rglob('*.ipynb') if not any(o.startswith(('.', '_')) for o in p.relative_to(nbs).parts))
 
 def cells(nb): return json.loads(nb.read_text())['cells']
-def prose(nb): return '\n'.join(''.join(c['source']) for c in cells(nb) if c['cell_type'] == 'markdown')
 
 def anchors(nb):
     "What can be linked to in a page: its headings, as Quarto names them, and names that were given."

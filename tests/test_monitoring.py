@@ -3,7 +3,6 @@
 import json, re, shutil, subprocess, time, urllib.error, urllib.parse, urllib.request
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 import pytest, yaml
 from conftest import free_port, root, stop, wait_for

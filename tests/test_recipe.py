@@ -1,13 +1,14 @@
 "The training recipe on real photos."
-import io
+import base64, io
 from collections import Counter
 from pathlib import Path
 import numpy as np, pytest
-from PIL import Image
 from plant_mlops.config import settings
 from plant_mlops.data.dataset import load_dataset
 from plant_mlops.data.photo import open_photo
 from plant_mlops.data.store import open_store
+import tiny
+from test_drift import see
 
 PHOTOS = Path(__file__).resolve().parents[2]/'shared'/'photos'/'plants'
 pytestmark = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f'the real photos are not at {PHOTOS}')
@@ -75,3 +76,19 @@ def test_what_serves_answers_as_fp32_does(home):
     assert int8.metadata['provenance']['precision'] == 'int8'
     a, b = ([m.predict([f])[0]['prediction'] for f in files] for m in (fp32, int8))
     assert sum(x != y for x, y in zip(a, b)) <= len(files)/300
+
+def test_other_plants_are_no_drift_and_other_things_are(home):
+    "And so are plants in the dark."
+    from PIL import ImageEnhance
+    from plant_mlops.ops.drift import judge, reference_of, table_of
+    from plant_mlops.serve.predict import champion_pointer, load_champion
+    s, _ = home
+    model, m, store = load_champion(s), load_dataset(s).manifest, open_store(s)
+    table = lambda raw: table_of([o | dict(embedding=base64.b64decode(o['embedding'])) for o in see(model, raw)])
+    valid, test = ([store.get(f'raw/{h}') for h in m.sha256[m.split == o]] for o in ('valid', 'test'))
+    reference, dark = reference_of(s, champion_pointer(store, s.model)), [tiny.jpeg(ImageEnhance.Brightness(open_photo(o)).enhance(.4)) for o in test]
+    assert len(reference) == len(valid) + len(test)
+    drifted = lambda a, b: {k for k, v in judge(a, b)[0].items() if v['drifted']}
+    assert not drifted(table(valid), table(test))
+    assert 'novelty' in drifted(reference, table([f.read_bytes() for f in sorted((PHOTOS.parent/'neither').iterdir())[:60]]))
+    assert 'brightness' in drifted(reference, table(dark))

@@ -1,12 +1,12 @@
 "Serving: bad photos, bad requests, a store that is away, and what one prediction costs."
-import contextlib, io, json, os, random, signal, socket, struct, subprocess, sys, threading, time, zlib
+import contextlib, json, os, random, signal, socket, struct, subprocess, sys, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import httpx, pytest, uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 from conftest import free_port, stop, wait_for
-from plant_mlops.config import PlantError, settings
+from plant_mlops.config import settings
 from plant_mlops.data.store import StoreError
 from plant_mlops.model.file import linear_model
 from plant_mlops.serve.api import Live, create_app

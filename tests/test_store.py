@@ -1,6 +1,5 @@
 "One contract, two stores: a folder and a real S3 server."
-import io, os, resource, subprocess, sys, threading
-from pathlib import Path
+import os, resource, subprocess, sys, threading
 import pytest
 from plant_mlops.config import settings
 from plant_mlops.data.store import Conflict, Corrupt, NotFound, StoreError, open_store, sha256_of

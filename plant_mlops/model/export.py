@@ -95,6 +95,8 @@ def serving_net(
 ) -> ServingNet: # in evaluation mode, on the CPU
     "A trained network made ready for export; raises `PlantError` when its head is of another form."
     net = copy.deepcopy(trained.net).cpu().float().eval()
+    for m in net.modules():
+        if hasattr(m, 'inplace'): m.inplace = False
     if len(net) != 2 or not any(isinstance(m, nn.Linear) for m in net[1].modules()):
         raise PlantError('Export needs a network of two parts, a body and a head with a linear layer.')
     s = ServingNet(net, trained.mean, trained.std, getattr(trained, 'temperature', 1.), bank).eval()

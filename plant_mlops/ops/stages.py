@@ -86,11 +86,13 @@ def train(
 ) -> dict: # run, version of the model, dataset, precision of its file and why
     "Train on a dataset, export to the one model file, in int8 where that answers as well, and register it."
     import tempfile
+    from plant_mlops.data.dataset import load_dataset
+    data = load_dataset(s, dataset) # before PyTorch is imported: there may be none
     from plant_mlops.model.export import export_onnx
     from plant_mlops.model.quantize import choose, record
     from plant_mlops.model.registry import examples, register
     from plant_mlops.model.train import train as fit
-    trained = fit(s, dataset, progress)
+    trained = fit(s, data.version, progress)
     with tempfile.TemporaryDirectory() as d:
         fp32 = export_onnx(trained, Path(d)/'fp32.onnx')
         file, choice = choose(s, fp32, partial(examples, s, fp32))
