@@ -960,6 +960,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'plant_mlops.ops.runner._reason': ('ops/runner.html#_reason', 'plant_mlops/ops/runner.py'),
                                         'plant_mlops.ops.runner._settle': ('ops/runner.html#_settle', 'plant_mlops/ops/runner.py'),
                                         'plant_mlops.ops.runner._settled': ('ops/runner.html#_settled', 'plant_mlops/ops/runner.py'),
+                                        'plant_mlops.ops.runner._spare_grammar': ( 'ops/runner.html#_spare_grammar',
+                                                                                   'plant_mlops/ops/runner.py'),
                                         'plant_mlops.ops.runner._warm_up': ('ops/runner.html#_warm_up', 'plant_mlops/ops/runner.py'),
                                         'plant_mlops.ops.runner._where': ('ops/runner.html#_where', 'plant_mlops/ops/runner.py'),
                                         'plant_mlops.ops.runner.as_page': ('ops/runner.html#as_page', 'plant_mlops/ops/runner.py'),

@@ -7,7 +7,7 @@ __all__ = ['SMALL', 'environment', 'Cancelled', 'Watch', 'as_page', 'report_key'
            'run_chain', 'resume', 'run_ci']
 
 # %% ../../nbs/ops/33_runner.ipynb #8d735ba2
-import ast, json, os, re, shutil, signal, tempfile, threading
+import ast, json, os, re, shutil, signal, sys, tempfile, threading
 from contextlib import contextmanager, suppress
 from datetime import timezone
 from functools import cache
@@ -95,9 +95,14 @@ class Watch:
         self.working = True
 
 # %% ../../nbs/ops/33_runner.ipynb #bb425c64
+def _spare_grammar():
+    "Let jsonschema do without its checker of international URLs."
+    sys.modules.setdefault('rfc3987_syntax', None)
+
 @cache
 def _papermill():
-    "papermill, with an engine that takes a running kernel; it takes a second or two to import."
+    "papermill, with an engine that takes a running kernel; it takes a second to import."
+    _spare_grammar()
     import papermill
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
@@ -223,6 +228,7 @@ def keep(
     **said, # parameters, why, chain …: of a run that never came to `begin`
 ) -> dict: # row of the run
     "Close a run's row, and put its report into the store and into MLflow; raises `PlantError` where they do not take it."
+    _spare_grammar()
     import nbformat
     run, page = file.stem, file.with_suffix('.html')
     row = _settle(s, run, error, **{k: v for k, v in said.items() if k != 'run'})
