@@ -12,8 +12,8 @@ export UV_SYSTEM_CERTS := 1
 run: install          ## the main job, on drawn photos, offline
 	@plant-mlops run
 
-test: install         ## every test, two files at a time
-	@OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: install         ## every test, two files at a time, each with a core
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 serve: install        ## the model in production, on http://127.0.0.1:8000
 	@plant-mlops serve
