@@ -39,7 +39,7 @@ export: install       ## notebooks → modules, README, boards and CronJobs, cle
 
 readme: install
 	@jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | \
-	  sed -E 's#\]\(((data|model|serve|ops|jobs|apps|bench|guides)/|00_)#](nbs/\1#g' > README.md
+	  sed -E 's#\]\(((data|model|serve|ops|jobs|apps|stocks|bench|guides)/|00_)#](nbs/\1#g' > README.md
 
 # The container images, by Docker or by `make images DOCKER=podman`; airflow is made on train.
 DOCKER  ?= docker

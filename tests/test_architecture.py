@@ -3,7 +3,7 @@ import ast, configparser, subprocess, sys
 import pytest
 from conftest import root
 
-order = ['config', 'data', 'model', 'serve', 'ops', 'apps', '__main__']
+order = ['config', 'data', 'model', 'serve', 'ops', 'apps', 'stocks', '__main__']
 heavy = {'torch', 'torchvision', 'fastai', 'timm', 'mlflow', 'pandas', 'sklearn', 'scipy', 'pyarrow', 'onnx', 'matplotlib', 'evidently'}
 modules = sorted(p for p in (root/'plant_mlops').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
 
