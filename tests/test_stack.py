@@ -3,7 +3,7 @@ import os, shutil, subprocess, sys
 import pytest
 from conftest import root
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 need = dict(unshare='util-linux', ip='iproute2', dnsmasq='dnsmasq-base', prometheus='prometheus', **{'prometheus-alertmanager': 'prometheus-alertmanager'})
 
 def test_stack(tmp_path):
