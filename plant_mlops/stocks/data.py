@@ -61,8 +61,13 @@ def check_days(
     df['Date'] = pd.to_datetime(df.Date, errors='coerce')
     df[numbers] = df[numbers].apply(pd.to_numeric, errors='coerce').astype(float)
     o = df[numbers]
-    faults = {'is no date': df.Date.isna(), 'has no name of a share': df.Ticker.isna(), 'has a number that is missing, or none': ~np.isfinite(o).all(axis=1), 'has a price that is not above zero, or a negative volume': (o.drop(columns='Volume') <= 0).any(axis=1) | (o.Volume < 0),
-              'has Open or Close outside of Low … High': (o.Low > o[['Open', 'Close']].min(axis=1)) | (o.High < o[['Open', 'Close']].max(axis=1)), 'is there twice': df.duplicated(['Ticker', 'Date'])}
+    faults = {
+        'is no date': df.Date.isna(),
+        'has no name of a share': df.Ticker.isna(),
+        'has a number that is missing, or none': ~np.isfinite(o).all(axis=1),
+        'has a price that is not above zero, or a negative volume': (o.drop(columns='Volume') <= 0).any(axis=1) | (o.Volume < 0),
+        'has Open or Close outside of Low … High': (o.Low > o[['Open', 'Close']].min(axis=1)) | (o.High < o[['Open', 'Close']].max(axis=1)),
+        'is there twice': df.duplicated(['Ticker', 'Date'])}
     for fault, bad in faults.items():
         if bad.any(): raise PlantError(f'{what}: row {int(np.argmax(bad)) + 1} {fault} ({int(bad.sum()):,} of {len(df):,} rows). Mend it or leave it out.')
     return df.sort_values(['Ticker', 'Date'], ignore_index=True)

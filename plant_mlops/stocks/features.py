@@ -63,14 +63,14 @@ def _of_share(
 ) -> pd.DataFrame: # of `FEATURES`, on the same index
     "The features of one share."
     close, daily = d.Close, d.Close.pct_change()
-    sma, std = ({n: getattr(x.rolling(n), f)(**kw) for n in ns} for x, f, kw, ns in ((close, 'mean', {}, (5, 10, 20, 50)), (daily, 'std', dict(ddof=0), (10, 20))))
+    sma = {n: close.rolling(n).mean() for n in (5, 10, 20, 50)}
     wide = 2*close.rolling(20).std(ddof=0)
     macd, signal, hist = _macd(close)
     return pd.DataFrame({
         **{f'SMA_{n}': o for n, o in sma.items()}, **{f'EMA_{n}': _ema(close, n) for n in (5, 10, 20)},
         'RSI': _rsi(close), 'MACD': macd, 'MACD_Signal': signal, 'MACD_Hist': hist,
         'BB_Width': 2*wide/sma[20], 'BB_Position': _place(close, sma[20] - wide, sma[20] + wide),
-        **{f'Volatility_{n}d': o for n, o in std.items()}, **{f'Return_{n}d': close.pct_change(n) for n in (1, 5, 10)},
+        **{f'Volatility_{n}d': daily.rolling(n).std(ddof=0) for n in (10, 20)}, **{f'Return_{n}d': close.pct_change(n) for n in (1, 5, 10)},
         'Volume_Ratio': (d.Volume/d.Volume.rolling(20).mean()).mask(d.Volume.rolling(20).max() == 0, 1.), 'High_Low_Range': (d.High - d.Low)/close,
         'Close_Position': _place(close, d.Low, d.High), 'Gap': d.Open/close.shift() - 1})[FEATURES]
 
