@@ -31,10 +31,11 @@ docs: install         ## the documentation site (needs Quarto)
 	@command -v quarto >/dev/null || { echo "Quarto is not installed: see quarto.org, or run nbdev-install-quarto"; exit 1; }
 	PYTHONPATH=tests nbdev-docs
 
-export: install       ## notebooks → modules, README, boards and CronJobs, cleaned
+export: install       ## notebooks → modules, README, boards, CronJobs and rules, cleaned
 	nbdev-export && nbdev-clean && $(MAKE) --no-print-directory readme
 	python -c 'from plant_mlops.ops.grafana import write_boards; write_boards("docker/grafana/dashboards")'
 	env -u PLANT_SCHEDULES python -m plant_mlops job cronjobs > kubernetes/base/cronjobs.yaml
+	env -u PLANT_SCHEDULES python -c 'from plant_mlops.config import settings; from plant_mlops.ops.kubernetes import late; print(late(settings()), end="")' > docker/prometheus/rules/job_table.yml
 	python -c 'from plant_mlops.ops.kubernetes import rules; print(rules("docker/prometheus/rules"), end="")' > kubernetes/components/prometheus-operator/rules.yaml
 
 readme: install

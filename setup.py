@@ -25,6 +25,6 @@ setup(
     package_data={cfg['lib_name']: ['**/*.sql', '**/*.ipynb', '**/*.j2']},
     install_requires=lines('requirements'),
     extras_require={o: lines(f'{o}_requirements') for o in extras},
-    entry_points={'console_scripts': lines('console_scripts'),
+    entry_points={'console_scripts': lines('console_scripts'), 'plant_mlops.workloads': lines('workloads'),
                   'nbdev': [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"]},
 )

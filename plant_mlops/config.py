@@ -27,6 +27,7 @@ class Basics(BaseSettings):
     home: Path = _f(Path('.plant'), 'Folder of everything that has no URL of its own')
     model: str = _f('plants', 'Name of the model in the registry and in the store', pattern=r'^[a-z0-9][a-z0-9_-]*$')
     seed: int = _f(42, 'Seed of every random choice', ge=0)
+    workloads: str = _f('', 'Workloads that no installed package brings, as module:name (comma-separated)')
 
 # %% ../nbs/00_config.ipynb #a429c985
 class Places(BaseSettings):
@@ -79,8 +80,10 @@ class Serve(BaseSettings):
     port: int = _f(8000, 'Port that the API listens on', ge=0, le=65535)
     workers: int = _f(0, 'Processes that answer; 0: one for every four cores', ge=0)
     threads: int = _f(0, 'Threads of one ONNX Runtime session; 0: one for each core', ge=0)
-    batch_files: int = _f(64, 'Most photos or rows in one request', ge=1)
+    batch_files: int = _f(64, 'Most photos in one request', ge=1)
+    batch_rows: int = _f(10_000, 'Most rows of numbers in one request', ge=1)
     batch_max_bytes: int = _f(100_000_000, 'Largest request with many photos or rows, in bytes', ge=1)
+    models: str = _f('', 'Models (comma-separated) that the server answers for, besides that of PLANT_MODEL, each at /models/NAME/', pattern=r'^( *[a-z0-9][a-z0-9_-]* *(, *[a-z0-9][a-z0-9_-]* *)*)?$')
     queue: int = _f(64, 'Requests for predictions that may wait in one process; more are refused', ge=1)
     reload_every: float = _f(10., 'Seconds between two looks of the API for a newly promoted model', gt=0)
     upload_timeout: float = _f(30., 'Seconds in which a request has to arrive', gt=0)

@@ -3,7 +3,7 @@ import ast, configparser, subprocess, sys
 import pytest
 from conftest import root
 
-order = ['config', 'data', 'model', 'serve', 'ops', 'apps', 'stocks', '__main__']
+order = ['config', 'workload', 'data', 'model', 'serve', 'ops', 'apps', 'stocks', '__main__']
 heavy = {'torch', 'torchvision', 'fastai', 'timm', 'mlflow', 'pandas', 'sklearn', 'scipy', 'pyarrow', 'onnx', 'matplotlib', 'evidently'}
 modules = sorted(p for p in (root/'plant_mlops').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
 
@@ -11,7 +11,9 @@ def imported(path):
     "Names of all modules that a file imports anywhere in it."
     for n in ast.walk(ast.parse(path.read_text())):
         if isinstance(n, ast.Import): yield from (a.name for a in n.names)
-        elif isinstance(n, ast.ImportFrom): yield n.module if not n.level else f'plant_mlops.{path.parent.name}.{n.module}'
+        elif isinstance(n, ast.ImportFrom):
+            here = path.relative_to(root).parts[:-n.level] if n.level else ()
+            yield '.'.join([*here, *([n.module] if n.module else [])])
 
 def room(module): return module.split('.')[1] if '.' in module else ''
 

@@ -140,7 +140,7 @@ def test_model_of_numbers(chromium, tmp_path, monkeypatch):
     s, x = settings(home=tmp_path, model='stocks'), np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
     m = pd.DataFrame(dict(id=[f'day {i}' for i in range(60)], label=np.where(x[:, 0] + .3*x[:, 1] > 0, 'up', 'down'), group=range(60), split='test'))
     onnx.save(linear_model([[-1, 1], [0, 0]], ['down', 'up'], provenance=dict(dataset='daily', source='photos')), tmp_path/'m.onnx')
-    monkeypatch.setitem(readers, 'features', Reader(lambda s, d: m, lambda s, ids, spec: x[[int(i.split()[1]) for i in ids]]))
+    monkeypatch.setitem(readers, 'features', Reader(lambda s, d: m, lambda s, d, ids, spec: x[[int(i.split()[1]) for i in ids]]))
     with mlflow_client(s) as c: register(s, c.create_run(experiment_id(c, s)).info.run_id, tmp_path/'m.onnx')
     evaluate(s), promote(s)
     (tmp_path/'row.json').write_text('[2, 0]')

@@ -27,7 +27,7 @@ def send(s, found, version='1', at=None):
 def see(model, inputs):
     "Samples of inputs, which a model answers one at a time."
     decoded = [model.decode(o) for o in inputs]
-    return [sample_of(model.kind, x, model.run(x[None])) for x in decoded]
+    return [sample_of(model.spec, x, model.run(x[None])) for x in decoded]
 
 def count(s):
     eng = open_log(s)
@@ -74,15 +74,15 @@ def test_samples_are_few():
     assert sum(due() for _ in range(1000)) == 10
 
 def test_a_verdict_shows_among_the_figures():
-    m = make_metrics()
+    m = make_metrics('plants')
     v = dict(checked_at='2026-05-01T12:00:00+00:00', version='1', score=.5, drifted=True, columns=dict(old=dict(score=.5, drifted=True)))
     tell_drift(m, v, '1')
     tell_drift(m, v | dict(score=None, drifted=False, columns=dict(new=dict(score=.1, drifted=False))), '1')
     text = generate_latest(m.registry).decode()
-    assert 'plant_drift_score NaN' in text and 'plant_drift_drifted 0.0' in text and '{column="new"} 0.1' in text and '{column="old"} NaN' in text
+    assert 'plant_drift_score{model="plants"} NaN' in text and 'plant_drift_drifted{model="plants"} 0.0' in text and '{column="new",model="plants"} 0.1' in text and '{column="old",model="plants"} NaN' in text
     tell_drift(m, v, '2')
     text = generate_latest(m.registry).decode()
-    assert 'plant_drift_score NaN' in text and 'plant_drift_drifted 0.0' in text and '{column="old"} NaN' in text
+    assert 'plant_drift_score{model="plants"} NaN' in text and 'plant_drift_drifted{model="plants"} 0.0' in text and '{column="old",model="plants"} NaN' in text
 
 # -- the job
 
@@ -186,12 +186,12 @@ def test_a_model_of_numbers(tmp_path, monkeypatch):
     rows = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)*[1, 1000, 1e6, 1] + [0, 5, 0, 0]
     rows[:, 3] = rows[:, 3] > 0 # most of these rows are alike in it
     manifest = lambda s, dataset: pd.DataFrame(dict(id=[str(i) for i in range(200)], label='up', group=range(200), split=['train', 'test']*100))
-    monkeypatch.setitem(registry.readers, 'features', registry.Reader(manifest, lambda s, ids, spec: rows[[int(i) for i in ids]].astype(np.float32)))
+    monkeypatch.setitem(registry.readers, 'features', registry.Reader(manifest, lambda s, d, ids, spec: rows[[int(i) for i in ids]].astype(np.float32)))
     s = settings(home=tmp_path, model='stocks')
     with monkeypatch.context() as m:
         m.delitem(registry.readers, 'features')
         publish(s, data=linear_model(np.ones((4, 2)), ['up', 'down'], version='0').SerializeToString(), version='0', dataset='d')
-        with pytest.raises(PlantError, match='add a `Reader`'): drift(s)
+        with pytest.raises(PlantError, match='install the workload of that name'): drift(s)
     publish(s, data=linear_model(np.ones((4, 2)), ['up', 'down'], version='1').SerializeToString(), dataset='d')
     model = load_champion(s)
     send(s, see(model, rows[200:].tolist()))

@@ -17,7 +17,7 @@ key = 'models/plants/champion.json'
 def points(): return np.random.default_rng(0).normal(size=(80, 2)).astype(np.float32)
 def manifest(s, dataset):
     return pd.DataFrame(dict(id=[str(i) for i in range(80)], label=np.where(points()[:, 0] > 0, 'dandelion', 'grass'), group=range(80), split=['test', 'train']*40))
-def inputs(s, ids, spec): return points()[[int(i) for i in ids]]
+def inputs(s, dataset, ids, spec): return points()[[int(i) for i in ids]]
 
 reader = registry.readers['features'] = registry.Reader(manifest, inputs) # for the processes that import this file
 
@@ -233,5 +233,5 @@ def test_photos_are_read_as_users_send_them(tmp_path):
     jpegs = [photo('grass', 0, i) for i in range(3)]
     ids = [sha256_of(j) for j in jpegs]
     for i, j in zip(ids, jpegs): open_store(s).put(f'raw/{i}', j)
-    x = registry.readers['image'].inputs(s, ids, dict(kind='image', shape=[None, 96, 96, 3], resize=dict(side=128, size=96)))
+    x = registry.readers['image'].inputs(s, '', ids, dict(kind='image', shape=[None, 96, 96, 3], resize=dict(side=128, size=96)))
     assert x.dtype == np.uint8 and np.array_equal(x, np.stack([to_pixels(j, 96, side=128) for j in jpegs]))

@@ -14,8 +14,8 @@ import onnxruntime as ort
 from ..config import PlantError
 
 # %% ../../nbs/model/14_model_file.ipynb #350eee51
-KEYS = dict(classes=list, version=str, input=dict, metrics=dict, provenance=dict, temperature=float, novelty=dict)
-OPTIONAL = {'novelty'}
+KEYS = dict(classes=list, version=str, input=dict, metrics=dict, provenance=dict, temperature=float, novelty=dict, targets=list)
+OPTIONAL = {'novelty', 'targets'}
 
 # %% ../../nbs/model/14_model_file.ipynb #786afb35
 def linear_model(
@@ -85,6 +85,7 @@ def check(
     wrong += [f'metadata {k!r} is missing or no {t.__name__}' for k, t in KEYS.items() if not isinstance(meta.get(k), t) and (k in meta or k not in OPTIONAL)]
     if not wrong and outs['probabilities'][1:] != [len(meta['classes'])]:
         wrong.append(f"it has {len(meta['classes'])} classes but probabilities of shape {outs['probabilities']}")
+    if not wrong and len(meta.get('targets', meta['classes'])) != len(meta['classes']): wrong.append(f"it has {len(meta['classes'])} classes but {len(meta['targets'])} targets")
     if not wrong and not meta['input'].get('kind'): wrong.append("metadata 'input' has no 'kind'")
     if wrong: raise PlantError(f"The model file does not keep the format: {'; '.join(wrong)}.")
     return meta

@@ -26,7 +26,7 @@ from ..config import PlantError, Settings, cpu_cores
 from ..data.dataset import load_dataset, load_pixels
 from ..data.photo import shape_seen, square
 from ..data.prepare import progress_bar
-from .tracking import experiment_id, git_commit, job_tag, mlflow_client
+from .tracking import git_commit, mlflow_client, new_run
 
 # %% ../../nbs/model/11_train.ipynb #f108146f
 def set_seed(
@@ -315,18 +315,6 @@ def top_losses(
     return np.argsort(p, kind='stable')[:n]
 
 # %% ../../nbs/model/11_train.ipynb #275c19dd
-@contextmanager
-def _run(
-    c, # MlflowClient
-    s: Settings, # settings in force
-    tags: dict, # of the run
-):
-    "A new MLflow run, finished or failed in the end."
-    run = c.create_run(experiment_id(c, s), tags=tags | job_tag()).info.run_id
-    try: yield run
-    except BaseException: c.set_terminated(run, 'FAILED'); raise
-    c.set_terminated(run)
-
 def log_training(
     c, # MlflowClient
     run: str, # run_id
@@ -365,7 +353,7 @@ def train(
     parts = [np.flatnonzero(m.split == o) for o in ('train', 'valid')]
     source, commit = data.card.get('source', ''), git_commit()
     _check(labels, *parts, classes)
-    with mlflow_client(s) as c, _run(c, s, dict(dataset=data.version, source=source, git_commit=commit)) as run:
+    with mlflow_client(s) as c, new_run(c, s, dataset=data.version, source=source) as run:
         for k, v in {**recipe(s), 'dataset': data.version, 'classes': ', '.join(classes)}.items(): c.log_param(run, k, v)
         trained = fit_learner(jpegs, labels, *parts, classes, s, progress)
         trained.run_id, trained.dataset, trained.source, trained.git_commit = run, data.version, source, commit

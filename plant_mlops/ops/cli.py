@@ -62,20 +62,41 @@ def _part(
     try: return part(shard)
     except Refused as e: raise typer.BadParameter(str(e), param_hint='--shard') from None
 
+# %% ../../nbs/ops/41_cli.ipynb #390345e3
+class _Pairs(typer.core.TyperCommand):
+    "A command that takes `-p NAME VALUE` as often as one likes."
+    def parse_args(self, ctx, args):
+        rest, out = iter(args), []
+        for o in rest:
+            out.append(o)
+            if o != '-p': continue
+            pair = [next(rest, '')]
+            if '=' not in pair[0]: pair.append(next(rest, None))
+            if not pair[0] or pair[0].startswith('-') or None in pair: raise typer.BadParameter('-p wants a name and a value, as in: -p seed 7')
+            out.append('='.join(pair))
+        return super().parse_args(ctx, out)
+
 # %% ../../nbs/ops/41_cli.ipynb #49197fc1
-@app.command()
+@app.command(cls=_Pairs)
 def run(
     photos: Annotated[Optional[Path], typer.Option(help='Folder with one folder of photos for each class')] = None,
     manifest: Annotated[Optional[Path], typer.Option(help='CSV or SQL file with the columns url_source and label')] = None,
     home: Home = None,
     seed: Seed = None,
     synthetic: Annotated[int, typer.Option(help='How many photos to draw when there are none', min=20)] = 320,
+    workload: Annotated[Optional[str], typer.Option(help='What the model is of; default: photos, or that of PLANT_MODEL')] = None,
+    p: Annotated[Optional[list[str]], typer.Option('-p', metavar='NAME VALUE', help='A parameter of the jobs of a workload; `job show NAME` lists them')] = None,
     as_json: Json = False,
 ):
     "Ingest, prepare, train, evaluate, register, promote, and predict."
-    from plant_mlops.ops.stages import run as run_all
+    from plant_mlops.workload import workloads
+    s = settings(home=home, seed=seed)
+    workload = workload or (s.model if s.model in workloads(s) else 'photos')
+    if workload != 'photos': return _run_workload(s, workload, p or [], bool(photos or manifest), home, as_json)
+    if p: raise typer.BadParameter('-p is for --workload; photos have options of their own')
     if photos and manifest: raise typer.BadParameter('give --photos or --manifest, not both')
-    r = run_all(settings(home=home, seed=seed), photos=photos, manifest=manifest, synthetic=synthetic, console=err)
+    from plant_mlops.ops.stages import run as run_all
+    r = run_all(s, photos=photos, manifest=manifest, synthetic=synthetic, console=err)
     if as_json: return _say(r, True)
     _report(r, home)
 
@@ -92,6 +113,28 @@ def _report(
     out.print(f"In production: {r['model']} version {r['champion']}; {r['gate']}", highlight=False)
     out.print(f"\nNext: [bold]plant-mlops serve{at}[/], then open http://127.0.0.1:8000/ui\n"
               f"      [bold]plant-mlops predict{at} {escape(p['file'])}[/]", highlight=False, soft_wrap=True)
+
+# %% ../../nbs/ops/41_cli.ipynb #fed53b6e
+def _run_workload(s, name: str, pairs: list, photos: bool, home, as_json: bool):
+    "`run` for a workload; ends with 4 if the gate said no and nothing is in production."
+    from plant_mlops.ops.runner import run_workload
+    if photos: raise typer.BadParameter(f'--photos and --manifest are not for --workload {name}')
+    r = run_workload(s, name, dict(o.split('=', 1) for o in pairs), lambda row: None if as_json else _did(row), err)
+    if as_json: _say(r, True)
+    else: _report_workload(r, home)
+    if not r['prediction']: raise typer.Exit(4)
+
+def _report_workload(
+    r: dict, # of `run_workload`
+    home: Path | None, # as given
+):
+    "The end of a workload's run, for a person."
+    p, e, at = r['prediction'], r['evaluation'], f' --home {home}' if home else ''
+    note = ' [yellow](synthetic data)[/]' if e['source'] == 'synthetic' else ''
+    if p: out.print(f"\n[bold]{escape(Path(p['file']).name)}[/] is [bold green]{escape(p.get('prediction_label') or p['prediction'])}[/], {p['probability']:.1%}; it was {escape(p['label'])}{note}", highlight=False)
+    out.print(f"Accuracy {e['accuracy']:.1%} on {e['n']} test examples, 95 % interval {e['accuracy_low']:.1%} to {e['accuracy_high']:.1%}{note}", highlight=False)
+    out.print(f"{'In production: ' + r['model'] + ' version ' + r['champion'] if p else 'Nothing is in production'}; version {r['version']} was {'' if r['promoted'] else 'not '}promoted: {escape(r['reason'])}.", highlight=False)
+    if p: out.print(f"\nNext: [bold]PLANT_MODEL={r['model']} plant-mlops serve{at}[/], then\n      [bold]curl http://127.0.0.1:8000/predict -d @{escape(p['file'])}[/]", highlight=False, soft_wrap=True)
 
 # %% ../../nbs/ops/41_cli.ipynb #58d9bcff
 @app.command()
@@ -201,7 +244,7 @@ def _answer(r: dict, model):
     "One prediction, for a person."
     if 'error' in r: return err.print(f"[red]{escape(r['file'])}[/]: {escape(r['error'])}", highlight=False, soft_wrap=True)
     note = ' [yellow](model trained on synthetic photos)[/]' if model.synthetic else ''
-    what = f"[bold green]{escape(r['prediction'])}[/] {r['probability']:.1%}"
+    what = f"[bold green]{escape(r.get('prediction_label') or r['prediction'])}[/] {r['probability']:.1%}"
     if r['novel']: what = f"[bold yellow]{'neither' if len(model.classes) == 2 else 'none of them'}[/], it seems: unlike any training photo; closest is {what}"
     out.print(f"{escape(r['file'])}: {what}{note}", highlight=False, soft_wrap=True)
 
@@ -339,31 +382,17 @@ def store_copy(source: Annotated[str, typer.Argument(help='Store to copy from: a
 @job_app.command('list')
 def job_list(home: Home = None, as_json: Json = False):
     "The jobs, when they run, and how they last ended."
-    from plant_mlops.ops.jobs import jobs, schedule_of
+    from plant_mlops.ops.jobs import jobs_for, schedule_of
     from plant_mlops.ops.runs import newest
     s, rows = settings(home=home), []
     found = newest(s)
-    for j in jobs.values():
+    for j in jobs_for(s):
         last = found.get(j.name, [{}])[0]
         rows.append(dict(job=j.name, what=j.what, schedule=schedule_of(s, j), after=', '.join(j.on), last=last.get('status', ''), at=_minute(last.get('started_at'))))
     if as_json: return print(json.dumps(rows))
     _table(rows, '')
 
 def _minute(t) -> str: return f'{t:%Y-%m-%d %H:%M}' if t else ''
-
-# %% ../../nbs/ops/41_cli.ipynb #390345e3
-class _Pairs(typer.core.TyperCommand):
-    "A command that takes `-p NAME VALUE` as often as one likes."
-    def parse_args(self, ctx, args):
-        rest, out = iter(args), []
-        for o in rest:
-            out.append(o)
-            if o != '-p': continue
-            pair = [next(rest, '')]
-            if '=' not in pair[0]: pair.append(next(rest, None))
-            if not pair[0] or pair[0].startswith('-') or None in pair: raise typer.BadParameter('-p wants a name and a value, as in: -p seed 7')
-            out.append('='.join(pair))
-        return super().parse_args(ctx, out)
 
 # %% ../../nbs/ops/41_cli.ipynb #ffcc844a
 @job_app.command('run', cls=_Pairs)
@@ -411,7 +440,7 @@ def _outputs(r: dict) -> str:
 
 def _did(r: dict):
     "A run that ended well, for a person."
-    out.print(f"[green]✓[/] [bold]{r['job']:<9}[/] {_seconds(r):6.1f} s  {escape(_outputs(r))}", highlight=False, soft_wrap=True)
+    out.print(f"[green]✓[/] [bold]{r['job']:<13}[/] {_seconds(r):6.1f} s  {escape(_outputs(r))}", highlight=False, soft_wrap=True)
 
 # %% ../../nbs/ops/41_cli.ipynb #cd3387e7
 @job_app.command('history')

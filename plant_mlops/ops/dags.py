@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
 from ..config import settings
-from .jobs import Job, jobs, new_id, notebook_of, parameters_of, said_of, schedule_of
+from .jobs import Job, jobs, jobs_for, new_id, notebook_of, parameters_of, said_of, schedule_of
 
 # %% ../../nbs/ops/35_dags.ipynb #7ab651ae
 def _keep(
@@ -113,4 +113,4 @@ def dags(
     retries: int | None = None, # of every job; None: as in the table
 ) -> dict: # group → DAG
     "A DAG for each group of jobs, for a file in Airflow's folder of DAGs."
-    return {o: _dag(o, retries) for o in dict.fromkeys(j.group for j in jobs.values())}
+    return {o: _dag(o, retries) for o in dict.fromkeys(j.group for j in jobs_for(settings()))}

@@ -17,7 +17,7 @@ from ..config import PlantError, Settings
 from ..data.catalog import ask
 from ..data.store import Corrupt, NotFound, open_store
 from ..model.file import open_session, read_metadata, run_model
-from ..model.registry import readers
+from ..model.registry import reader_for
 from ..serve.monitor import drain, forget_samples, open_log, recent_samples
 from ..serve.predict import champion_pointer
 from ..serve.record import log_folder, sample_of
@@ -43,15 +43,15 @@ def _held_out(
 ): # yields samples
     "Run a model over examples of its data set that it was not trained on; raises `PlantError` where it does not say which, or nothing here reads them."
     if not pointer.get('dataset'): raise PlantError(f"Version {pointer['version']} of {s.model!r} does not say which data set it was trained on, so there is nothing to compare with. Train and promote another.")
-    spec, session = read_metadata(data)['input'], open_session(data, s.threads)
-    if spec['kind'] not in readers: raise PlantError(f"The model takes {spec['kind']!r}, which nothing here can read: add a `Reader` to `model.registry.readers`.")
-    m = readers[spec['kind']].manifest(s, pointer['dataset'])
+    meta, session = read_metadata(data), open_session(data, s.threads)
+    reader, spec = reader_for(s, meta), meta['input']
+    m = reader.manifest(s, pointer['dataset'])
     held = m.id[m.split.isin(['valid', 'test'])]
     ids = list(held.sample(min(len(held), REFERENCE), random_state=s.seed))
     for k in range(0, len(ids), 64):
-        x = readers[spec['kind']].inputs(s, ids[k:k+64], spec)
+        x = reader.inputs(s, pointer['dataset'], ids[k:k+64], spec)
         out = run_model(session, x)
-        for i in range(len(x)): yield sample_of(spec['kind'], x[i], out, i)
+        for i in range(len(x)): yield sample_of(spec, x[i], out, i)
 
 # %% ../../nbs/ops/29_drift.ipynb #77fcd362
 def reference_of(

@@ -16,7 +16,7 @@ from prometheus_client.core import GaugeMetricFamily
 from ..config import PlantError, Settings
 from ..data.catalog import ask, counts, open_catalog, plants_data
 from ..data.store import NotFound, open_store
-from .jobs import jobs
+from .jobs import jobs_for, models_for
 from .runs import job_runs, newest, open_runs
 from ..serve.predict import read_pointer
 from ..serve.server import listen, url_of
@@ -62,7 +62,7 @@ def _totals(
     s: Settings, # model among them
 ) -> tuple: # rows of (job, status, runs); job → when it last succeeded
     "What all runs on record come to."
-    t, mine = job_runs.c, job_runs.c.model == s.model
+    t, mine = job_runs.c, job_runs.c.model.in_(models_for(s))
     def read(eng):
         with eng.connect() as c:
             n = c.execute(sa.select(t.job, t.status, sa.func.count()).where(mine).group_by(t.job, t.status)).all()
@@ -77,7 +77,7 @@ def of_jobs(
     running = {j for j, rs in last.items() if any(r['status'] == 'running' for r in rs)}
     over = {j: r for j, rs in last.items() if (r := next((r for r in rs if r['status'] != 'running'), None))}
     each = lambda f, found: [((j,), f(o)) for j, o in found.items()]
-    yield 'job_running', '1 while the job runs', ('job',), [((j,), int(j in running)) for j in jobs]
+    yield 'job_running', '1 while the job runs', ('job',), [((j.name,), int(j.name in running)) for j in jobs_for(s)]
     yield 'job_runs', 'Runs on record', ('job', 'status'), [((j, o), n) for j, o, n in totals]
     yield 'job_failed', '1 while the newest run that is over has failed', ('job',), each(lambda r: int(r['status'] in ('failed', 'timed out', 'killed')), over)
     yield 'job_seconds', 'How long the newest run took that is over', ('job',), each(lambda r: (r['ended_at'] - r['started_at']).total_seconds(), over)
@@ -90,12 +90,13 @@ _figures = dict(accuracy='Accuracy on its test photos', accuracy_low='Lower end 
 def of_champion(
     s: Settings, # model and store_url among them
 ):
-    "What was promoted last."
-    if not (p := read_pointer(open_store(s), s.model, 'champion')): return
-    yield 'champion_info', 'The model in production', ('version', 'dataset'), [((str(p['version']), p.get('dataset', '')), 1)]
-    if (at := p.get('published_at')): yield 'champion_timestamp_seconds', 'When it was promoted', (), [((), datetime.fromisoformat(at).timestamp())]
-    for k, what in _figures.items():
-        if (v := p.get('metrics', {}).get(k)) is not None: yield f'champion_{k}', what, (), [((), v)]
+    "What was promoted last, for each model that there are jobs for."
+    store = open_store(s)
+    found = {m: p for m in models_for(s) if (p := read_pointer(store, m, 'champion'))}
+    if not found: return
+    yield 'champion_info', 'The model in production', ('model', 'version', 'dataset'), [((m, str(p['version']), p.get('dataset', '')), 1) for m, p in found.items()]
+    yield 'champion_timestamp_seconds', 'When it was promoted', ('model',), [((m,), datetime.fromisoformat(at).timestamp()) for m, p in found.items() if (at := p.get('published_at'))]
+    for k, what in _figures.items(): yield f'champion_{k}', what, ('model',), [((m,), v) for m, p in found.items() if (v := p.get('metrics', {}).get(k)) is not None]
 
 # %% ../../nbs/ops/38_exporter.ipynb #fab3fc8c
 log = logging.getLogger(__name__)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'ANNOTATIONS', 'SERVICE', 'MODEL', 'DATA', 'JOBS', 'query', 'limits', 'one_number', 'one_name', 'lines',
-           'shares', 'areas', 'bars', 'heat', 'states', 'rows', 'panel', 'across', 'section', 'instance', 'board',
-           'boards', 'write_boards']
+           'shares', 'areas', 'bars', 'heat', 'states', 'rows', 'panel', 'across', 'section', 'replica', 'model',
+           'of_model', 'board', 'boards', 'write_boards']
 
 # %% ../../nbs/ops/39_grafana.ipynb #6ae9c529
-import json
+import json, re
 from pathlib import Path
 from grafana_foundation_sdk.builders import bargauge, common as cb, dashboard as db, heatmap, prometheus, stat, statetimeline, table, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
@@ -131,11 +131,22 @@ def section(
     return first + 1 + len(made)
 
 # %% ../../nbs/ops/39_grafana.ipynb #5d8d8862
-def instance() -> db.QueryVariable: # of a board
+def replica() -> db.QueryVariable: # of a board
     "A choice among the replicas of the API."
     v = db.QueryVariable('instance').label('Replica').datasource(SOURCE).query(dict(query='label_values(up{job="api"}, instance)', refId='instance'))
     v = v.refresh(dm.VariableRefresh.ON_TIME_RANGE_CHANGED).sort(dm.VariableSort.ALPHABETICAL_ASC)
     return v.multi(True).include_all(True).all_value('.*').current(dm.VariableOption(text='All', value='$__all', selected=True))
+
+def model() -> db.QueryVariable: # of a board
+    "A choice among the models in production."
+    v = db.QueryVariable('model').label('Model').datasource(SOURCE).query(dict(query='label_values(plant_champion_info, model)', refId='model'))
+    return v.refresh(dm.VariableRefresh.ON_TIME_RANGE_CHANGED).sort(dm.VariableSort.ALPHABETICAL_ASC)
+
+def of_model(
+    expr: str, # PromQL
+) -> str:
+    "A query about the model that was chosen: each of our metrics with that label."
+    return re.sub(r'(plant_[a-z_]+)(?:\{([^}]*)\})?', lambda m: f'{m[1]}{{model="$model"{"," if m[2] else ""}{m[2] or ""}}}', expr)
 
 ANNOTATIONS = [
     dict(name='Alerts', enable=True, iconColor='red', expr='ALERTS{alertstate="firing",severity=~"page|ticket"}', step='60s', titleFormat='{{alertname}}', tagKeys='severity,area'),
@@ -148,12 +159,12 @@ def board(
     about: str, # what it answers
     parts: dict, # question → arguments of `panel`, a tuple and perhaps a dict each
     since: str = 'now-6h', # time range at first
-    choose: bool = False, # among the replicas
+    choose: tuple = (), # variables, of `replica` and `model`
 ) -> dict: # as Grafana reads it
     "A board with links to the others, and marks where an alert fired or a model was promoted."
     b = db.Dashboard(f'Plants: {title}').uid(f'plant-{name}').description(about).tags(['plant_mlops']).time(since, 'now').refresh('1m').timezone('browser').readonly()
     b = b.tooltip(dm.DashboardCursorSync.CROSSHAIR).link(db.DashboardLink('Boards').type('dashboards').tags(['plant_mlops']).keep_time(True))
-    if choose: b = b.with_variable(instance())
+    for o in choose: b = b.with_variable(o())
     free = 1
     for question, its in parts.items(): free = section(b, question, [panel(*o[:5], **(o[5] if len(o) > 5 else {})) for o in its], free)
     made = json.loads(json.dumps(b.build(), cls=JSONEncoder))
@@ -219,6 +230,7 @@ MODEL = {
         (one_number, 'Unlike the training photos', 'percentunit', 'sum(increase(plant_predictions_total{novel="true"}[1h])) / (sum(increase(plant_predictions_total[1h])) > 0)', 'The share of the last hour\'s photos that the model calls novel; 5 % is usual, above 20 % there is an alert.', dict(red=.2)),
         (lines, 'What has changed', 'percentunit', 'max by (column) (plant_drift_column) → {{column}}', 'The same for each property of the photos alone: brightness, sharpness, what the network sees, and others.'),
         (heat, 'How novel photos are', 'short', f'sum by (le) (increase(plant_novelty_bucket{_r})) → {{{{le}}}}', 'Distance from the training photos in units of the threshold: above 1 a photo is called novel.')]}
+MODEL = {k: [(*o[:3], of_model(o[3]), *o[4:]) for o in its] for k, its in MODEL.items()}
 
 # %% ../../nbs/ops/39_grafana.ipynb #560c24e9
 DATA = {
@@ -260,8 +272,8 @@ JOBS = {
 # %% ../../nbs/ops/39_grafana.ipynb #468ae1db
 def boards() -> dict: # name of a file → its board
     "All of them."
-    return dict(service=board('service', 'Service', 'Is it up, how fast is it, and what is asked?', SERVICE, choose=True),
-                model=board('model', 'Model', 'Which model answers, how sure is it, and do its inputs drift?', MODEL, 'now-24h'),
+    return dict(service=board('service', 'Service', 'Is it up, how fast is it, and what is asked?', SERVICE, choose=(replica,)),
+                model=board('model', 'Model', 'Which model answers, how sure is it, and do its inputs drift?', MODEL, 'now-24h', choose=(model,)),
                 data=board('data', 'Data', 'How many photos are there, what is stuck, and what is it trained on?', DATA, 'now-7d'),
                 jobs=board('jobs', 'Jobs', 'What ran, what failed, and how long did it take?', JOBS, 'now-7d'))
 

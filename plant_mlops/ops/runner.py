@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'environment', 'Cancelled', 'Watch', 'as_page', 'report_key', 'keep', 'JobFailed', 'run_job', 'spread',
-           'run_chain', 'resume', 'run_ci']
+           'run_chain', 'resume', 'run_workload', 'run_ci']
 
 # %% ../../nbs/ops/33_runner.ipynb #8d735ba2
 import ast, json, os, re, shutil, signal, sys, tempfile, threading
@@ -23,7 +23,8 @@ from ..config import PlantError, Settings
 from ..data.catalog import ask
 from ..data.store import open_store
 from ..model.tracking import experiment_id, mlflow_client
-from .jobs import Job, Refused, chain_to, checked, job_of, new_id, notebook_of, parameters_of
+from ..workload import about, workloads
+from .jobs import Job, Refused, chain_for, chain_to, checked, job_of, new_id, notebook_of, parameters_of
 from .runs import Busy, busy, find_run, history, holder, job_runs, mlflow_runs, open_runs, utc
 
 # %% ../../nbs/ops/33_runner.ipynb #64f490b8
@@ -231,6 +232,7 @@ def keep(
     _spare_grammar()
     import nbformat
     run, page = file.stem, file.with_suffix('.html')
+    s = about(s, job_of(run.rsplit('-', 2)[0]))
     row = _settle(s, run, error, **{k: v for k, v in said.items() if k != 'run'})
     page.write_text(as_page(nbformat.read(file, 4), f"{row['job']}: {row['status']}, {row['started_at']:%Y-%m-%d %H:%M} UTC"), encoding='utf-8')
     store = open_store(s)
@@ -256,7 +258,7 @@ def run_job(
 ) -> dict: # row of the run
     "Run a job, and keep its report; raises `Refused`, `Busy`, or `JobFailed` when it did not end well."
     job = job_of(name)
-    parameters, run = checked(job, given or {}), new_id(name)
+    s, parameters, run = about(s, job), checked(job, given or {}), new_id(name)
     with open_runs(s) as eng: _free(s, eng, job, parameters)
     console, folder = console or Console(stderr=True), _folder()
     with _bar(console, name, len(json.loads(notebook_of(job).read_text(encoding='utf-8'))['cells'])) as say, Watch(say) as watch:
@@ -333,7 +335,7 @@ def run_chain(
     why: str = 'by hand', # for the record
 ) -> list: # rows of the runs
     "Run jobs one after another; raises `Refused`, `Busy` or `JobFailed`, and then `resume` goes on."
-    jobs, given, done, rows = jobs or chain_to(), given or {}, dict(done or {}), []
+    jobs, given, done, rows = jobs or chain_for(s), given or {}, dict(done or {}), []
     mine, chain, got = spread(jobs, given), chain or new_id('chain'), {}
     for j in jobs:
         if j.name not in done:
@@ -353,9 +355,46 @@ def resume(
     mine = [r for r in rows if r['chain'] == rows[0]['chain']]
     if not mine: raise PlantError('There is no chain to go on with. Start one: plant-mlops job run --all')
     done = {r['job']: r['outputs'] for r in mine if r['status'] == 'succeeded'}
-    left = [j.name for j in chain_to() if j.name not in done]
+    s = about(s, job_of(mine[0]['job']))
+    left = [j.name for j in chain_for(s) if j.name not in done]
     if not left: raise PlantError(f"The newest chain ({mine[0]['started_at']:%Y-%m-%d %H:%M} UTC) came to its end. Start another: plant-mlops job run --all")
     return run_chain(s, None, mine[0]['asked'], tell, done, mine[0]['chain'], console)
+
+# %% ../../nbs/ops/33_runner.ipynb #7adff720
+def _sample(
+    s: Settings, # settings in force, with the workload's model
+    dataset: str, # its version
+) -> dict: # file, label (what is true), and the answer of the model in production
+    "Answer for one test example."
+    from plant_mlops.model.registry import model_bytes, reader_for
+    from plant_mlops.model.file import read_metadata
+    from plant_mlops.serve.predict import load_champion, predict_files
+    model = load_champion(s)
+    meta = read_metadata(model_bytes(s, model.version))
+    reader = reader_for(s, meta)
+    one = reader.manifest(s, dataset)[lambda m: m.split == 'test'].iloc[-1]
+    file = s.home/'sample'/f"{s.model}-{re.sub(r'[^0-9A-Za-z]+', '-', str(one.id))[:60]}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(dict(features=reader.inputs(s, dataset, [one.id], meta['input'])[0].tolist())))
+    return dict(label=str(one.label)) | next(iter(predict_files(model, [file])))
+
+# %% ../../nbs/ops/33_runner.ipynb #ae5b40bc
+def run_workload(
+    s: Settings, # settings in force
+    name: str, # of the workload
+    given: dict | None = None, # parameters of its jobs: name → value
+    tell=lambda row: None, # called with the row of each run that ended well
+    console: Console | None = None, # where progress is shown; None: standard error
+) -> dict: # model, version, champion, promoted, reason, evaluation, prediction; champion and prediction are None where nothing is in production
+    "The main job of a workload; raises `PlantError` where there is no such workload, else as `run_chain`."
+    from plant_mlops.model.registry import champion, evaluate
+    if name not in workloads(s): raise PlantError(f"There is no workload {name!r}. There are: photos, {', '.join(workloads(s))}. Install the package that brings it, or name its code in PLANT_WORKLOADS.")
+    s = s.model_copy(update=dict(model=name))
+    rows = run_chain(s, None, given, tell, console=console)
+    got = {k: v for r in rows for k, v in r['outputs'].items()}
+    now = champion(s)
+    return dict(model=name, version=got['version'], champion=now and now['version'], promoted=got['promoted'], reason=got['reason'],
+                evaluation=evaluate(s, got['version']), prediction=_sample(s, now['dataset']) if now else None)
 
 # %% ../../nbs/ops/33_runner.ipynb #64a44bb7
 SMALL = dict(image_size=160, epochs=1) # of a batch run in CI
@@ -369,14 +408,14 @@ def run_ci(
     console: Console | None = None, # where progress is shown; None: standard error
 ) -> list: # rows of the runs
     "Run a job with all that it needs on little data, and the gate after a training; the notebooks are in `reports`, also when it raises, as `run_chain` does."
-    home, made = s.home/'ci', job_of(name).produces
-    s = s.model_copy(update=dict(home=home, catalog_url=f'sqlite:///{home}/catalog.db', store_url=str(home/'store'), tracking_uri=f'sqlite:///{home}/mlflow.db',
+    home, job = s.home/'ci', job_of(name)
+    s = about(s, job).model_copy(update=dict(home=home, catalog_url=f'sqlite:///{home}/catalog.db', store_url=str(home/'store'), tracking_uri=f'sqlite:///{home}/mlflow.db',
                                  **{k: v for k, v in SMALL.items() if getattr(s, k) == Settings.model_fields[k].default}))
     shutil.rmtree(home, ignore_errors=True)
-    before = [o for a in made for o in chain_to(a)]
-    jobs = list(dict.fromkeys([*chain_to(), *before])) if 'model' in {a for j in before for a in j.produces} else before
-    given = given or {}
-    if not {'photos', 'manifest'} & set(given): given = dict(synthetic=80) | given
+    before = [o for a in job.produces for o in chain_to(a)]
+    trains = (f'{job.model}-' if job.model else '') + 'model' in {a for j in before for a in j.produces}
+    jobs, given = list(dict.fromkeys([*chain_for(s), *before])) if trains else before, given or {}
+    if not job.model and not {'photos', 'manifest'} & set(given): given = dict(synthetic=80) | given
     try: return run_chain(s, jobs, given, tell, console=console, why='ci')
     finally: _collect(s, Path(reports))
 

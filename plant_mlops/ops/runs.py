@@ -17,7 +17,8 @@ from ..config import PlantError, Settings, settings
 from ..data.catalog import ask, create_tables, insert_or_ignore, open_catalog
 from ..data.store import place
 from ..model.tracking import git_commit, mlflow_client
-from .jobs import MIME, Job, assets, job_of, new_id, part
+from ..workload import about
+from .jobs import MIME, Job, assets, job_of, models_for, new_id, part
 from ..serve.monitor import Instant
 
 # %% ../../nbs/ops/32_runs.ipynb #1d57308f
@@ -170,7 +171,7 @@ def _news(
     again: str | None = None, # why it ran, if this is another attempt: Airflow may have missed what the one before told
 ) -> list: # names of assets
     "Which of its assets a job has to tell of."
-    return [k for k, v in states.items() if v and v != _last_told(eng, s, job, k, again) and assets[k].worth(s)]
+    return [k for k, v in states.items() if v and v != _last_told(eng, s, job, k, again) and assets[k].worth(about(s, assets[k]))]
 
 # %% ../../nbs/ops/32_runs.ipynb #38617c11
 def context() -> dict: # run (id), why, chain, asked, attempt, timeout: what is known of them
@@ -209,11 +210,20 @@ class Run(Note):
         self.s, self.eng, self.id, self.job, self.timeout = s, eng, row['id'], job_of(row['job']), timeout
         self.again = row['why'] if row['attempt'] > 1 else None
         self._began, self._ended, self._late = time.monotonic(), threading.Event(), False
+        self._was = _set(dict(JOB_RUN=self.id, PLANT_MODEL=s.model)) # for MLflow and `settings`, until its end
         shown = dict(run=self.id, job=self.job.what, why=row['why'], attempt=row['attempt'] if row['attempt'] > 1 else '', parameters=_said(row['parameters']),
                      inputs=_said(row['inputs']), commit=row['git_commit'], host=row['host'])
         super().__init__(dict(run=self.id, job=self.job.name), shown)
         threading.Thread(target=self._watch, daemon=True).start()
         if (ip := _shell()): ip.events.register('post_run_cell', self._after_cell)
+
+def _set(variables: dict) -> dict: # what they were
+    "Set variables of the environment; None removes one."
+    was = {k: os.environ.get(k) for k in variables}
+    for k, v in variables.items():
+        if v is None: os.environ.pop(k, None)
+        else: os.environ[k] = v
+    return was
 
 def _shell():
     "IPython, where this runs in it."
@@ -255,7 +265,7 @@ def _close(self:Run, status: str, **values) -> bool:
 def _let_go(self:Run):
     "Stop all that went on beside the work."
     self._ended.set()
-    os.environ.pop('JOB_RUN', None)
+    _set(self._was)
     if (ip := _shell()) and self._after_cell in ip.events.callbacks['post_run_cell']: ip.events.unregister('post_run_cell', self._after_cell)
     self.eng.dispose()
 
@@ -285,7 +295,7 @@ def done(self:Run,
 ) -> Note:
     "End the run, and tell what is new; raises `PlantError` where it was taken for dead meanwhile."
     if self._ended.is_set(): raise PlantError(f'{self.id} has ended already. Begin another: run the notebook from its first cell.')
-    states, outputs = {a: assets[a].state(self.s) for a in self.job.produces}, _plain(outputs)
+    states, outputs = {a: assets[a].state(about(self.s, assets[a])) for a in self.job.produces}, _plain(outputs)
     news = _news(self.eng, self.s, self.job, states, self.again)
     if not self._close('succeeded', outputs=outputs, states=states, news=news, exit=0):
         raise PlantError(f'{self.id} gave no sign of life for so long that another run has taken its place. What it did is kept, but not told. Is the database reachable from here?')
@@ -293,21 +303,22 @@ def done(self:Run,
 
 # %% ../../nbs/ops/32_runs.ipynb #586e9b6e
 def begin(
-    name: str, # of the job
+    name: str, # of the job; another one that shares its notebook says so in `context`
     **parameters, # those of its notebook
 ) -> Run: # to be ended by `done`
     "Begin a run of a job; raises `Busy` where another is alive, `PlantError` where the database cannot be used."
-    s, said, job = settings(), context(), job_of(name)
+    said = context()
+    job = job_of(said['run'].rsplit('-', 2)[0] if 'run' in said else name)
+    s = about(settings(), job)
     eng = ask(open_catalog, s)
     ask(create_tables, eng, run_tables)
-    row = dict(id=said.get('run') or new_id(name), model=s.model, job=name, shard=parameters.get('shard', '1/1'), status='running', parameters=_plain(parameters),
+    row = dict(id=said.get('run') or new_id(job.name), model=s.model, job=job.name, shard=parameters.get('shard', '1/1'), status='running', parameters=_plain(parameters),
                why=said.get('why', 'by hand'), chain=said.get('chain'), asked=said.get('asked', {}), attempt=said.get('attempt', 1), git_commit=git_commit(),
                host=socket.gethostname(), pid=os.getpid(), place=place(), born=psutil.Process().create_time(),
-               inputs={a: assets[a].state(s) for a in job.consumes}, started_at=utc(), seen_at=utc())
+               inputs={a: assets[a].state(about(s, assets[a])) for a in job.consumes}, started_at=utc(), seen_at=utc())
     try: dead = _patiently(s, eng, row)
     except BaseException: eng.dispose(); raise
-    for o in {*dead, *ask(_fallen, eng, s, name)}: _bury(s, o)
-    os.environ['JOB_RUN'] = row['id']
+    for o in {*dead, *ask(_fallen, eng, s, job.name)}: _bury(s, o)
     return Run(s, eng, row, said.get('timeout', job.timeout if said else math.inf))
 
 def _patiently(s, eng, row, seconds=3.):
@@ -328,7 +339,7 @@ def history(
 ) -> list: # rows of `job_runs` as dicts
     "Runs of jobs, newest first; raises `PlantError` where the database cannot be used."
     t = job_runs.c
-    q = sa.select(job_runs).where(t.model == s.model, *(t[k] == v for k, v in (where | (dict(job=job) if job else {})).items()))
+    q = sa.select(job_runs).where(t.model.in_(models_for(s)), *(t[k] == v for k, v in (where | (dict(job=job) if job else {})).items()))
     def read(eng):
         with eng.connect() as c: return [dict(r) for r in c.execute(q.order_by(t.started_at.desc(), t.id.desc()).limit(limit)).mappings()]
     with open_runs(s) as eng: return [_known(s, r) for r in ask(read, eng)]
@@ -354,7 +365,7 @@ def newest(
     "The newest runs of every job; raises `PlantError` where the database cannot be used."
     t = job_runs.c
     nth = sa.func.row_number().over(partition_by=t.job, order_by=(t.started_at.desc(), t.id.desc())).label('nth')
-    q = sa.select(job_runs, nth).where(t.model == s.model).subquery()
+    q = sa.select(job_runs, nth).where(t.model.in_(models_for(s))).subquery()
     def read(eng):
         with eng.connect() as c: return [dict(r) for r in c.execute(sa.select(q).where(q.c.nth <= each).order_by(q.c.nth)).mappings()]
     found = {}

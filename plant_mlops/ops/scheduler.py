@@ -10,7 +10,7 @@ import logging, signal, subprocess, sys, threading, time
 from datetime import datetime, timedelta, timezone
 from apscheduler.triggers.cron import CronTrigger
 from ..config import PlantError, Settings
-from .jobs import Job, job_of, jobs, schedule_of
+from .jobs import Job, job_of, jobs_for, schedule_of
 from .runner import environment
 from .runs import history, newest, utc
 
@@ -104,7 +104,7 @@ def look(
         if (code := running.pop(job).returncode): resting[job] = now + timedelta(seconds=AGAIN)
         log.info('%s ended with %s', job, code)
     runs, began = recent(s), []
-    for j in jobs.values():
+    for j in jobs_for(s):
         if len(running) >= s.jobs_at_once: break
         if j.name in running or now < resting.get(j.name, now) or not (why := why_due(s, j, runs, now, since)): continue
         running[j.name] = start(s, j.name, why, _attempt(why, j.name, runs))
@@ -132,7 +132,7 @@ def run_scheduler(
 ):
     "Run jobs when they are due, until SIGTERM or Ctrl-C; raises `PlantError` where a schedule cannot be read."
     since, running, resting, ending, hurry, said = utc(), {}, {}, threading.Event(), threading.Event(), ''
-    for j in jobs.values():
+    for j in jobs_for(s):
         if (cron := schedule_of(s, j)): log.info('%s: next at %s UTC', j.name, next_time(cron, since).strftime('%a %d %b %H:%M'))
     def stop(*_): (hurry if ending.is_set() else ending).set()
     was = {o: signal.signal(o, stop) for o in (signal.SIGINT, signal.SIGTERM)}

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['Answer', 'Failure', 'Answers', 'Health', 'Problem', 'Truth', 'labels_of', 'title_of', 'problem', 'add_problems',
-           'too_large', 'limited', 'read_files', 'read_input', 'read_inputs']
+           'too_large', 'limited', 'read_files', 'read_input', 'read_inputs', 'read_rows']
 
 # %% ../../nbs/serve/20_http.ipynb #8da44081
 import html, json, os
 from datetime import datetime
 from http import HTTPStatus
 from uuid import UUID
+from anyio import to_thread
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from ..config import PlantError, Settings
@@ -30,7 +32,8 @@ class Answer(BaseModel):
     id: str = Field(description='Name of this prediction')
     timestamp: datetime = Field(description='When it was made, UTC')
     file: str | None = Field(None, description='Name of the uploaded file, if it had one')
-    prediction: str = Field(description='Most probable class')
+    prediction: str | int = Field(description='Most probable class; its number, where training called classes by numbers')
+    prediction_label: str | None = Field(None, description='Its name, where `prediction` is a number')
     probability: float = Field(description='Its probability, calibrated')
     probabilities: dict[str, float] = Field(description='Probability of each class')
     novelty: float | None = Field(None, description='How unlike the training data; larger is more unlike')
@@ -123,23 +126,25 @@ def add_problems(
 # %% ../../nbs/serve/20_http.ipynb #d4c27117
 def too_large(
     max_bytes: int, # the limit
+    what: str = 'Send a smaller photo.', # to do
 ) -> HTTPException: # 413
     "The refusal of a body."
-    return HTTPException(413, f'The body is larger than {max_bytes/1e6:g} MB. Send a smaller photo.')
+    return HTTPException(413, f'The body is larger than {max_bytes/1e6:g} MB. {what}')
 
 def limited(
     request: Request, # as it arrives
     max_bytes: int, # of the input itself; more is refused
     slack: int = 0, # bytes on top, for the headers of a form
+    what: str = 'Send a smaller photo.', # to do instead
 ) -> Request: # raises 413 as soon as the limit is passed
     "A request whose body cannot be larger than it may."
     claimed, seen = request.headers.get('content-length', ''), 0
-    if claimed.isdigit() and int(claimed) > max_bytes + slack: raise too_large(max_bytes)
+    if claimed.isdigit() and int(claimed) > max_bytes + slack: raise too_large(max_bytes, what)
     async def receive():
         nonlocal seen
         message = await request.receive()
         seen += len(message.get('body', b''))
-        if seen > max_bytes + slack: raise too_large(max_bytes)
+        if seen > max_bytes + slack: raise too_large(max_bytes, what)
         return message
     return Request(request.scope, receive)
 
@@ -179,21 +184,30 @@ async def read_input(
     if not data: raise HTTPException(400, 'There is nothing in the request. Send a photo as the body, or in the form field "file".')
     return data, name
 
-# %% ../../nbs/serve/20_http.ipynb #8b979767
-async def _read_rows(request, s) -> list:
-    "Rows of numbers from JSON, each with no name."
-    try: rows = json.loads(await limited(request, s.batch_max_bytes).body())['features']
-    except (ValueError, TypeError, KeyError, RecursionError): rows = None
-    if not isinstance(rows, list): raise HTTPException(400, 'Send photos as files in the form field "files", or rows of numbers as JSON: {"features": [[1.5, …], …]}.')
-    return [(o, None) for o in rows]
-
+# %% ../../nbs/serve/20_http.ipynb #ee95a336
 async def read_inputs(
-    request: Request, # a form, or JSON
+    request: Request, # a form
     s: Settings, # with the limits
-) -> list: # (bytes or list of numbers, name of the file or None) of each
-    "All inputs of a request, in order; raises 400 if there is none, 413 for too many or too much."
-    if _is_form(request): got = await read_files(limited(request, s.batch_max_bytes, slack=64_000), 'files', s.batch_files)
-    else: got = await _read_rows(request, s)
+) -> list: # (bytes, name of the file or None) of each
+    "All files of a request, in order; raises 400 if there is none, 413 for too many or too much."
+    got = await read_files(limited(request, s.batch_max_bytes, slack=64_000), 'files', s.batch_files) if _is_form(request) else []
     if len(got) > s.batch_files: raise HTTPException(413, f'More than {s.batch_files} in one request (PLANT_BATCH_FILES). Send them in several.')
     if not got: raise HTTPException(400, 'There is nothing in the request. Send files in the form field "files", as `curl -F files=@a.jpg -F files=@b.jpg` does.')
     return got
+
+# %% ../../nbs/serve/20_http.ipynb #e738e3ce
+_NUMBER = 40 # bytes that a number in JSON takes at the most, with what is around it
+
+async def read_rows(
+    request: Request, # JSON
+    s: Settings, # batch_rows among them
+    n: int, # numbers in a row
+) -> list: # of rows; each may be anything
+    "All rows of a request, in order; raises 422 if there is none, 413 for too many or too much."
+    many = f'features: send {s.batch_rows:,} rows of {n} numbers at the most (PLANT_BATCH_ROWS), and the others in requests of their own.'
+    body = await limited(request, min(s.batch_max_bytes, 1000 + s.batch_rows*n*_NUMBER), what=many).body()
+    try: rows = (await to_thread.run_sync(from_json, body))['features']
+    except (ValueError, TypeError, KeyError): rows = None
+    if not isinstance(rows, list) or not rows: raise HTTPException(422, 'features: no rows of numbers. Send them as JSON: {"features": [[1.5, …], …]}.')
+    if len(rows) > s.batch_rows: raise HTTPException(413, many)
+    return rows

@@ -42,7 +42,7 @@ class Live:
         metrics=None, # from `make_metrics`
     ):
         self.s, self.model, self.trial, self.store, self.lock, self.checked = s, model, None, None, Lock(), None
-        self.metrics, self.told = metrics or make_metrics(), set()
+        self.metrics, self.told = metrics or make_metrics(s.model), set()
         self.error = None if model else PlantError('The model is being loaded. Try again in a few seconds.')
         self.trial_error = None
 

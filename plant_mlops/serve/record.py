@@ -12,6 +12,7 @@ import base64, contextlib, json, logging, os, re, sys, time
 from collections import deque
 from contextvars import ContextVar
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock, Thread
 from types import SimpleNamespace
@@ -27,14 +28,26 @@ from ..config import Settings
 # %% ../../nbs/serve/19_record.ipynb #9d112fdf
 _SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
 
-def make_metrics() -> SimpleNamespace: # name → metric, and the registry
-    "The figures of one app."
-    r = CollectorRegistry()
-    def metric(kind, name, what, *labels, **kw): return kind(f'plant_{name}', what, labels, registry=r, **kw)
-    return SimpleNamespace(registry=r,
-        requests=metric(Counter, 'requests', 'Requests answered', 'route', 'method', 'status'),
-        request_seconds=metric(Histogram, 'request_seconds', 'Time from request to answer', 'route', buckets=_SECONDS),
-        in_flight=metric(Gauge, 'in_flight', 'Requests being answered', multiprocess_mode='livesum'),
+class _Of:
+    "A metric, where the model is known."
+    def __init__(self, metric, model): self.labels = partial(metric.labels, model)
+
+def make_metrics(
+    model: str = '', # name
+    beside: SimpleNamespace | None = None, # figures of another model that the same server answers for
+) -> SimpleNamespace: # name → metric, and the registry
+    "The figures of a server, those of a model with its name."
+    r, known = (beside.registry, beside.known) if beside else (CollectorRegistry(), {})
+    def shared(kind, name, what, *labels, **kw):
+        if name not in known: known[name] = kind(f'plant_{name}', what, labels, registry=r, **kw)
+        return known[name]
+    def metric(kind, name, what, *labels, **kw):
+        m = shared(kind, name, what, 'model', *labels, **kw)
+        return _Of(m, model) if labels else m.labels(model)
+    return SimpleNamespace(registry=r, known=known,
+        requests=shared(Counter, 'requests', 'Requests answered', 'route', 'method', 'status'),
+        request_seconds=shared(Histogram, 'request_seconds', 'Time from request to answer', 'route', buckets=_SECONDS),
+        in_flight=shared(Gauge, 'in_flight', 'Requests being answered', multiprocess_mode='livesum'),
         refused=metric(Counter, 'refused', 'Requests turned away because too many were waiting'),
         stage_seconds=metric(Histogram, 'stage_seconds', 'Time that one input takes', 'stage', 'variant', buckets=_SECONDS),
         predictions=metric(Counter, 'predictions', 'Predictions made', 'variant', 'version', 'prediction', 'novel'),
@@ -121,7 +134,9 @@ def route_of(
     scope: dict, # of ASGI, once it has been answered
 ) -> str: # path as it was declared; 'other' for what is not known
     "The name under which a request is counted: one of a few, whatever strangers ask for."
-    return 'endpoint' in scope and getattr(scope.get('route'), 'path', '') or 'other'
+    path = 'endpoint' in scope and getattr(scope.get('route'), 'path', '')
+    root = scope.get('root_path', '')
+    return root.removeprefix(scope.get('app_root_path', root)) + path if path else 'other' # where one app is mounted in another
 
 # %% ../../nbs/serve/19_record.ipynb #7c7a8397
 _security = [(k.lower().encode(), v.encode()) for k, v in SECURITY.items()]
@@ -270,20 +285,21 @@ def image_stats(
 # %% ../../nbs/serve/19_record.ipynb #d8531550
 def row_stats(
     row: np.ndarray, # float [F]
-) -> dict: # x0 … → its number, to seven digits
+    names: list | None = None, # F of them; None: x0 …
+) -> dict: # name → its number, to seven digits
     "A row of numbers, each with a name."
-    return {f'x{i}': float(f'{v:.7g}') for i, v in enumerate(row)}
+    return {k: float(f'{v:.7g}') for k, v in zip(names or [f'x{i}' for i in range(len(row))], row)}
 
 STATS = {'image': image_stats, 'features': row_stats}
 
 def sample_of(
-    kind: str, # of the model's input
+    spec: dict, # the metadata's `input`
     x: np.ndarray, # one decoded input
     out: dict, # what the graph said: name of output → [N, …]
     i: int = 0, # which of the N
 ) -> dict: # stats: name → number; embedding: base64 of float16 [D], None where the graph has none
     "What is kept of an input, for `Spool.add('samples', …)`."
-    stats, e = STATS[kind](x), out.get('embedding')
+    stats, e = STATS[spec['kind']](x, *([spec['names']] if 'names' in spec else [])), out.get('embedding')
     if 'novelty' in out: stats['novelty'] = round(float(out['novelty'][i]), 6)
     return dict(stats=stats, embedding=None if e is None else base64.b64encode(e[i].astype('<f2').tobytes()).decode())
 

@@ -17,7 +17,7 @@ from anyio import to_thread
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import RedirectResponse, StreamingResponse
 from ..config import Settings, cpu_cores
-from .api import create_app, processes_for
+from .api import apps_of, create_app, processes_for
 from .record import is_alive
 
 # %% ../../nbs/serve/27_workers.ipynb #6b0c527b
@@ -151,10 +151,14 @@ def shared_app(
 ) -> FastAPI: # ready for uvicorn
     "The API in one of several processes."
     app = create_app(s)
-    st = app.state
-    if processes_for(s) > 1: st.core = Cores(folder)
-    st.tasks.append(lambda: listen_to_bell(folder, st.live.look))
-    st.reload, st.page_token = lambda: look_all(folder), page_token
+    states, core = [o.state for o in apps_of(app)], Cores(folder)
+    def look():
+        for st in states: st.live.look()
+    for st in states:
+        if processes_for(s) > 1: st.core = core
+        st.reload = lambda: look_all(folder)
+    app.state.tasks.append(lambda: listen_to_bell(folder, look))
+    app.state.page_token = page_token
     if page: add_relay(app, page)
     return app
 
