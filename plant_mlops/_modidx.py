@@ -1150,6 +1150,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'plant_mlops.serve.live.Live.__init__': ( 'serve/live.html#live.__init__',
                                                                                   'plant_mlops/serve/live.py'),
                                         'plant_mlops.serve.live.Live.pick': ('serve/live.html#live.pick', 'plant_mlops/serve/live.py'),
+                                        'plant_mlops.serve.live.Live.quick': ('serve/live.html#live.quick', 'plant_mlops/serve/live.py'),
                                         'plant_mlops.serve.live.Trial': ('serve/live.html#trial', 'plant_mlops/serve/live.py'),
                                         'plant_mlops.serve.live._follow': ('serve/live.html#_follow', 'plant_mlops/serve/live.py'),
                                         'plant_mlops.serve.live._follow_drift': ( 'serve/live.html#_follow_drift',

@@ -46,6 +46,12 @@ class Live:
         self.error = None if model else PlantError('The model is being loaded. Try again in a few seconds.')
         self.trial_error = None
 
+    @property
+    def quick(self) -> bool:
+        "Whether an answer, whoever gives it, takes less than a millisecond."
+        model, trial = self.model, self.trial
+        return model is not None and model.quick and (trial is None or trial.model.quick)
+
     def pick(self,
         key: str, # of a client, or of a request
     ) -> tuple: # the model that answers, 'champion' or 'challenger'
