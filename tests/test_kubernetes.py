@@ -188,6 +188,17 @@ def test_argo_cd_applies_things_in_order():
     assert (app['kind'], app['spec']['source']['path'], app['spec']['destination']['namespace']) == ('Application', 'kubernetes/overlays/production', 'plant-mlops')
     assert app['spec']['syncPolicy']['automated'] == dict(prune=True, selfHeal=True)
 
+def test_a_second_model_is_configuration(tmp_path):
+    near = lambda p: os.path.relpath(k8s/p, tmp_path.resolve())
+    (tmp_path/'kustomization.yaml').write_text(yaml.safe_dump(dict(resources=[near('overlays/production')], components=[near('components/second-model')])))
+    got, before = [o for o in yaml.safe_load_all(render(tmp_path.resolve()))], found('overlays/production')
+    differ = [o for o in got if o not in before]
+    assert len(got) == len(before) and sorted(o['kind'] for o in differ) == ['ConfigMap', 'Ingress']
+    config, ingress = sorted(differ, key=lambda o: o['kind'])
+    assert settings(models=config['data']['PLANT_MODELS']).models == 'stocks'
+    [path] = [p for p in ingress['spec']['rules'][0]['http']['paths'] if p not in named('overlays/production', 'Ingress', 'plants')['spec']['rules'][0]['http']['paths']]
+    assert path['path'] == '/models/stocks/predict' and path['backend']['service']['name'] == 'api'
+
 @pytest.mark.parametrize('component', ['no-cronjobs', 'prometheus-operator'])
 def test_an_overlay_can_have_a_component_more(component, tmp_path):
     near = lambda p: os.path.relpath(k8s/p, tmp_path.resolve())

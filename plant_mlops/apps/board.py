@@ -133,7 +133,7 @@ CSS = CARDS + """
 .pm-photos img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: .7rem; display: block; background: #f5f5f4 } .pm-photos figcaption { margin-top: .3rem; line-height: 1.3; font-size: .9rem; overflow-wrap: anywhere } .pm-photos figcaption > * { display: block } .pm-photos .pm-small { font-size: .82rem }
 .pm-large { grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 420px)); margin-top: .8rem } .pm-large img { aspect-ratio: auto }
 .pm-groups { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 280px), 1fr)); gap: .8rem } .pm-twins { border: 1px solid #e7e5e4; border-radius: .9rem; padding: .7rem; grid-template-columns: repeat(auto-fill, minmax(78px, 1fr)); align-content: start } .pm-mixed { border-color: #e2b93b; background: #fffbeb }
-.pm-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 1rem; margin: .8rem 0 } .pm-plot { margin: 0; min-width: 0 } .pm-plot figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .2rem } .pm-plot svg { width: 100%; height: auto; max-width: 480px; display: block } .pm-plot text { font-family: system-ui, sans-serif !important }
+.pm-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 1rem; margin: .8rem 0 } .pm-plot { margin: 0; min-width: 0 } .pm-plot figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .2rem } .pm-plot svg { width: 100%; height: auto; max-width: 480px; display: block } .pm-wide .pm-plot svg { max-width: 100% } .pm-plot text { font-family: system-ui, sans-serif !important }
 .pm-both { flex-wrap: wrap; gap: 2rem; align-items: flex-start; overflow: visible } .pm-both > * { flex: 1 1 320px; min-width: 0 }
 .pm-matrix { gap: 4px; overflow-x: auto; align-items: stretch; width: 100% } .pm-matrix .pm-cell { width: auto; height: 3.4rem; margin: 0; border-radius: .6rem; font-size: 1.1rem } .pm-cell.pm-on { box-shadow: 0 0 0 2px #1c1917 inset }
 .pm-row, .pm-col, .pm-corner { display: block; font-size: .85rem; line-height: 1.2; color: #57534e; overflow-wrap: anywhere } .pm-col { text-align: center } .pm-row { text-align: right; padding-right: .4rem; padding-top: 1rem } .pm-corner { font-size: .75rem }
@@ -281,7 +281,7 @@ async def news(self:Board):
 @patch
 def bar(self:Board) -> W.HBox: # to be shown
     "Links to the sections, the button, and how everything looks."
-    links = W.HTML(html(X.Nav(*(X.A(o, href=f'#{o.replace(" ", "-")}') for o in ('Data', 'Models', 'Mistakes', 'Traffic', 'Drift', 'Try it')))))
+    links = W.HTML(html(X.Nav(*(X.A(o, href=f'#{o.replace(" ", "-")}') for o in ('Data', 'Models', 'Mistakes', 'Traffic', 'Drift', 'Workloads', 'Try it')))))
     box = W.HBox([W.HTML(f'<style>{CSS}</style>'), links, self.said, self.again])
     box.add_class('pm-bar')
     return box

@@ -19,6 +19,7 @@ from ..config import PlantError, Settings
 from ..data.store import NotFound, open_store
 from ..ops.exporter import newest_card
 from ..serve.words import answer_html, overlay, percent, size_seen, warning_of
+from ..workload import workloads
 
 # %% ../../nbs/apps/44_live.ipynb #b538ca62
 SPANS = {'Hour': timedelta(hours=1), 'Day': timedelta(days=1), 'Week': timedelta(days=7), 'All': None}
@@ -145,7 +146,7 @@ def plot_latency(
     return ax
 
 # %% ../../nbs/apps/44_live.ipynb #966df25f
-def _ms(x) -> str: return f'{1000*x:.0f} ms' if x == x and x is not None else ''
+def _ms(x) -> str: return '' if x != x or x is None else f'{1000*x:.0f} ms' if x >= .01 else f'{1000*x:.2g} ms'
 
 def _share(k: int, n: int) -> str:
     "A share with its interval."
@@ -289,11 +290,13 @@ def _production(s) -> tuple:
     from plant_mlops.serve.predict import NoModel, champion_pointer
     try: p = champion_pointer(open_store(s), s.model)
     except NoModel: return 'In production', 'nothing yet', 'plant-mlops run'
-    m, drawn = p.get('metrics') or {}, dict(synthetic=', synthetic photos', mixed=', partly synthetic photos').get(p.get('source'), '')
+    what = 'data' if s.model in workloads(s) else 'photos'
+    m, drawn = p.get('metrics') or {}, dict(synthetic=f', synthetic {what}', mixed=f', partly synthetic {what}').get(p.get('source'), '')
     if 'accuracy_low' not in m: return 'In production', f'version {p["version"]}', 'not judged yet'
     return 'In production', f'version {p["version"]}', f'right on {share(m["accuracy"])} of its test split ({share(m["accuracy_low"])} to {share(m["accuracy_high"])}{drawn})'
 
 def _data(s) -> tuple:
+    if (w := workloads(s).get(s.model)): return 'Workload', w.name, w.what
     if not (c := newest_card(open_store(s))): return 'Data', 'none yet', 'plant-mlops run'
     return 'Data', f'{c["photos"]:,}', f'photos of {len(c["classes"])} classes, dataset {c["version"]}'
 

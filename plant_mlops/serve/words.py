@@ -54,11 +54,13 @@ def bars_html(
 _novelty = '<p class="pm-small">Novelty <b>{:.2f}</b>: how unlike the training photos this one is. Near 0 is a twin; a large value calls for doubt.</p>'
 _novel = '<p class="pm-small">This photo is unlike those that the model was trained on (novelty <b>{:.2f}</b>), so what follows means little.</p>'
 
+def _named(answer): return answer.get('prediction_label') or answer['prediction'] # where that is a number
+
 def verdict(
     answer: dict, # prediction, probabilities, novel
 ) -> str: # a class, or that it is none
     "An answer in a word."
-    return answer['prediction'] if not answer.get('novel') else 'neither' if len(answer['probabilities']) == 2 else 'none of these'
+    return _named(answer) if not answer.get('novel') else 'neither' if len(answer['probabilities']) == 2 else 'none of these'
 
 def answer_html(
     answer: dict, # prediction, probability, probabilities, novelty, novel
@@ -68,7 +70,7 @@ def answer_html(
     if answer.get('novel'):
         return f'<div class="pm-card pm-novel" role="status"><p class="pm-small">Looks like</p><h2>{verdict(answer)}</h2>{_novel.format(novelty)}{bars_html(answer["probabilities"])}</div>'
     say = 'Looks like' if p >= .9 else 'Probably' if p >= .65 else 'Hard to say; perhaps'
-    return (f'<div class="pm-card" role="status"><p class="pm-small">{say}</p><h2>{html.escape(answer["prediction"])}</h2>'
+    return (f'<div class="pm-card" role="status"><p class="pm-small">{say}</p><h2>{html.escape(_named(answer))}</h2>'
             f'{bars_html(answer["probabilities"])}{"" if novelty is None else _novelty.format(novelty)}</div>')
 
 # %% ../../nbs/serve/22_words.ipynb #0091a8f5

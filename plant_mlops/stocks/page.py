@@ -15,7 +15,7 @@ from ..model.tracking import mlflow_client
 from .dataset import Dataset, load_card, load_dataset
 from .train import judge, verdict
 
-# %% ../../nbs/stocks/50_page.ipynb #26aa1ab0
+# %% ../../nbs/stocks/50_page.ipynb #b56e877f
 SPLITS = dict(train=GREEN, valid='#e2b93b', test='#2f7fb8')
 
 def plot_days(
@@ -23,7 +23,7 @@ def plot_days(
     most: int = 5, # shares
 ):
     "What the shares closed at, and which days are for what; a matplotlib figure."
-    ax = axes(8, 2.8, ylabel='close')
+    ax = axes(10, 2.6, ylabel='close')
     for name, d in list(data.days.groupby('Ticker', sort=False))[:most]: ax.plot(d.Date, d.Close, lw=1, label=name, color=None if len(data.card['shares']) > 1 else '#1c1917')
     for k, d in data.examples.groupby('split', sort=False):
         first, last = (data.days.Date[data.days.Date == o].iloc[0] for o in (d.group.min(), d.group.max()))
@@ -47,7 +47,7 @@ def plot_beside(
     ax.grid(visible=False)
     return ax
 
-# %% ../../nbs/stocks/50_page.ipynb #ad60195d
+# %% ../../nbs/stocks/50_page.ipynb #ee5727ad
 def _walk(s: Settings, run: str):
     "Accuracy over the stretches of a training, from MLflow; matplotlib axes."
     ax = axes(4.6, 2.2, xlabel='stretch of time', ylabel='right')
@@ -55,10 +55,10 @@ def _walk(s: Settings, run: str):
     for (k, values), style in zip(found.items(), (dict(color=GREEN, marker='o'), dict(color='#57534e', ls='--'), dict(color='#a855a0', ls=':'))): ax.plot(range(1, len(values) + 1), values, label=_names[k], **style)
     ax.yaxis.set_major_formatter('{x:.0%}')
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(frameon=False, fontsize=7.5)
+    ax.legend(frameon=False, fontsize=7.5, ncols=3, loc='lower center', bbox_to_anchor=(.5, 1))
     return ax
 
-# %% ../../nbs/stocks/50_page.ipynb #b02afa08
+# %% ../../nbs/stocks/50_page.ipynb #deca857a
 def page(
     s: Settings, # settings in force
 ) -> Iterable: # parts
@@ -70,7 +70,7 @@ def page(
                 ('In production', f"version {now['version']}" if now else '—', now['arch'].replace('_', ' ') if now else 'nothing yet'))
     if card['source'] == 'synthetic': yield note('These days are synthetic, made up by a program. What is found in them was put there.', 'warning')
     yield heading('Days', f'Dataset {data.version}.')
-    yield plot(plot_days(data).axes[0])
+    yield X.Div(plot(plot_days(data).axes[0]), cls='pm-wide')
     if now: yield from _judged(s, now)
     yield heading('Versions')
     row = lambda v: dict(version=v['version'], model=v['arch'].replace('_', ' '), dataset=v['dataset'], right=share(v['metrics']['accuracy']) if v['metrics'] else None, of=v['metrics'].get('n'))
