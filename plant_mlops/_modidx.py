@@ -1443,6 +1443,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'plant_mlops.workload.Workload': ('workload.html#workload', 'plant_mlops/workload.py'),
                                       'plant_mlops.workload._checked': ('workload.html#_checked', 'plant_mlops/workload.py'),
                                       'plant_mlops.workload._load': ('workload.html#_load', 'plant_mlops/workload.py'),
+                                      'plant_mlops.workload._loaded': ('workload.html#_loaded', 'plant_mlops/workload.py'),
                                       'plant_mlops.workload._named': ('workload.html#_named', 'plant_mlops/workload.py'),
                                       'plant_mlops.workload.about': ('workload.html#about', 'plant_mlops/workload.py'),
                                       'plant_mlops.workload.workloads': ('workload.html#workloads', 'plant_mlops/workload.py')}}}

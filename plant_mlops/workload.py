@@ -73,12 +73,19 @@ def _named(
     try: return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as e: raise PlantError(f'PLANT_WORKLOADS: {text!r} cannot be had ({e}). Write module:name, and see that the module can be imported.') from None
 
+def _loaded(
+    o, # entry point
+):
+    "What an installed package brings; raises `PlantError` where it cannot be had."
+    try: return o.load()
+    except Exception as e: raise PlantError(f'The workload {o.name!r} of the package {o.dist.name} cannot be loaded: {type(e).__name__}: {e}. Mend the package, or uninstall it.') from e
+
 @cache
 def _load(
     named: str, # module:name, comma-separated
 ) -> dict: # name → Workload
     "Every workload that is installed or named."
-    found = [(o.value, o.load()) for o in entry_points(group='plant_mlops.workloads')]
+    found = [(f'{o.dist.name} ({o.value})', _loaded(o)) for o in entry_points(group='plant_mlops.workloads')]
     found += [(o, _named(o)) for o in filter(None, map(str.strip, named.split(',')))]
     return {w.name: w for w in (_checked(w, where) for where, w in found)}
 

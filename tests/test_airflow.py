@@ -4,9 +4,11 @@ from contextlib import suppress
 from pathlib import Path
 import psutil, pytest
 from conftest import free_port, root, wait_for
+from plant_mlops.ops.jobs import jobs
 
 pytestmark = pytest.mark.timeout(1200)
 chain = ('data_ingestion', 'training', 'model_evaluation', 'model_deployment')
+groups = {j.group for j in jobs.values()}
 
 @pytest.fixture(scope='module')
 def env(tmp_path_factory):
@@ -41,7 +43,7 @@ class Airflow:
         subprocess.run([self.venv/'bin/airflow', 'db', 'migrate'], env=self.env, cwd=self.folder, check=True, capture_output=True)
         for args in (['api-server'], ['dag-processor'], ['scheduler', '--skip-serve-logs']):
             with open(self.folder/f'{args[0]}.log', 'w') as f: self.ps.append(psutil.Popen([self.venv/'bin/airflow', *args], env=self.env, cwd=self.folder, stdout=f, stderr=f))
-        wait_for(lambda: self.get('dags')['total_entries'] == 5 and self.get('monitor/health')['scheduler']['status'] == 'healthy', 180, 'Airflow')
+        wait_for(lambda: self.get('dags')['total_entries'] == len(groups) and self.get('monitor/health')['scheduler']['status'] == 'healthy', 180, 'Airflow')
 
     def get(self, path, method='GET', **body):
         "What the REST API answers."
@@ -125,3 +127,17 @@ def test_photos_become_a_model_in_production(airflow, forty):
     its = history(settings(home=airflow.folder/'home'), limit=None)
     assert all(r['report'] and r['why'].startswith('airflow ') for r in its), its
     assert {r['error'] for r in its if r['status'] == 'failed'} == {'/nowhere is not a folder. Give a folder that holds one folder for each class.'}
+
+def test_another_workload_is_on_the_same_rails(airflow):
+    "After the photos, so that what is told of one model is not told of the other."
+    before, its = airflow.events(), ('stocks_ingestion', 'stocks_training', 'stocks_deployment')
+    for o in its: airflow.get(f'dags/{o}', 'PATCH', is_paused=False)
+    state, tasks = airflow.trigger(its[0], days=700)
+    assert (state, tasks) == ('success', [('stocks-ingest', 'success')])
+    for o in its[1:]:
+        wait_for(lambda: airflow.runs(o), 120, o)
+        assert airflow.done(o) == 'success' and airflow.runs(o)[0]['run_type'] == 'asset_triggered', o
+    pointer = json.loads((airflow.folder/'home/store/models/stocks/champion.json').read_text())
+    assert (pointer['version'], pointer['source'], pointer['arch']) == ('1', 'synthetic', 'random_forest')
+    assert sorted([*before, 'stocks-dataset', 'stocks-model', 'stocks-champion']) == airflow.events()
+    assert champion(airflow)['version'] == '1'

@@ -32,6 +32,16 @@ def test_file(tmp_path):
     assert {e.container.image for e in executors.values()} == {'registry.example/plants:1'} and not any('pip install' in o for e in executors.values() for o in e.container.command)
     assert own['exec-train'].active_deadline_seconds > 6*3600 and own['exec-train'].secret_as_env[0].secret_name == 's3'
 
+def test_another_workload(tmp_path):
+    f, stocks = tmp_path/'stocks.yaml', dict(PLANT_MODEL='stocks')
+    plant('pipeline', 'compile', f, '--image', 'registry.example/plants:1', home=None, **stocks)
+    spec, executors, own = parsed(f)
+    assert spec.pipeline_info.name == 'stocks' and set(spec.root.dag.tasks) == {'stocks-ingest', 'stocks-train', 'stocks-promote'}
+    assert [*spec.root.dag.tasks['stocks-promote'].dependent_tasks] == ['stocks-train'] and spec.root.input_definitions.parameters['kind'].description
+    r = json.loads(plant('pipeline', 'run', '-p', 'kind', 'logistic', '-p', 'days', 700, '--json', home=tmp_path/'home', **stocks))
+    assert r['stocks-promote']['outputs']['promoted'] and r['stocks-promote']['news'] == ['stocks-champion']
+    assert json.loads(plant('status', '--json', home=tmp_path/'home', **stocks))['version'] == '1'
+
 def test_run_without_a_cluster(tmp_path):
     home = tmp_path/'home'
     assert '✗ ingest' in (said := plant('pipeline', 'run', '-p', 'photos', '/nowhere', home=home, ok=1)) and '/nowhere is not a folder' in said

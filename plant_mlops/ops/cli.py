@@ -521,12 +521,13 @@ def pipeline_compile(file: Annotated[Path, typer.Argument(help='YAML file to wri
                      shards: Parts = 2, gpu: Annotated[int, typer.Option(help='GPUs for the training', min=0)] = 0,
                      env: Annotated[Optional[list[str]], typer.Option(metavar='NAME=VALUE', help='A variable of every step')] = None,
                      secret: Annotated[Optional[list[str]], typer.Option(metavar='SECRET=NAME,NAME', help='Variables from a Kubernetes secret')] = None):
-    "Write the pipeline as Kubeflow takes it."
+    "Write the pipeline of the model in force as Kubeflow takes it."
+    from plant_mlops.ops.jobs import chain_for
     from plant_mlops.ops.pipeline import compile_pipeline
     pairs = [o.partition('=') for o in [*(env or []), *(secret or [])]]
     if any(not b for _, b, _ in pairs): raise typer.BadParameter('write NAME=VALUE', param_hint='--env, --secret')
     split = lambda o: {k: v for k, _, v in map(lambda x: x.partition('='), o or [])}
-    compile_pipeline(file, image, shards=shards, env=split(env), secrets={k: v.split(',') for k, v in split(secret).items()}, needs=dict(train=dict(gpu=gpu)) if gpu else {})
+    compile_pipeline(file, image, asset=chain_for(settings())[-1].produces[0], shards=shards, env=split(env), secrets={k: v.split(',') for k, v in split(secret).items()}, needs=dict(train=dict(gpu=gpu)) if gpu else {})
     out.print(f'{file} is written. Upload it to Kubeflow, or try it here: plant-mlops pipeline run', highlight=False, soft_wrap=True)
 
 @pipeline_app.command('run', cls=_Pairs)
@@ -537,7 +538,8 @@ def pipeline_run(p: Annotated[Optional[list[str]], typer.Option('-p', metavar='N
     tell = lambda step, status: None if as_json else out.print(f"{'[green]✓[/]' if status == 'success' else '[red]✗[/]'} {step}", highlight=False)
     r = run_pipeline(settings(home=home), dict(o.split('=', 1) for o in p or []), shards, tell)
     if as_json: return _say(r, True)
-    out.print(f"In production: version {r['promote']['outputs']['version']}" if r['promote']['outputs']['promoted'] else r['promote']['outputs']['reason'], highlight=False)
+    last = [*r.values()][-1]['outputs']
+    out.print(f"In production: version {last['version']}" if last['promoted'] else last['reason'], highlight=False)
 
 # %% ../../nbs/ops/41_cli.ipynb #aec0b897
 @ab_app.command('start')

@@ -75,7 +75,7 @@ def _fault(
 ) -> str: # field, what is wrong with it, and what to do
     "What is wrong with a row, for whoever sent it."
     o, names, n = e.errors(include_url=False)[0], spec.get('names'), spec['shape'][1]
-    if o['type'] in ('too_short', 'too_long'): return f"features: the model takes {n} features, got {o['ctx']['actual_length'] or 'more'}. Send them in the order of training{f': {names[0]}, {names[1]} … {names[-1]}' if names and n > 2 else ''}."
+    if o['type'] in ('too_short', 'too_long'): return f"features: the model takes {n} features, got {'more' if (k := o['ctx']['actual_length']) is None else k}. Send them in the order of training{f': {names[0]}, {names[1]} … {names[-1]}' if names and n > 2 else ''}."
     if not o['loc']: return 'features: not a list of numbers. Send {"features": [1.5, …]}.'
     return f"features.{(names or range(n))[o['loc'][0]]}: {str(o['input'])[:40]!r} is not a finite number. Send {'all ' + str(n) if n > 1 else 'it'} as JSON numbers, with gaps filled as in training."
 
