@@ -1058,6 +1058,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'plant_mlops.ops.stages._gate': ('ops/stages.html#_gate', 'plant_mlops/ops/stages.py'),
                                         'plant_mlops.ops.stages._in_words': ('ops/stages.html#_in_words', 'plant_mlops/ops/stages.py'),
                                         'plant_mlops.ops.stages._numbers': ('ops/stages.html#_numbers', 'plant_mlops/ops/stages.py'),
+                                        'plant_mlops.ops.stages._retrained': ('ops/stages.html#_retrained', 'plant_mlops/ops/stages.py'),
                                         'plant_mlops.ops.stages._step': ('ops/stages.html#_step', 'plant_mlops/ops/stages.py'),
                                         'plant_mlops.ops.stages._try_one': ('ops/stages.html#_try_one', 'plant_mlops/ops/stages.py'),
                                         'plant_mlops.ops.stages.compare_live': ( 'ops/stages.html#compare_live',

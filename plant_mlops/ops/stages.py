@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from ..config import PlantError, Settings
+from ..workload import workloads
 
 # %% ../../nbs/ops/30_stages.ipynb #3b4e2a8e
 def fill(
@@ -86,6 +87,7 @@ def train(
 ) -> dict: # run, version of the model, dataset, precision of its file and why
     "Train on a dataset, export to the one model file, in int8 where that answers as well, and register it."
     import tempfile
+    if s.model in workloads(s): raise PlantError(f'`train` is for photos, and the model in force is {s.model!r} (PLANT_MODEL). `plant-mlops run` trains that one.')
     from plant_mlops.data.dataset import load_dataset
     data = load_dataset(s, dataset) # before PyTorch is imported: there may be none
     from plant_mlops.model.export import export_onnx
@@ -203,11 +205,18 @@ def learnt(
     return next((v['version'] for v in versions(s) if v['dataset'] == dataset and want.items() <= made(v).items()), None)
 
 # %% ../../nbs/ops/30_stages.ipynb #2c6265f2
+def _retrained(s: Settings) -> dict:
+    "`retrain` for the model of a workload."
+    from plant_mlops.ops.runner import run_chain
+    got = {k: v for r in run_chain(s, why='drift') for k, v in r['outputs'].items()}
+    return dict(trained=True, promoted=got['promoted'], reason=_gate(got['version'], got).rstrip('.'), **{k: got.get(k) for k in ('dataset', 'version')})
+
 def retrain(
     s: Settings, # settings in force
     progress: bool = True, # show bars
 ) -> dict: # trained, dataset, and why not; or the new version, whether it was promoted, and why
-    "Ingest, prepare, make a dataset, train and promote, unless a model was trained on that dataset already."
+    "Ingest, prepare, make a dataset, train and promote, unless a model was trained on that dataset already; for the model of a workload its own jobs."
+    if s.model in workloads(s): return _retrained(s)
     ingest(s, progress=progress)
     prepare(s, progress=progress)
     d = dataset(s, progress=progress)['version']
@@ -230,7 +239,7 @@ def new_photos(
 # %% ../../nbs/ops/30_stages.ipynb #c95d8897
 def status(
     s: Settings, # settings in force
-) -> dict: # what is in production, its figures, its data; rows of the catalog by status
+) -> dict: # what is in production, its figures, its data; for photos also the rows of the catalog by status
     "What is in production, from which data, with which figures."
     from plant_mlops.serve.predict import NoModel, champion_pointer
     from plant_mlops.data.store import open_store
@@ -238,9 +247,10 @@ def status(
     except NoModel as e: p, note = {}, str(e)
     else: note = None
     m = p.get('metrics') or {}
-    figures = dict(accuracy=m.get('accuracy'), interval=[m.get('accuracy_low'), m.get('accuracy_high')], test_photos=m.get('n')) if m else {}
+    other = s.model in workloads(s)
+    figures = {'accuracy': m.get('accuracy'), 'interval': [m.get('accuracy_low'), m.get('accuracy_high')], 'test_examples' if other else 'test_photos': m.get('n')} if m else {}
     return dict(model=s.model, version=p.get('version'), **figures, source=p.get('source'), dataset=p.get('dataset'), run=p.get('run_id'),
-                published=p.get('published_at'), store=str(open_store(s)), catalog=_counts(s), note=note)
+                published=p.get('published_at'), store=str(open_store(s)), catalog=None if other else _counts(s), note=note)
 
 def _counts(s: Settings) -> dict | None:
     "Rows of the catalog by status, where the catalog can be read."
