@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['readers', 'CHANCE', 'register', 'model_bytes', 'reader_for', 'examples', 'predictions', 'evaluate', 'gate',
-           'versions', 'champion', 'sync', 'challenger', 'end_challenge', 'promote', 'rollback', 'history', 'challenge']
+           'versions', 'learnt', 'champion', 'sync', 'challenger', 'end_challenge', 'promote', 'rollback', 'history',
+           'challenge']
 
 # %% ../../nbs/model/17_registry.ipynb #ef981cd7
 import json, tempfile
@@ -326,6 +327,18 @@ def versions(
 ) -> list[dict]: # newest first: version, run_id, dataset, source, arch, sha256, metrics on its test split
     "The finished versions of the model."
     with mlflow_client(s) as c: return [_about(v) for v in _versions(c, s)]
+
+# %% ../../nbs/model/17_registry.ipynb #6709e74e
+def learnt(
+    s: Settings, # settings in force
+    dataset: str, # a version of it
+    recipe: dict, # parameters of the training
+) -> str | None: # version of the model, the newest; None: nothing has learnt it in this way
+    "The registered model that was trained on a dataset already, by the same recipe."
+    want = {k: str(v) for k, v in recipe.items()}
+    with mlflow_client(s) as c:
+        made = lambda v: c.get_run(v['run_id']).data.params
+        return next((v['version'] for v in versions(s) if v['dataset'] == dataset and want.items() <= made(v).items()), None)
 
 # %% ../../nbs/model/17_registry.ipynb #b8de3c99
 def champion(

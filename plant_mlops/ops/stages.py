@@ -197,12 +197,9 @@ def learnt(
     dataset: str, # a version of it
 ) -> str | None: # version of the model, the newest; None: nothing has learnt it in this way
     "The registered model that was trained on a dataset already, by the recipe in force."
-    from plant_mlops.model.registry import versions
-    from plant_mlops.model.tracking import mlflow_client
+    from plant_mlops.model.registry import learnt as known
     from plant_mlops.model.train import recipe
-    want = {k: str(v) for k, v in recipe(s).items()}
-    with mlflow_client(s) as c: made = lambda v: c.get_run(v['run_id']).data.params
-    return next((v['version'] for v in versions(s) if v['dataset'] == dataset and want.items() <= made(v).items()), None)
+    return known(s, dataset, recipe(s))
 
 # %% ../../nbs/ops/30_stages.ipynb #2c6265f2
 def _retrained(s: Settings) -> dict:

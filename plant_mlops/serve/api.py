@@ -319,7 +319,7 @@ _page = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport 
 h1{{font-size:1.9rem;line-height:1.2;margin:0 0 .6rem}}a{{color:light-dark(#27703a,#7fd094)}}li{{margin:.35rem 0}}ul{{padding-left:1.2rem}}
 pre{{padding:.8rem 1rem;border-radius:.6rem;overflow:auto;background:light-dark(#f1f4ef,#20261f);font-size:.86rem}}
 .note{{border-left:4px solid #d99a00;padding:.1rem 1rem}}</style>
-<h1>{title}</h1><p>{about}</p><ul>{links}</ul><pre>curl -F file=@photo.jpg {url}predict</pre></html>"""
+<h1>{title}</h1><p>{about}</p><ul>{links}</ul><pre>{curl} {url}predict</pre></html>"""
 
 def home_page(
     model: Model | None, # what serves, if anything does
@@ -328,12 +328,14 @@ def home_page(
     error: str = '', # why nothing serves
 ) -> str: # HTML
     "The page at `/`."
+    photo = not model or model.kind == 'image'
     links = [('ui/', 'Try it on a photo')]*ui + [('docs', 'The API, to read and try'), ('predict/demo', 'An answer, to see what one looks like'), ('model/info', 'The model that serves'),
                                                  ('metrics', 'Its figures, for Prometheus'), ('health', 'Health')]
-    about = html.escape(f'Send it a photo, and it says which it is: {", ".join(model.classes)}. (Version {model.version} serves.)' if model else error)
-    if model and model.synthetic: about += '</p><p class=note>It was trained on <b>synthetic</b> photos, drawn by a program.'
+    what, made, curl = ('a photo', 'photos, drawn', 'curl -F file=@photo.jpg') if photo else (f'{model.spec["shape"][1]} numbers', 'data, made', "curl -d '{\"features\": [1.5, …]}'")
+    about = html.escape(f'Send it {what}, and it says which it is: {", ".join(model.classes)}. (Version {model.version} serves.)' if model else error)
+    if model and model.synthetic: about += f'</p><p class=note>It was trained on <b>synthetic</b> {made} by a program.'
     return _page.format(title=title_of(model.classes) if model else 'No model yet', about=about,
-                        links=''.join(f'<li><a href="{p}">{t}</a>' for p, t in links), url=html.escape(url))
+                        links=''.join(f'<li><a href="{p}">{t}</a>' for p, t in links), curl=html.escape(curl, quote=False), url=html.escape(url))
 
 # %% ../../nbs/serve/23_api.ipynb #ec3bd5ce
 def has_ui(
@@ -353,7 +355,7 @@ def add_page(
     async def home(request: Request):
         try: model, error = the_model(app), ''
         except PlantError as e: model, error = None, str(e)
-        return home_page(model, str(request.base_url), has_ui(app), error)
+        return home_page(model, str(request.url.replace(query='')), has_ui(app), error)
 
 # %% ../../nbs/serve/23_api.ipynb #214ace24
 @contextlib.asynccontextmanager

@@ -181,7 +181,7 @@ async def read_input(
         if not files: raise HTTPException(400, 'The form has no file in its field "file". Send one, as `curl -F file=@photo.jpg` does.')
         if len(files) > 1: raise HTTPException(400, 'The form has several files in its field "file". Send one, or many to /predict/batch in the field "files".')
         data, name = files[0]
-    if not data: raise HTTPException(400, 'There is nothing in the request. Send a photo as the body, or in the form field "file".')
+    if not data: raise HTTPException(400, 'There is nothing in the request. Send a photo as the body or in the form field "file", or numbers as JSON: {"features": [1.5, …]}.')
     return data, name
 
 # %% ../../nbs/serve/20_http.ipynb #ee95a336

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['SPLITS', 'plot_days', 'plot_beside', 'page']
 
-# %% ../../nbs/stocks/50_page.ipynb #5b61d3ac
+# %% ../../nbs/stocks/50_page.ipynb #88995ed7
 from collections.abc import Iterable
 import fastcore.xml as X
 from ..apps.board import GREEN, GREY, axes, heading, note, plot, share, table, tiles
 from ..config import Settings
 from ..model.registry import champion, versions
-from ..model.tracking import mlflow_client
 from .dataset import Dataset, load_card, load_dataset
-from .train import judge, verdict
+from .train import judge, verdict, walk_of
 
 # %% ../../nbs/stocks/50_page.ipynb #b56e877f
 SPLITS = dict(train=GREEN, valid='#e2b93b', test='#2f7fb8')
@@ -47,12 +46,12 @@ def plot_beside(
     ax.grid(visible=False)
     return ax
 
-# %% ../../nbs/stocks/50_page.ipynb #ee5727ad
+# %% ../../nbs/stocks/50_page.ipynb #a6c386ce
 def _walk(s: Settings, run: str):
     "Accuracy over the stretches of a training, from MLflow; matplotlib axes."
     ax = axes(4.6, 2.2, xlabel='stretch of time', ylabel='right')
-    with mlflow_client(s) as c: found = {k: [o.value for o in sorted(c.get_metric_history(run, f'walk_{k}'), key=lambda o: o.step)] for k in _names}
-    for (k, values), style in zip(found.items(), (dict(color=GREEN, marker='o'), dict(color='#57534e', ls='--'), dict(color='#a855a0', ls=':'))): ax.plot(range(1, len(values) + 1), values, label=_names[k], **style)
+    walk, styles = walk_of(s, run), (dict(color=GREEN, marker='o'), dict(color='#57534e', ls='--'), dict(color='#a855a0', ls=':'))
+    for (k, name), style in zip(_names.items(), styles): ax.plot(walk.index + 1, walk[k], label=name, **style)
     ax.yaxis.set_major_formatter('{x:.0%}')
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False, fontsize=7.5, ncols=3, loc='lower center', bbox_to_anchor=(.5, 1))
