@@ -15,8 +15,9 @@ from .config import PlantError, Settings, settings
 # %% ../nbs/00_workload.ipynb #ab72b2bf
 class Reader(NamedTuple):
     "How the examples of one kind of input are found and read."
-    manifest: Callable # (s, dataset) → DataFrame with id, label, group and split ('train', 'valid', 'test' or 'none')
+    manifest: Callable # (s, dataset) → DataFrame with id, label (text), group and split ('train', 'valid', 'test' or 'none')
     inputs: Callable # (s, dataset, ids, input metadata) → array [N, …] for the model
+    lasting: bool = False # whether a group has the same name in every data set, such as a day
 
 # %% ../nbs/00_workload.ipynb #542a40ae
 class Asset(NamedTuple):
@@ -50,18 +51,31 @@ class Workload(NamedTuple):
     assets: dict = {} # name → `Asset`
     jobs: tuple = () # of `Job`: those that lead to a new version of its model
     page: Callable | None = None # (s) → parts of a section of the dashboard
+    monitor: str = '30 * * * *' # when its traffic is looked at: cron expression, in UTC; '' for never
 
-# %% ../nbs/00_workload.ipynb #c31ccd70
+# %% ../nbs/00_workload.ipynb #289aa3d2
+_TAKEN = {'photos', 'plants'} # names of what is no workload
+_SHARED = ('model', 'champion', 'drift') # assets that every workload has
+
+def _faults(
+    w: Workload, # to be looked at
+) -> list: # sentences
+    "What keeps a workload from being used."
+    if not re.fullmatch('[a-z][a-z0-9]*', w.name) or w.name in _TAKEN: return [f'its name, {w.name!r}, has to be a word of small letters and digits other than {" and ".join(sorted(_TAKEN))}']
+    out = [f'{o!r} has to be called {w.name}-…, in small letters and digits' for o in (*w.assets, *(j.name for j in w.jobs)) if not re.fullmatch(f'{w.name}(-[a-z0-9]+)+', o)]
+    out += [f'the group {j.group!r} of {j.name} has to be called {w.name}_…' for j in w.jobs if not re.fullmatch(f'{w.name}(_[a-z0-9]+)+', j.group)]
+    known = {*w.assets, *(f'{w.name}-{o}' for o in _SHARED)}
+    out += [f'{j.name} names {o!r}, which is none of its assets ({", ".join(sorted(known))})' for j in w.jobs for o in (*j.consumes, *j.produces, *j.on) if o not in known]
+    return out + [f'{j.name} is there already: every workload has it' for j in w.jobs if j.name in (f'{w.name}-promote', f'{w.name}-monitor')]
+
+# %% ../nbs/00_workload.ipynb #25c54a52
 def _checked(
     w, # what somebody calls a workload
     where: str, # it comes from
 ) -> Workload: # its jobs and assets know whose they are
     "A workload that can be used; raises `PlantError` where it is none."
-    wrong = lambda what: PlantError(f'The workload from {where} cannot be used: {what}. Mend it, or leave it out.')
-    if getattr(w, '_fields', ()) != Workload._fields: raise wrong(f'{w!r} is no `Workload`')
-    if not re.fullmatch('[a-z][a-z0-9]*', w.name): raise wrong(f'its name, {w.name!r}, is not made of small letters and digits')
-    for o in (*w.assets, *(j.name for j in w.jobs)):
-        if not re.fullmatch(f'{w.name}(-[a-z0-9]+)+', o): raise wrong(f'{o!r} has to be called {w.name}-…, in small letters and digits')
+    wrong = [f'{w!r} is no `Workload`'] if getattr(w, '_fields', ()) != Workload._fields else _faults(w)
+    if wrong: raise PlantError(f'The workload from {where} cannot be used: {"; ".join(wrong)}. Mend it, or leave it out.')
     return w._replace(assets={k: a._replace(model=w.name) for k, a in w.assets.items()}, jobs=tuple(j._replace(model=w.name) for j in w.jobs))
 
 # %% ../nbs/00_workload.ipynb #4a0430fb
@@ -80,6 +94,7 @@ def _loaded(
     try: return o.load()
     except Exception as e: raise PlantError(f'The workload {o.name!r} of the package {o.dist.name} cannot be loaded: {type(e).__name__}: {e}. Mend the package, or uninstall it.') from e
 
+# %% ../nbs/00_workload.ipynb #de43c572
 @cache
 def _load(
     named: str, # module:name, comma-separated
@@ -87,7 +102,11 @@ def _load(
     "Every workload that is installed or named."
     found = [(f'{o.dist.name} ({o.value})', _loaded(o)) for o in entry_points(group='plant_mlops.workloads')]
     found += [(o, _named(o)) for o in filter(None, map(str.strip, named.split(',')))]
-    return {w.name: w for w in (_checked(w, where) for where, w in found)}
+    out = {}
+    for where, w in found:
+        if (w := _checked(w, where)).name in out: raise PlantError(f'The workload from {where} is called {w.name!r}, as another one is. Rename it, or leave one of the two out.')
+        out[w.name] = w
+    return out
 
 def workloads(
     s: Settings | None = None, # settings in force; None: as the environment has them

@@ -5,6 +5,7 @@ import httpx, psutil, pytest
 from conftest import wait_for
 from plant_mlops.config import settings
 from plant_mlops.data.store import open_store
+from plant_mlops.model.file import linear_model
 from test_monitor import figure, serving
 from tiny import jpeg, publish, tiny_model
 
@@ -70,6 +71,20 @@ def test_figures_of_all_processes_are_one(crew):
     assert seen == {60.}
     text = c.get('/metrics').text
     assert figure(text, 'plant_serving', variant='champion', version='1') == 1 and figure(text, 'plant_in_flight') == 1
+
+def test_two_models_in_two_processes(tmp_path):
+    s = settings(home=tmp_path/'home')
+    other, sums = s.model_copy(update=dict(model='sums')), lambda v: linear_model([[2, 0], [0, 1]], ['up', 'down'], version=v).SerializeToString()
+    publish(s, '1')
+    publish(other, '1', data=sums('1'))
+    with serving(s, token='hush', workers=2, reload_every=600, models='sums') as (p, c):
+        wait_for(lambda: len(workers(p)) == 2 and c.get('/models/sums/ready').is_success)
+        publish(other, '2', data=sums('2'))
+        assert c.post('/models/sums/reload', headers=key).json()['model_version'] == '2'
+        assert {httpx.post(f'{c.base_url}/models/sums/predict', json=dict(features=[1, 0])).json()['model_version'] for _ in range(20)} == {'2'}
+        text = c.get('/metrics').text
+        assert [figure(text, 'plant_predictions_total', model=o) for o in ('sums', 'plants')] == [20, 0] and figure(text, 'plant_serving', model='sums', version='2') == 1
+        assert figure(text, 'plant_requests_total', route='/models/sums/predict') == 20
 
 def test_a_process_that_dies_is_replaced(crew):
     s, p, c = crew

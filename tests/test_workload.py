@@ -60,7 +60,7 @@ def test_a_random_walk_comes_to_nothing_and_says_so(tmp_path):
     said = plant('run', '--workload', 'stocks', '-p', 'signal', '0', '-p', 'kind', 'logistic', home=home, ok=4)
     assert 'Nothing is in production; version 1 was not promoted: no better than always answering the most common class' in said
     train = json.loads(plant('job', 'show', 'stocks-train', '--json', home=home))['outputs']
-    assert train['verdict'].startswith('No better than chance') and all(.4 < train[k] < .6 for k in ('accuracy', 'majority', 'yesterday'))
+    assert train['verdict'].startswith('No better than chance') and all(.4 < train[k] < .6 for k in ('accuracy', 'majority', 'yesterday', 'reversal'))
     assert not open_store(settings(home=home)).stat('models/stocks/champion.json')
 
 @pytest.mark.parametrize('given, says', [(('path', '/nowhere.csv'), 'cannot be read'), (('days', '30'), 'which the longest average needs'), (('signal', '2'), 'is no correlation'), (('days', 'many'), 'valid integer')])
@@ -83,10 +83,20 @@ def but(i, text): return '{"features": [' + ', '.join(text if k == i else str(v)
     (json.dumps(dict(features=good[:21])), 'features: the model takes 22 features, got 21'), (json.dumps(dict(features=[*good, 1.])), 'got 23'), ('{"features": []}', 'got 0'),
     (but(7, 'NaN'), "features.RSI: 'nan'"), (but(7, 'Infinity'), 'features.RSI'), (but(0, '-Infinity'), 'features.SMA_5'), (but(21, '1e999'), 'features.Gap'), (but(21, '1e39'), 'features.Gap'),
     (but(3, '"1.5"'), "features.SMA_50: '1.5'"), (but(3, 'null'), 'features.SMA_50'), (but(3, 'true'), 'features.SMA_50'), (but(3, '[1]'), 'features.SMA_50'),
-    ('{"features": "x"}', 'features: not a list'), ('{"feature": [1]}', 'features: not a list'), ('[1, 2', 'features: the body is not JSON'), ('{"features": [' + '1, '*1_000_000 + '1]}', 'got 1000001')])
+    ('{"features": "x"}', 'features: not a list'), ('{"feature": [1]}', 'features: not a list'), ('[1, 2', 'features: the body is not JSON')])
 def test_a_bad_row_is_refused_by_name(rows, body, says):
     r = rows.post('/predict', content=body)
     assert r.status_code == 422 and says in r.json()['detail'], r.text
+
+@pytest.mark.parametrize('body', ['{"features": [' + '1, '*1_000_000 + '1]}', '[' + '{},'*1_000_000 + '{}]'])
+def test_a_row_without_end_is_not_read(rows, body):
+    r = rows.post('/predict', content=body)
+    assert r.status_code == 413 and 'features: send 22 numbers' in r.json()['detail']
+
+@pytest.mark.parametrize('row, status', [('{}', 422), ('[]', 413), ('1', 413)])
+def test_a_batch_of_anything_is_not_taken_apart(rows, row, status):
+    r = rows.post('/predict/batch', content='{"features": [' + f'{row},'*1_000_000 + f'{row}]}}')
+    assert r.status_code == status and 'features: ' in r.json()['detail']
 
 def test_a_bad_batch_is_refused_by_name(rows):
     post = lambda features: rows.post('/predict/batch', json=dict(features=features))

@@ -87,6 +87,8 @@ def check(
     if not wrong and outs['probabilities'][1:] != [len(meta['classes'])]:
         wrong.append(f"it has {len(meta['classes'])} classes but probabilities of shape {outs['probabilities']}")
     if not wrong and len(meta.get('targets', meta['classes'])) != len(meta['classes']): wrong.append(f"it has {len(meta['classes'])} classes but {len(meta['targets'])} targets")
+    if not wrong and any(type(o) not in (int, str) for o in meta.get('targets', [])): wrong.append('its targets are neither whole numbers nor text')
+    if not wrong and 'names' in meta['input'] and len(meta['input']['names']) != meta['input']['shape'][1]: wrong.append(f"it has {meta['input']['shape'][1]} features but {len(meta['input']['names'])} names")
     if not wrong and not meta['input'].get('kind'): wrong.append("metadata 'input' has no 'kind'")
     if wrong: raise PlantError(f"The model file does not keep the format: {'; '.join(wrong)}.")
     return meta
@@ -124,10 +126,12 @@ def from_sklearn(
     reader: str = '', # workload that reads its examples
     **metadata, # any of `KEYS`
 ) -> onnx.ModelProto: # meets the promise, without a version
-    "A classifier of scikit-learn as a model file."
+    "A classifier of scikit-learn as a model file; raises `PlantError` where there is no way to write it as ONNX."
     from skl2onnx import convert_sklearn
     from skl2onnx.common.data_types import FloatTensorType
-    made = convert_sklearn(model, initial_types=[('features', FloatTensorType([None, len(names)]))], options={id(model): dict(zipmap=False)}, target_opset={'': 18, 'ai.onnx.ml': 3})
+    from skl2onnx.common.exceptions import MissingConverter, MissingShapeCalculator
+    try: made = convert_sklearn(model, initial_types=[('features', FloatTensorType([None, len(names)]))], options={id(model): dict(zipmap=False)}, target_opset={'': 18, 'ai.onnx.ml': 3})
+    except (MissingConverter, MissingShapeCalculator) as e: raise PlantError(f'skl2onnx cannot write {type(model).__name__} as ONNX: {str(e).splitlines()[0]} Take another estimator, or register a converter for this one.') from None
     del made.graph.output[[o.name for o in made.graph.output].index('label')]
     for o in (*made.graph.input, *made.graph.output): o.type.tensor_type.shape.dim[0].dim_param = 'N'
     spec = dict(kind='features', shape=[None, len(names)], dtype='float32', names=list(names)) | (dict(reader=reader) if reader else {}) | ({} if example is None else dict(example=np.asarray(example, float).tolist()))

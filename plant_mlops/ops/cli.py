@@ -91,6 +91,7 @@ def run(
     "Ingest, prepare, train, evaluate, register, promote, and predict."
     from plant_mlops.workload import workloads
     s = settings(home=home, seed=seed)
+    if workload == 'photos' and s.model in workloads(s): raise typer.BadParameter(f'the model in force is {s.model!r} (PLANT_MODEL); photos need another')
     workload = workload or (s.model if s.model in workloads(s) else 'photos')
     if workload != 'photos': return _run_workload(s, workload, p or [], bool(photos or manifest), home, as_json)
     if p: raise typer.BadParameter('-p is for --workload; photos have options of their own')
@@ -527,7 +528,8 @@ def pipeline_compile(file: Annotated[Path, typer.Argument(help='YAML file to wri
     pairs = [o.partition('=') for o in [*(env or []), *(secret or [])]]
     if any(not b for _, b, _ in pairs): raise typer.BadParameter('write NAME=VALUE', param_hint='--env, --secret')
     split = lambda o: {k: v for k, _, v in map(lambda x: x.partition('='), o or [])}
-    compile_pipeline(file, image, asset=chain_for(settings())[-1].produces[0], shards=shards, env=split(env), secrets={k: v.split(',') for k, v in split(secret).items()}, needs=dict(train=dict(gpu=gpu)) if gpu else {})
+    chain = chain_for(settings())
+    compile_pipeline(file, image, asset=chain[-1].produces[0], shards=shards, env=split(env), secrets={k: v.split(',') for k, v in split(secret).items()}, needs={j.name: dict(gpu=gpu) for j in chain if gpu and any(o.rpartition('-')[2] == 'model' for o in j.produces)})
     out.print(f'{file} is written. Upload it to Kubeflow, or try it here: plant-mlops pipeline run', highlight=False, soft_wrap=True)
 
 @pipeline_app.command('run', cls=_Pairs)

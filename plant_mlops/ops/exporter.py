@@ -90,9 +90,10 @@ _figures = dict(accuracy='Accuracy on its test photos', accuracy_low='Lower end 
 def of_champion(
     s: Settings, # model and store_url among them
 ):
-    "What was promoted last, for each model that there are jobs for."
+    "What was promoted last, for each model that there are jobs for, or that is served."
     store = open_store(s)
-    found = {m: p for m in models_for(s) if (p := read_pointer(store, m, 'champion'))}
+    names = dict.fromkeys([*models_for(s), *filter(None, map(str.strip, s.models.split(',')))])
+    found = {m: p for m in names if (p := read_pointer(store, m, 'champion'))}
     if not found: return
     yield 'champion_info', 'The model in production', ('model', 'version', 'dataset'), [((m, str(p['version']), p.get('dataset', '')), 1) for m, p in found.items()]
     yield 'champion_timestamp_seconds', 'When it was promoted', ('model',), [((m,), datetime.fromisoformat(at).timestamp()) for m, p in found.items() if (at := p.get('published_at'))]

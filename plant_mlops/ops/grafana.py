@@ -171,7 +171,7 @@ def board(
     return made | dict(annotations=dict(list=[dict(datasource=dict(type='prometheus', uid='prometheus')) | o for o in ANNOTATIONS]))
 
 # %% ../../nbs/ops/39_grafana.ipynb #9d2cecdf
-_asked, _busy = 'instance=~"$instance"', 'route="/predict",instance=~"$instance"'
+_asked, _busy = 'instance=~"$instance"', 'route=~"(/models/[^/]+)?/predict",instance=~"$instance"'
 _r = '[$__rate_interval]'
 
 def _quantile(q, by=''): return f'histogram_quantile({q}, sum by (le{by}) (rate(plant_request_seconds_bucket{{{_busy if not by else _asked}}}{_r})))'

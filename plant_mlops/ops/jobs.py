@@ -82,7 +82,7 @@ def _of_workload(
     each = {k: assets[k]._replace(model=w.name) for k in ('model', 'champion', 'drift')}
     name, group = f'{w.name}-{{}}'.format, f'{w.name}_{{}}'.format
     same = lambda job, after, **kw: jobs[job]._replace(name=name(job), notebook=job, model=w.name, consumes=(name(after),), produces=tuple(map(name, jobs[job].produces)), **kw)
-    after = same('promote', 'model', group=group('deployment'), on=(name('model'),)), same('monitor', 'champion', group=group('monitoring'))
+    after = same('promote', 'model', group=group('deployment'), on=(name('model'),)), same('monitor', 'champion', group=group('monitoring'), schedule=w.monitor)
     return {name(k): a for k, a in each.items()} | w.assets, {j.name: j for j in (*w.jobs, *after)}
 
 for w in workloads().values():

@@ -113,6 +113,7 @@ def _papermill():
             client = PapermillNotebookClient(nb_man, km=watch.km, timeout=execution_timeout, on_cell_start=watch.on_cell, shutdown_kernel='immediate', log=papermill.log.logger)
             client.execute(cleanup_kc=True)
     papermill_engines.register('plant', Engine)
+    papermill.log.logger.setLevel('ERROR') # it warns of parameters whose annotation it cannot read; they were checked before
     return papermill
 
 # %% ../../nbs/ops/33_runner.ipynb #816bd9f0
@@ -342,7 +343,7 @@ def run_chain(
             passed = {k: v for k, v in got.items() if k in parameters_of(j)}
             rows.append(run_job(s, j.name, passed | mine[j.name], console, why=why, chain=chain, asked=given))
             tell(rows[-1])
-        got |= done.get(j.name) or rows[-1]['outputs']
+        got |= done[j.name] if j.name in done else rows[-1]['outputs']
     return rows
 
 def resume(
@@ -367,15 +368,18 @@ def _sample(
 ) -> dict: # file, label (what is true), and the answer of the model in production
     "Answer for one test example."
     from plant_mlops.model.registry import model_bytes, reader_for
+    from PIL import Image
     from plant_mlops.model.file import read_metadata
     from plant_mlops.serve.predict import load_champion, predict_files
     model = load_champion(s)
     meta = read_metadata(model_bytes(s, model.version))
     reader = reader_for(s, meta)
     one = reader.manifest(s, dataset)[lambda m: m.split == 'test'].iloc[-1]
-    file = s.home/'sample'/f"{s.model}-{re.sub(r'[^0-9A-Za-z]+', '-', str(one.id))[:60]}.json"
+    x, name = reader.inputs(s, dataset, [one.id], meta['input'])[0], f"{s.model}-{re.sub(r'[^0-9A-Za-z]+', '-', str(one.id))[:60]}"
+    file = s.home/'sample'/(name + ('.png' if model.kind == 'image' else '.json'))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(features=reader.inputs(s, dataset, [one.id], meta['input'])[0].tolist())))
+    if model.kind == 'image': Image.fromarray(x).save(file)
+    else: file.write_text(json.dumps(dict(features=x.tolist())))
     return dict(label=str(one.label)) | next(iter(predict_files(model, [file])))
 
 # %% ../../nbs/ops/33_runner.ipynb #ae5b40bc

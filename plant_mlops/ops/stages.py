@@ -143,7 +143,8 @@ def run(
     synthetic: int = 320, # photos to draw if there are none
     console: Console | None = None, # where to say what happens; None: standard error
 ) -> dict: # model, champion, source, evaluation, gate, prediction
-    "The main job: photos in, a prediction from the model in production out."
+    "The main job: photos in, a prediction from the model in production out; raises `PlantError` where the gate lets nothing into production."
+    from plant_mlops.serve.predict import NoModel
     console = console or Console(stderr=True)
     step = lambda name: _step(console, name)
     with step('catalog') as say: say.update(_in_words(fill(s, photos, manifest, synthetic)))
@@ -153,7 +154,9 @@ def run(
     with step('train') as say: say.update(what=f"version {(t := train(s))['version']} of {s.model}, {t['precision']}: {t['why']}")
     with step('evaluate') as say: say.update(what=f"{(e := evaluate(s, t['version']))['accuracy']:.1%} of {e['n']} test photos")
     with step('promote') as say: say.update(what=_gate(t['version'], p := promote(s, t['version'])))
-    with step('predict') as say: say.update(photo=Path((a := _try_one(s, d['version']))['file']).name)
+    try:
+        with step('predict') as say: say.update(photo=Path((a := _try_one(s, d['version']))['file']).name)
+    except NoModel: raise PlantError(f"Nothing is in production: {_gate(t['version'], p)} Add photos and run again, or have it all the same: `plant-mlops promote --force`.") from None
     return dict(model=s.model, version=t['version'], champion=a['model_version'], promoted=p['promoted'], source=d['source'], dataset=d['version'],
                 evaluation=e, gate=_gate(t['version'], p), prediction=a)
 

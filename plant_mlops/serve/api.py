@@ -24,11 +24,11 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from .. import __version__
 from ..config import PlantError, Settings, cpu_cores
 from ..data.store import sha256_of
-from .http import Answer, Answers, Health, Problem, Truth, add_problems, labels_of, limited, read_input, read_inputs, read_rows, title_of, too_large
+from .http import Answer, Answers, Health, Problem, Truth, add_problems, bytes_of, labels_of, limited, read_input, read_inputs, read_rows, title_of, too_large
 from .live import Live, describe, follow, the_model
 from .predict import Model, golden_input, label_of
 from .record import Spool, Watch, log_folder, make_metrics, once_every, sample_of, show_metrics
@@ -130,10 +130,12 @@ async def answer(
     heatmap: bool = False, # say where the model saw the class
 ) -> dict: # fields of `Answer`
     "Read, decode and answer; raises `PlantError` without a model, 415 for what is no photo, 422 for a broken one."
-    st, kind = request.app.state, the_model(request.app).kind
+    st, model = request.app.state, the_model(request.app)
+    n = model.spec['shape'][1]
+    limit = (st.settings.ingest_max_bytes,) if model.kind == 'image' else (bytes_of(n), f'features: send {n} numbers.')
     with place(st):
-        async with in_time(st): data, name = await read_input(request, st.settings.ingest_max_bytes)
-        return await _answer_one(st, kind, data, name, request.headers.get('x-client-id', ''), heatmap)
+        async with in_time(st): data, name = await read_input(request, *limit)
+        return await _answer_one(st, model.kind, data, name, request.headers.get('x-client-id', ''), heatmap)
 
 async def _answer_one(st, kind, data, name, *about, **kw) -> dict:
     "Answer for one input, on a thread."
@@ -143,7 +145,7 @@ async def _answer_one(st, kind, data, name, *about, **kw) -> dict:
 
 async def answer_all(
     request: Request, # a form, or JSON
-) -> dict: # fields of `Answers`
+) -> dict | Response: # fields of `Answers`; for rows of numbers as JSON
     "Answer for every input of a request; one that cannot be judged says why, and the others are answered."
     st, model = request.app.state, the_model(request.app)
     client, kind = request.headers.get('x-client-id', ''), model.kind
@@ -153,7 +155,7 @@ async def answer_all(
     with place(st):
         if kind == 'features':
             async with in_time(st): rows = await read_rows(request, st.settings, model.spec['shape'][1])
-            return dict(results=await asyncio.get_running_loop().run_in_executor(st.pool, answer_rows, st, rows, client))
+            return await asyncio.get_running_loop().run_in_executor(st.pool, lambda: Response(to_json(dict(results=answer_rows(st, rows, client))), media_type='application/json'))
         async with in_time(st): inputs = await read_inputs(request, st.settings)
         return dict(results=await asyncio.gather(*(one(*o) for o in inputs)))
 
@@ -295,7 +297,7 @@ def add_routes(
 
     @post('/predict/batch', summary='Answer for many in one request', responses=_problems, response_model_exclude_unset=True,
               openapi_extra=dict(requestBody=dict(required=True, content=_accepts_many)))
-    async def predict_batch(request: Request) -> Answers: return await answer_all(request)
+    async def predict_batch(request: Request) -> Answers: return await answer_all(request) # FastAPI passes on a `Response` as it is
 
     @get('/predict/demo', summary='Answer for a made-up input, to see that all is well', response_model_exclude_unset=True, responses={503: _problems[503]})
     async def predict_demo() -> Answer:
@@ -355,7 +357,7 @@ def add_page(
     async def home(request: Request):
         try: model, error = the_model(app), ''
         except PlantError as e: model, error = None, str(e)
-        return home_page(model, str(request.url.replace(query='')), has_ui(app), error)
+        return home_page(model, str(request.url.replace(query='')), has_ui(app) and 'app_root_path' not in request.scope, error)
 
 # %% ../../nbs/serve/23_api.ipynb #214ace24
 @contextlib.asynccontextmanager
@@ -399,12 +401,12 @@ def add_models(
     app: FastAPI, # of the model in force
 ):
     "The routes at `/models`: those of every model that this server answers for."
-    st = app.state
+    st, own = app.state, [*app.router.routes] # without what follows: a path leads to a model once
     for name in dict.fromkeys(o.strip() for o in st.settings.models.split(',')):
         if name in ('', st.settings.model): continue
         st.others.append(other := _app_of(st.settings.model_copy(update=dict(model=name)), beside=st.metrics))
         app.mount(f'/models/{name}', other)
-    app.mount(f'/models/{st.settings.model}', app.router)
+    app.mount(f'/models/{st.settings.model}', Router(own))
 
     @app.get('/models', tags=['Service'], summary='Which models are there?')
     async def models() -> dict[str, Health]: return {o.state.settings.model: health_of(o) for o in apps_of(app)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answer', 'Failure', 'Answers', 'Health', 'Problem', 'Truth', 'labels_of', 'title_of', 'problem', 'add_problems',
-           'too_large', 'limited', 'read_files', 'read_input', 'read_inputs', 'read_rows']
+           'too_large', 'limited', 'read_files', 'read_input', 'read_inputs', 'bytes_of', 'read_rows']
 
 # %% ../../nbs/serve/20_http.ipynb #8da44081
 import html, json, os
@@ -173,11 +173,12 @@ async def read_files(
 async def read_input(
     request: Request, # a form, or raw bytes
     max_bytes: int, # of the input itself; what is around it in a form may come on top
+    what: str = 'Send a smaller photo.', # to do instead of sending more
 ) -> tuple: # bytes, name of the file or None
     "The one input of a request; raises 400 if there is none, 413 as soon as it is too large."
-    if not _is_form(request): data, name = await limited(request, max_bytes).body(), None
+    if not _is_form(request): data, name = await limited(request, max_bytes, what=what).body(), None
     else:
-        files = await read_files(limited(request, max_bytes, slack=64_000), 'file', 1)
+        files = await read_files(limited(request, max_bytes, 64_000, what), 'file', 1)
         if not files: raise HTTPException(400, 'The form has no file in its field "file". Send one, as `curl -F file=@photo.jpg` does.')
         if len(files) > 1: raise HTTPException(400, 'The form has several files in its field "file". Send one, or many to /predict/batch in the field "files".')
         data, name = files[0]
@@ -196,7 +197,14 @@ async def read_inputs(
     return got
 
 # %% ../../nbs/serve/20_http.ipynb #e738e3ce
-_NUMBER = 40 # bytes that a number in JSON takes at the most, with what is around it
+_NUMBER = 40 # that a number in JSON takes at the most, with what is around it
+
+def bytes_of(
+    n: int, # numbers in a row
+    rows: int = 1, # how many
+) -> int: # bytes
+    "How large a body with rows of numbers can be at the most."
+    return 1000 + rows*n*_NUMBER
 
 async def read_rows(
     request: Request, # JSON
@@ -205,8 +213,9 @@ async def read_rows(
 ) -> list: # of rows; each may be anything
     "All rows of a request, in order; raises 422 if there is none, 413 for too many or too much."
     many = f'features: send {s.batch_rows:,} rows of {n} numbers at the most (PLANT_BATCH_ROWS), and the others in requests of their own.'
-    body = await limited(request, min(s.batch_max_bytes, 1000 + s.batch_rows*n*_NUMBER), what=many).body()
-    try: rows = (await to_thread.run_sync(from_json, body))['features']
+    body = await limited(request, min(s.batch_max_bytes, bytes_of(n, s.batch_rows)), what=many).body()
+    if body.count(b'[') > s.batch_rows + 1: raise HTTPException(413, many)
+    try: rows = (await to_thread.run_sync(from_json, body))['features'] if body.count(b'{') == 1 else None
     except (ValueError, TypeError, KeyError): rows = None
     if not isinstance(rows, list) or not rows: raise HTTPException(422, 'features: no rows of numbers. Send them as JSON: {"features": [[1.5, …], …]}.')
     if len(rows) > s.batch_rows: raise HTTPException(413, many)

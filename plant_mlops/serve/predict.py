@@ -77,7 +77,8 @@ def _fault(
     o, names, n = e.errors(include_url=False)[0], spec.get('names'), spec['shape'][1]
     if o['type'] in ('too_short', 'too_long'): return f"features: the model takes {n} features, got {'more' if (k := o['ctx']['actual_length']) is None else k}. Send them in the order of training{f': {names[0]}, {names[1]} … {names[-1]}' if names and n > 2 else ''}."
     if not o['loc']: return 'features: not a list of numbers. Send {"features": [1.5, …]}.'
-    return f"features.{(names or range(n))[o['loc'][0]]}: {str(o['input'])[:40]!r} is not a finite number. Send {'all ' + str(n) if n > 1 else 'it'} as JSON numbers, with gaps filled as in training."
+    given = o['input'] if isinstance(o['input'], (str, int, float)) else type(o['input']).__name__
+    return f"features.{(names or range(n))[o['loc'][0]]}: {str(given)[:40]!r} is not a finite number. Send {'all ' + str(n) if n > 1 else 'it'} as JSON numbers, with gaps filled as in training."
 
 def decode_features(
     data: list | dict | bytes, # numbers in the order of training; as JSON: a list, or {"features": […]}

@@ -50,6 +50,15 @@ def generate_synthetic_stock_data(
     return pd.DataFrame(dict(Date=pd.bdate_range(end='2025-12-31', periods=days), Ticker=ticker, Open=opened, High=ends.max(1), Low=ends.min(1), Close=close, Volume=volume.round()))
 
 # %% ../../nbs/stocks/45_data.ipynb #3562a2d9
+def _days(
+    dates: pd.Series, # text, or times
+) -> pd.Series: # midnights without a time zone; missing where there is no date
+    "The day of each date, as whoever wrote it had it."
+    def one(o):
+        try: return pd.Timestamp(o).tz_localize(None).normalize()
+        except (ValueError, TypeError): return pd.NaT
+    return pd.Series([one(o) for o in dates], dates.index, 'datetime64[ns]')
+
 def check_days(
     df: pd.DataFrame, # of `COLUMNS`
     what: str = 'The table', # for messages
@@ -58,7 +67,7 @@ def check_days(
     if (missing := [c for c in COLUMNS if c not in df]): raise PlantError(f'{what} has no column {", ".join(missing)}. It needs {", ".join(COLUMNS)}.')
     if not len(df): raise PlantError(f'{what} has no rows.')
     df, numbers = df[COLUMNS].copy(), COLUMNS[2:]
-    df['Date'] = pd.to_datetime(df.Date, errors='coerce')
+    df['Date'] = _days(df.Date)
     df[numbers] = df[numbers].apply(pd.to_numeric, errors='coerce').astype(float)
     o = df[numbers]
     faults = {

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['SPLITS', 'plot_days', 'plot_beside', 'page']
 
-# %% ../../nbs/stocks/50_page.ipynb #88995ed7
+# %% ../../nbs/stocks/50_page.ipynb #6050791c
 from collections.abc import Iterable
 import fastcore.xml as X
 from ..apps.board import GREEN, GREY, axes, heading, note, plot, share, table, tiles
 from ..config import Settings
 from ..model.registry import champion, versions
-from .dataset import Dataset, load_card, load_dataset
-from .train import judge, verdict, walk_of
+from ..serve.predict import label_of, load_champion
+from .dataset import Dataset, load_card, load_dataset, newest
+from .features import FEATURES
+from .train import BASELINES, judge, verdict, walk_of
 
 # %% ../../nbs/stocks/50_page.ipynb #b56e877f
 SPLITS = dict(train=GREEN, valid='#e2b93b', test='#2f7fb8')
@@ -31,33 +33,33 @@ def plot_days(
     if len(data.card['shares']) > 1: ax.legend(frameon=False, fontsize=8)
     return ax.figure
 
-# %% ../../nbs/stocks/50_page.ipynb #733ed8bd
-_names = dict(accuracy='the model', majority='the more frequent', yesterday='as the day before')
+# %% ../../nbs/stocks/50_page.ipynb #5f05dbdc
+_names = dict(accuracy='the model') | BASELINES
 
 def plot_beside(
-    f: dict, # accuracy, accuracy_low, accuracy_high, majority, yesterday
+    f: dict, # of `train.judge`
 ):
-    "A model beside two forecasts; matplotlib axes."
+    "A model beside the forecasts that need no learning; matplotlib axes."
     ax = axes(4.6, 2.2, xlabel='right', xlim=(0, 1))
-    ax.barh([*_names.values()][::-1], [f[k] for k in _names][::-1], color=[GREY, GREY, GREEN], height=.6)
-    ax.plot([f['accuracy_low'], f['accuracy_high']], [2, 2], color='#1c1917', lw=1.5)
+    ax.barh([*_names.values()][::-1], [f[k] for k in _names][::-1], color=[GREY]*len(BASELINES) + [GREEN], height=.6)
+    ax.plot([f['accuracy_low'], f['accuracy_high']], [len(BASELINES)]*2, color='#1c1917', lw=1.5)
     ax.axvline(.5, color='#57534e', lw=1, ls=':')
     ax.xaxis.set_major_formatter('{x:.0%}')
     ax.grid(visible=False)
     return ax
 
-# %% ../../nbs/stocks/50_page.ipynb #a6c386ce
+# %% ../../nbs/stocks/50_page.ipynb #fd6fc2ef
 def _walk(s: Settings, run: str):
     "Accuracy over the stretches of a training, from MLflow; matplotlib axes."
     ax = axes(4.6, 2.2, xlabel='stretch of time', ylabel='right')
-    walk, styles = walk_of(s, run), (dict(color=GREEN, marker='o'), dict(color='#57534e', ls='--'), dict(color='#a855a0', ls=':'))
+    walk, styles = walk_of(s, run), (dict(color=GREEN, marker='o'), dict(color='#57534e', ls='--'), dict(color='#a855a0', ls=':'), dict(color='#2f7fb8', ls='-.'))
     for (k, name), style in zip(_names.items(), styles): ax.plot(walk.index + 1, walk[k], label=name, **style)
     ax.yaxis.set_major_formatter('{x:.0%}')
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(frameon=False, fontsize=7.5, ncols=3, loc='lower center', bbox_to_anchor=(.5, 1))
+    ax.legend(frameon=False, fontsize=7, ncols=2, loc='lower center', bbox_to_anchor=(.5, 1))
     return ax
 
-# %% ../../nbs/stocks/50_page.ipynb #deca857a
+# %% ../../nbs/stocks/50_page.ipynb #aff98f6f
 def page(
     s: Settings, # settings in force
 ) -> Iterable: # parts
@@ -67,10 +69,10 @@ def page(
     data, now = load_dataset(s), champion(s)
     yield tiles(('Days', f"{card['days']:,}", f"{card['first']} to {card['last']}"), ('Shares', len(card['shares']), ', '.join(card['shares'][:3])),
                 ('In production', f"version {now['version']}" if now else '—', now['arch'].replace('_', ' ') if now else 'nothing yet'))
-    if card['source'] == 'synthetic': yield note('These days are synthetic, made up by a program. What is found in them was put there.', 'warning')
+    if 'synthetic' in (card['source'], now and now['source']): yield note('The days shown, or those that the model in production has learnt from, are synthetic, made up by a program. What is found in them was put there.', 'warning')
     yield heading('Days', f'Dataset {data.version}.')
     yield X.Div(plot(plot_days(data).axes[0]), cls='pm-wide')
-    if now: yield from _judged(s, now)
+    if now: yield from (*_judged(s, now), *_next(s, data))
     yield heading('Versions')
     row = lambda v: dict(version=v['version'], model=v['arch'].replace('_', ' '), dataset=v['dataset'], right=share(v['metrics']['accuracy']) if v['metrics'] else None, of=v['metrics'].get('n'))
     if (vs := versions(s)[:10]): yield table([row(v) for v in vs], ('right', 'of'))
@@ -80,3 +82,11 @@ def _judged(s: Settings, now: dict) -> Iterable:
     f = judge(s, now['version'])
     yield heading('In production', verdict(f) + '.')
     yield X.Div(plot(plot_beside(f), 'The test split'), plot(_walk(s, now['run_id']), 'Stretch by stretch, while training'), cls='pm-plots')
+
+def _next(s: Settings, data: Dataset) -> Iterable:
+    "What the model in production says of the day after the last one."
+    model, last = load_champion(s), newest(data)
+    if not len(last): return
+    said = model.predict(last[FEATURES].to_numpy(float).tolist())
+    yield heading('The next day', 'What the model says of the day after the last one of each share.')
+    yield table([dict(share=t, after=f'{d:%Y-%m-%d}', forecast=label_of(o), probability=share(o['probability'])) for t, d, o in zip(last.Ticker, last.Date, said)][:20], ('probability',))
