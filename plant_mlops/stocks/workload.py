@@ -25,8 +25,8 @@ def _page(s):
     from plant_mlops.stocks.page import page
     yield from page(s)
 
-# %% ../../nbs/stocks/49_workload.ipynb #88fdb89f
+# %% ../../nbs/stocks/49_workload.ipynb #d3831291
 workload = Workload('stocks', 'Whether a share closes higher tomorrow', Reader(_manifest, _inputs, lasting=True), page=_page, monitor='',
     assets={'stocks-dataset': Asset('the newest version of the days of shares', _dataset)},
-    jobs=(Job('stocks-ingest', 'Read the days that are new, and make a version of their dataset', 'stocks_ingestion', produces=('stocks-dataset',), schedule='0 22 * * mon-fri'),
+    jobs=(Job('stocks-ingest', 'Read the days that are new, and make a version of their dataset', 'stocks_ingestion', produces=('stocks-dataset',)),
           Job('stocks-train', 'Train on the newest days, judge the model, and register it', 'stocks_training', ('stocks-dataset',), ('stocks-model',), on=('stocks-dataset', 'stocks-drift'), retries=1)))
