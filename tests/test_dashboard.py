@@ -13,7 +13,7 @@ playwright = pytest.importorskip('playwright.sync_api', reason='playwright (the 
 browsers = [o for o in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if o]
 in_browser = pytest.mark.skipif(not browsers, reason='no Chromium is installed (on Debian: apt install chromium)')
 cli = [sys.executable, '-c', 'from plant_mlops.ops.cli import main; main()']
-sections = ['Data', 'Models', 'Mistakes', 'Traffic', 'Drift', 'Try it']
+sections = ['Data', 'Models', 'Mistakes', 'Traffic', 'Drift', 'Workloads', 'Try it']
 
 @contextlib.contextmanager
 def dashboard(home, *args, **env):
@@ -88,7 +88,7 @@ def page(request, chromium, site):
 @in_browser
 @pytest.mark.timeout(900)
 def test_every_section(page, tmp_path):
-    assert [o.replace('¶', '') for o in page.locator('h2').all_inner_texts()][:6] == sections and page.title() == 'Dashboard'
+    assert [o.replace('¶', '') for o in page.locator('h2').all_inner_texts()][:7] == sections and page.title() == 'Dashboard'
     said = page.inner_text('#rendered_cells')
     assert page.locator('.pm-error').count() == 0, said
     for o in ('60', 'synthetic', 'near duplicate', 'Doubtful labels', 'lost.jpg', 'in production', 'Reliability', 'Last predictions', 'Not looked at yet'): assert o in said, o
@@ -137,14 +137,14 @@ def test_model_of_numbers(chromium, tmp_path, monkeypatch):
     from plant_mlops.model.file import linear_model
     from plant_mlops.model.registry import Reader, evaluate, promote, readers, register
     from plant_mlops.model.tracking import experiment_id, mlflow_client
-    s, x = settings(home=tmp_path, model='stocks'), np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+    s, x = settings(home=tmp_path, model='sums'), np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
     m = pd.DataFrame(dict(id=[f'day {i}' for i in range(60)], label=np.where(x[:, 0] + .3*x[:, 1] > 0, 'up', 'down'), group=range(60), split='test'))
     onnx.save(linear_model([[-1, 1], [0, 0]], ['down', 'up'], provenance=dict(dataset='daily', source='photos')), tmp_path/'m.onnx')
     monkeypatch.setitem(readers, 'features', Reader(lambda s, d: m, lambda s, d, ids, spec: x[[int(i.split()[1]) for i in ids]]))
     with mlflow_client(s) as c: register(s, c.create_run(experiment_id(c, s)).info.run_id, tmp_path/'m.onnx')
     evaluate(s), promote(s)
     (tmp_path/'row.json').write_text('[2, 0]')
-    with dashboard(tmp_path, PLANT_MODEL='stocks') as (url, p), opened(chromium, url) as page:
+    with dashboard(tmp_path, PLANT_MODEL='sums') as (url, p), opened(chromium, url) as page:
         assert page.locator('.pm-error').count() == 0
         page.wait_for_selector('text=not photos')
         page.wait_for_selector('td:has-text("day ") >> nth=0')
@@ -203,7 +203,7 @@ def test_notebook_fills_every_section_of_an_empty_home(tmp_path):
     from nbdev.test import test_nb as run_notebook
     nb = read_nb(root/'nbs/apps/dashboard.ipynb')
     check = ("board.tick.click()\nawait board.done()\nsaid = [''.join(o.value for o in x.box.children) for x in board.sections]\n"
-             "assert len(said) == 7 and all('plant-mlops' in o for o in said) and 'pm-error' not in ''.join(said), said")
+             "assert len(said) == 8 and all('plant-mlops' in o for o in said) and 'pm-error' not in ''.join(said), said")
     nb.cells.append(mk_cell(check))
     write_nb(nb, tmp_path/'dashboard.ipynb')
     assert run_notebook(tmp_path/'dashboard.ipynb')[0]
