@@ -1,5 +1,5 @@
 "The files of `docker`, as far as they can be judged without an engine. What they build is in images.py, what they start in test_stack.py."
-import re, shutil, subprocess, sys
+import json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest, yaml
 from conftest import root
@@ -70,6 +70,13 @@ def test_compose_is_valid_with_every_profile(copy):
         assert code == 0 and not said, said
     code, said = composed(copy, '-f', copy/'gpu.yaml', '--profile', '*', 'config')
     assert code == 0 and {k for k, o in yaml.safe_load(said)['services'].items() if 'deploy' in o and 'nvidia' in str(o['deploy'])} == {'cli', 'scheduler', 'airflow-worker'}, said
+
+def test_a_second_model_is_a_line_of_settings(copy):
+    run(copy/'setup.sh', '--env', cwd=copy)
+    (copy/'settings.env').write_text('PLANT_MODELS=stocks\n')
+    code, said = composed(copy, 'config', '--format', 'json', COMPOSE_PROFILES='scheduler')
+    env = {k: o.get('environment') or {} for k, o in json.loads(said)['services'].items()}
+    assert not code and {k for k, o in env.items() if o.get('PLANT_MODELS') == 'stocks'} >= {'api', 'scheduler', 'exporter'}
 
 def test_compose_starts_nothing_without_passwords(copy):
     code, said = composed(copy, 'config', '--quiet')
