@@ -16,7 +16,7 @@ from .dataset import Dataset, load_card, load_dataset, newest
 from .features import FEATURES
 from .train import BASELINES, judge, verdict, walk_of
 
-# %% ../../nbs/stocks/50_page.ipynb #b56e877f
+# %% ../../nbs/stocks/50_page.ipynb #2ce6404b
 SPLITS = dict(train=GREEN, valid='#e2b93b', test='#2f7fb8')
 
 def plot_days(
@@ -33,7 +33,7 @@ def plot_days(
     if len(data.card['shares']) > 1: ax.legend(frameon=False, fontsize=8)
     return ax.figure
 
-# %% ../../nbs/stocks/50_page.ipynb #5f05dbdc
+# %% ../../nbs/stocks/50_page.ipynb #edb69c55
 _names = dict(accuracy='the model') | BASELINES
 
 def plot_beside(
@@ -48,7 +48,7 @@ def plot_beside(
     ax.grid(visible=False)
     return ax
 
-# %% ../../nbs/stocks/50_page.ipynb #fd6fc2ef
+# %% ../../nbs/stocks/50_page.ipynb #4bdd8343
 def _walk(s: Settings, run: str):
     "Accuracy over the stretches of a training, from MLflow; matplotlib axes."
     ax = axes(4.6, 2.2, xlabel='stretch of time', ylabel='right')
@@ -59,7 +59,7 @@ def _walk(s: Settings, run: str):
     ax.legend(frameon=False, fontsize=7, ncols=2, loc='lower center', bbox_to_anchor=(.5, 1))
     return ax
 
-# %% ../../nbs/stocks/50_page.ipynb #aff98f6f
+# %% ../../nbs/stocks/50_page.ipynb #b03b5de9
 def page(
     s: Settings, # settings in force
 ) -> Iterable: # parts

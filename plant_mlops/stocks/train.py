@@ -25,7 +25,7 @@ from ..model.tracking import mlflow_client, new_run
 from .dataset import Dataset, load_dataset
 from .features import FEATURES, LABELS
 
-# %% ../../nbs/stocks/48_train.ipynb #4dd9809d
+# %% ../../nbs/stocks/48_train.ipynb #ec94ec05
 MODELS = dict(
     random_forest=lambda seed: RandomForestClassifier(200, min_samples_leaf=20, random_state=seed, n_jobs=-1),
     gradient_boosting=lambda seed: GradientBoostingClassifier(n_estimators=100, max_depth=2, learning_rate=.05, subsample=.7, random_state=seed),
@@ -44,7 +44,7 @@ def fit(
 def _x(d: pd.DataFrame) -> np.ndarray: return d[FEATURES].to_numpy(np.float32) # as a model file is asked
 def _y(d: pd.DataFrame) -> np.ndarray: return (d.label == LABELS[1]).to_numpy(int)
 
-# %% ../../nbs/stocks/48_train.ipynb #35c14afa
+# %% ../../nbs/stocks/48_train.ipynb #4368d083
 def baselines(
     past: pd.DataFrame, # examples that were learnt
     d: pd.DataFrame, # examples that are asked about
@@ -53,7 +53,7 @@ def baselines(
     y, up = _y(d), (d.Return_1d > 0).to_numpy(int)
     return dict(majority=float((y == round(_y(past).mean())).mean()), yesterday=float((up == y).mean()), reversal=float((up != y).mean()))
 
-# %% ../../nbs/stocks/48_train.ipynb #f0f134ad
+# %% ../../nbs/stocks/48_train.ipynb #71587b5b
 def by_day(
     accuracy: float, # share of right answers
     d: pd.DataFrame, # examples that were asked about
@@ -75,7 +75,7 @@ def figures(
     up, all_of_it = dict(precision=hits/max(claimed, 1), recall=hits/max(there, 1), f1=2*hits/max(claimed + there, 1)), metrics(y, p)
     return all_of_it | up | by_day(all_of_it['accuracy'], d) | baselines(past, d)
 
-# %% ../../nbs/stocks/48_train.ipynb #f91db77d
+# %% ../../nbs/stocks/48_train.ipynb #a4605e31
 BASELINES = dict(majority='always what was more frequent before', yesterday='the way of the day before', reversal='the other way')
 
 def verdict(
@@ -88,7 +88,7 @@ def verdict(
     return (f"{found}{beaten}: right on {f['accuracy']:.1%} of {f['n']} examples from {f['days']} days (95 % interval {f['accuracy_low']:.1%} to {f['accuracy_high']:.1%}); "
             + ', '.join(f'{name} {f[k]:.1%}' for k, name in BASELINES.items()))
 
-# %% ../../nbs/stocks/48_train.ipynb #74f84f72
+# %% ../../nbs/stocks/48_train.ipynb #594113e7
 def walk_forward(
     d: pd.DataFrame, # examples, by day
     kind: str = 'random_forest', # of `MODELS`
@@ -104,7 +104,7 @@ def walk_forward(
         rows.append(dict(first=b.group.min(), last=b.group.max(), **{k: f[k] for k in ('n', 'accuracy', *BASELINES)}))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/stocks/48_train.ipynb #6bf4b7c3
+# %% ../../nbs/stocks/48_train.ipynb #1e47dc35
 def plot_walk(
     walk: pd.DataFrame, # of `walk_forward`
     title: str = '', # above it
@@ -121,7 +121,7 @@ def plot_walk(
     ax.legend(frameon=False, fontsize=7.5)
     return fig
 
-# %% ../../nbs/stocks/48_train.ipynb #650206c9
+# %% ../../nbs/stocks/48_train.ipynb #b902a4fb
 def to_onnx(
     model: Pipeline, # of `fit`
     example, # float [22], from the data
@@ -130,7 +130,7 @@ def to_onnx(
     "A trained model as a model file."
     return from_sklearn(model, FEATURES, example, 'stocks', targets=[0, 1], **metadata)
 
-# %% ../../nbs/stocks/48_train.ipynb #ee82fe96
+# %% ../../nbs/stocks/48_train.ipynb #8482449e
 def recipe(
     s: Settings, # settings in force
     kind: str, # of `MODELS`
@@ -139,7 +139,7 @@ def recipe(
     if kind not in MODELS: raise PlantError(f"There is no model {kind!r}. There are: {', '.join(MODELS)}.")
     return dict(arch=kind, seed=s.seed, classifier=' '.join(str(MODELS[kind](s.seed)).split()))
 
-# %% ../../nbs/stocks/48_train.ipynb #e87c1fef
+# %% ../../nbs/stocks/48_train.ipynb #f55429ed
 def _log(
     c, # MlflowClient
     run: str, # its id
@@ -157,7 +157,7 @@ def _log(
     c.log_figure(run, plot_walk(walk, title), 'pictures/walk_forward.png')
     c.log_text(run, verdict(f), 'verdict.txt')
 
-# %% ../../nbs/stocks/48_train.ipynb #8d0a1d2c
+# %% ../../nbs/stocks/48_train.ipynb #63038f66
 TOLERANCE = 1e-5 # of a probability, between scikit-learn and the file
 
 def _export(
@@ -171,7 +171,7 @@ def _export(
     if differ or most > TOLERANCE: raise PlantError(f'The exported file does not answer as scikit-learn does: {differ} labels differ, probabilities by {most:.1g}. Do not use it; try another version of skl2onnx.')
     return file
 
-# %% ../../nbs/stocks/48_train.ipynb #f1c9535f
+# %% ../../nbs/stocks/48_train.ipynb #8135d2ef
 def train(
     s: Settings, # settings in force
     dataset: str = 'latest', # version of it
@@ -187,7 +187,7 @@ def train(
         onnx.save(_export(model, known, metrics=f, provenance=dict(dataset=data.version, source=source, arch=kind)), path := Path(folder)/'model.onnx')
         return register(s, run, path)
 
-# %% ../../nbs/stocks/48_train.ipynb #7723fc7e
+# %% ../../nbs/stocks/48_train.ipynb #dc7c57a2
 def walk_of(
     s: Settings, # settings in force
     run: str, # that made a model
@@ -195,7 +195,7 @@ def walk_of(
     "How a model did on one stretch of time after another, while it was trained."
     with mlflow_client(s) as c, tempfile.TemporaryDirectory() as d: return pd.read_json(io.StringIO(Path(c.download_artifacts(run, 'walk_forward.json', d)).read_text()), convert_dates=False)
 
-# %% ../../nbs/stocks/48_train.ipynb #480515ed
+# %% ../../nbs/stocks/48_train.ipynb #ad207ca4
 def judge(
     s: Settings, # settings in force
     version: str | None = None, # of the model; None: the newest
