@@ -631,6 +631,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'plant_mlops/model/registry.py'),
                                             'plant_mlops.model.registry._note': ( 'model/registry.html#_note',
                                                                                   'plant_mlops/model/registry.py'),
+                                            'plant_mlops.model.registry._one_of_each': ( 'model/registry.html#_one_of_each',
+                                                                                         'plant_mlops/model/registry.py'),
                                             'plant_mlops.model.registry._photo_inputs': ( 'model/registry.html#_photo_inputs',
                                                                                           'plant_mlops/model/registry.py'),
                                             'plant_mlops.model.registry._photo_manifest': ( 'model/registry.html#_photo_manifest',

@@ -104,9 +104,9 @@ def _load(
     found += [(o, _named(o)) for o in filter(None, map(str.strip, named.split(',')))]
     out = {}
     for where, w in found:
-        if (w := _checked(w, where)).name in out: raise PlantError(f'The workload from {where} is called {w.name!r}, as another one is. Rename it, or leave one of the two out.')
-        out[w.name] = w
-    return out
+        if (mine := _checked(w, where)).name in out and out[mine.name][0] is not w: raise PlantError(f'The workload from {where} is called {mine.name!r}, as another one is. Rename it, or leave one of the two out.')
+        out[mine.name] = w, mine
+    return {k: mine for k, (_, mine) in out.items()}
 
 def workloads(
     s: Settings | None = None, # settings in force; None: as the environment has them

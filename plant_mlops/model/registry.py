@@ -254,6 +254,14 @@ def _aligned(p, ids, classes):
     probs[:, [classes.index(c) for c in p['classes']]] = np.array(p['probabilities'])[rows]
     return np.array([classes.index(p['labels'][r]) for r in rows]), probs
 
+# %% ../../nbs/model/17_registry.ipynb #5ff65b89
+def _one_of_each(s, reader, dataset, ids):
+    "Places in ids that have a say, in order: all, or one of each group where groups last."
+    if not reader.lasting: return np.arange(len(ids))
+    group = reader.manifest(s, dataset).set_index('id').group.loc[list(ids)].to_numpy(str)
+    order = np.random.default_rng(0).permutation(len(ids))
+    return np.sort(order[np.unique(group[order], return_index=True)[1]])
+
 # %% ../../nbs/model/17_registry.ipynb #c1dc4bcc
 ENOUGH, LEVEL = 30, .05 # test examples that can tell; how often luck may come as far
 
@@ -266,10 +274,10 @@ def _luck(
     right = [(rng.permutation(said) == y).sum() for _ in range(deals)]
     return (1 + int((np.array(right) >= np.trace(m)).sum()))/(deals + 1)
 
-def _first(f):
-    "The gate of a first model."
+def _first(f, m):
+    "The gate of a first model; m is the confusion matrix by which luck is told."
     common = max(map(sum, f['confusion']))/f['n']
-    p = _luck(np.array(f['confusion'])) if f['n'] >= ENOUGH else None
+    p = _luck(m) if m.sum() >= ENOUGH else None
     passed = f['accuracy'] > common and (p is None or p < LEVEL)
     reason = f"the first model; right {f['accuracy']:.1%} of the time, the most common class alone {common:.1%}"
     if not passed: reason = f"no better than always answering the most common class: right {f['accuracy']:.1%} of the time against {common:.1%}" + (f', which luck alone comes to as well (p = {p:.2f})' if f['accuracy'] > common else '')
@@ -283,14 +291,17 @@ def gate(
     "Whether a version may become the champion."
     f = evaluate(s, version)
     now = champion(s)
-    if now is None: return _first(f)
-    reader = reader_for(s, read_metadata(model_bytes(s, f['version'])))
-    new, old = predictions(s, f['version']), predictions(s, now['version'], f['dataset'])
+    reader, new = reader_for(s, read_metadata(model_bytes(s, f['version']))), predictions(s, f['version'])
+    if now is None:
+        some = _one_of_each(s, reader, f['dataset'], new['ids'])
+        return _first(f, confusion(*(o[some] for o in _arrays(new))))
+    old = predictions(s, now['version'], f['dataset'])
     unseen = _unseen(s, reader, f['dataset'], now['dataset'])
     ids = [i for i in new['ids'] if i in unseen]
     about = dict(champion=now['version'], left_out=len(new['ids']) - len(ids))
     none_left = f"the champion, version {now['version']}, was trained on every one of the test examples. Add new ones, or promote with --force"
     if not ids: return dict(passed=False, n=0, **about, reason=none_left)
+    ids = [ids[i] for i in _one_of_each(s, reader, f['dataset'], ids)]
     classes = sorted({*new['classes'], *old['classes'], *new['labels']})
     (y, a), (_, b) = _aligned(old, ids, classes), _aligned(new, ids, classes)
     return compare(y, a, b) | about

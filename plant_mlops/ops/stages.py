@@ -209,7 +209,9 @@ def _retrained(s: Settings) -> dict:
     "`retrain` for the model of a workload."
     from plant_mlops.ops.runner import run_chain
     got = {k: v for r in run_chain(s, why='drift') for k, v in r['outputs'].items()}
-    return dict(trained=True, promoted=got['promoted'], reason=_gate(got['version'], got).rstrip('.'), **{k: got.get(k) for k in ('dataset', 'version')})
+    same = {k: got.get(k) for k in ('dataset', 'version')}
+    if not got.get('trained', True): return dict(trained=False, **same, reason='nothing was trained, because the data are those that the newest model has learnt')
+    return dict(trained=True, promoted=got['promoted'], reason=_gate(got['version'], got).rstrip('.'), **same)
 
 def retrain(
     s: Settings, # settings in force

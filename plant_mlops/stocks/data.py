@@ -6,6 +6,8 @@
 __all__ = ['COLUMNS', 'VOLATILITY', 'STEPS', 'generate_synthetic_stock_data', 'check_days', 'load_or_generate_data', 'split_data']
 
 # %% ../../nbs/stocks/45_data.ipynb #e56da6ef
+import re
+from datetime import date
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -53,11 +55,14 @@ def generate_synthetic_stock_data(
 def _days(
     dates: pd.Series, # text, or times
 ) -> pd.Series: # midnights without a time zone; missing where there is no date
-    "The day of each date, as whoever wrote it had it."
+    "The day of each date, as whoever wrote it had it: text and numbers as year, month, day."
     def one(o):
-        try: return pd.Timestamp(o).tz_localize(None).normalize()
-        except (ValueError, TypeError): return pd.NaT
-    return pd.Series([one(o) for o in dates], dates.index, 'datetime64[ns]')
+        if isinstance(o, (str, int, np.integer)): return date.fromisoformat(re.match(r'\d{4}-\d\d-\d\d|\d{8}', str(o).strip())[0])
+        return pd.Timestamp(o).tz_localize(None).date()
+    def day(o):
+        try: return pd.Timestamp(one(o)).as_unit('ns')
+        except (ValueError, TypeError, AttributeError): return pd.NaT
+    return pd.Series([day(o) for o in dates], dates.index, 'datetime64[ns]')
 
 def check_days(
     df: pd.DataFrame, # of `COLUMNS`
@@ -71,7 +76,7 @@ def check_days(
     df[numbers] = df[numbers].apply(pd.to_numeric, errors='coerce').astype(float)
     o = df[numbers]
     faults = {
-        'is no date': df.Date.isna(),
+        'is no date such as 2026-01-31': df.Date.isna(),
         'has no name of a share': df.Ticker.isna(),
         'has a number that is missing, or none': ~np.isfinite(o).all(axis=1),
         'has a price that is not above zero, or a negative volume': (o.drop(columns='Volume') <= 0).any(axis=1) | (o.Volume < 0),
