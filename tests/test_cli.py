@@ -46,7 +46,7 @@ def test_a_name_with_brackets_prints_as_it_is(tmp_path):
     assert '[/b].csv' in plant('catalog', 'load', tmp_path/'[/b].csv', home=tmp_path, ok=1)
 
 @pytest.mark.parametrize('args, ok, says', [
-    (['predict', 'a.jpg'], 1, 'plant-mlops run'), (['train'], 1, 'no dataset yet'), (['promote'], 1, 'plant-mlops train'), (['rollback'], 1, 'go back to'),
+    (['predict', 'a.jpg'], 1, 'plant-mlops run'), (['train'], 1, 'no dataset yet'), (['promote'], 1, 'plant-mlops run'), (['rollback'], 1, 'go back to'),
     (['catalog', 'add', '/proc/none'], 1, 'not a folder'), (['catalog', 'list', '--status', 'lost'], 1, 'no status'),
     (['ingest', '--shard', '3/2'], 2, '2/4'), (['cross-validate', '--seeds', '1,x'], 2, '1,2,3')])
 def test_what_cannot_be_done_says_why(tmp_path, args, ok, says):
