@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PlantError', 'Basics', 'Places', 'Ingest', 'Photos', 'Train', 'Serve', 'Drift', 'Jobs', 'Settings', 'settings',
-           'allowed_hosts', 'provenance', 'unknown_variables', 'cpu_cores']
+           'listed', 'allowed_hosts', 'provenance', 'unknown_variables', 'cpu_cores']
 
 # %% ../nbs/00_config.ipynb #051451bc
 import difflib, os, re
@@ -169,12 +169,18 @@ def _variable(
     return name if name.isupper() else f'PLANT_{name.upper()}'
 
 # %% ../nbs/00_config.ipynb #e1b8b49e
+def listed(
+    text: str, # value of a setting
+) -> list: # names, each once
+    "What stands between the commas."
+    return list(dict.fromkeys(filter(None, map(str.strip, text.split(',')))))
+
 def allowed_hosts(
     s: Settings, # settings in force
 ) -> tuple[set, list]: # host names in lower case, networks
     "The allow-list of ingestion, split into names and networks; raises `PlantError` on a network it cannot read."
     names, nets = set(), []
-    for o in filter(None, map(str.strip, s.ingest_allow_hosts.split(','))):
+    for o in listed(s.ingest_allow_hosts):
         try: nets.append(ip_network(o))
         except ValueError:
             if '/' in o: raise PlantError(f'PLANT_INGEST_ALLOW_HOSTS: {o!r} is not a network. Write it as 10.0.0.0/8.') from None

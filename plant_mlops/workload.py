@@ -10,7 +10,7 @@ import importlib, re
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Callable, NamedTuple
-from .config import PlantError, Settings, settings
+from .config import PlantError, Settings, listed, settings
 
 # %% ../nbs/00_workload.ipynb #ab72b2bf
 class Reader(NamedTuple):
@@ -101,7 +101,7 @@ def _load(
 ) -> dict: # name → Workload
     "Every workload that is installed or named."
     found = [(f'{o.dist.name} ({o.value})', _loaded(o)) for o in entry_points(group='plant_mlops.workloads')]
-    found += [(o, _named(o)) for o in filter(None, map(str.strip, named.split(',')))]
+    found += [(o, _named(o)) for o in listed(named)]
     out = {}
     for where, w in found:
         if (mine := _checked(w, where)).name in out and out[mine.name][0] is not w: raise PlantError(f'The workload from {where} is called {mine.name!r}, as another one is. Rename it, or leave one of the two out.')

@@ -102,21 +102,39 @@ def run(
     _report(r, home)
 
 # %% ../../nbs/ops/41_cli.ipynb #2902f54a
+def _found(
+    r: dict, # what a run found
+    source: str, # of its data
+    what: str, # they are of: photos, or other data
+):
+    "An answer of the model in production, if there is one, and what the new version is worth."
+    from plant_mlops.serve.predict import label_of
+    p, e, note = r['prediction'], r['evaluation'], f' [yellow](synthetic {what})[/]' if source == 'synthetic' else ''
+    was = f"; it was {escape(p['label'])}" if p and 'label' in p else ''
+    if p: out.print(f"\n[bold]{escape(Path(p['file']).name)}[/] is [bold green]{escape(label_of(p))}[/], {p['probability']:.1%}{was}{note}", highlight=False)
+    things = 'photos' if what == 'photos' else 'examples'
+    out.print(f"Accuracy {e['accuracy']:.1%} on {e['n']} test {things}, 95 % interval {e['accuracy_low']:.1%} to {e['accuracy_high']:.1%}{note}", highlight=False)
+
 def _report(
     r: dict, # what `run` found
     home: Path | None, # as given
 ):
     "The end of a run, for a person."
-    p, e, at = r['prediction'], r['evaluation'], f' --home {home}' if home else ''
-    note = ' [yellow](synthetic photos)[/]' if r['source'] == 'synthetic' else ''
-    out.print(f"\n[bold]{escape(Path(p['file']).name)}[/] is [bold green]{p['prediction']}[/], {p['probability']:.1%}{note}", highlight=False)
-    out.print(f"Accuracy {e['accuracy']:.1%} on {e['n']} test photos, 95 % interval {e['accuracy_low']:.1%} to {e['accuracy_high']:.1%}{note}", highlight=False)
+    _found(r, r['source'], 'photos')
+    at = f' --home {home}' if home else ''
     out.print(f"In production: {r['model']} version {r['champion']}; {r['gate']}", highlight=False)
     out.print(f"\nNext: [bold]plant-mlops serve{at}[/], then open http://127.0.0.1:8000/ui\n"
-              f"      [bold]plant-mlops predict{at} {escape(p['file'])}[/]", highlight=False, soft_wrap=True)
+              f"      [bold]plant-mlops predict{at} {escape(r['prediction']['file'])}[/]", highlight=False, soft_wrap=True)
 
 # %% ../../nbs/ops/41_cli.ipynb #fed53b6e
-def _run_workload(s, name: str, pairs: list, photos: bool, home, as_json: bool):
+def _run_workload(
+    s: Settings, # settings in force
+    name: str, # of the workload
+    pairs: list, # NAME=VALUE
+    photos: bool, # whether some were named
+    home: Path | None, # as given
+    as_json: bool, # JSON for a script, else lines for a person
+):
     "`run` for a workload; ends with 4 if the gate said no and nothing is in production."
     from plant_mlops.ops.runner import run_workload
     if photos: raise typer.BadParameter(f'--photos and --manifest are not for --workload {name}')
@@ -130,12 +148,10 @@ def _report_workload(
     home: Path | None, # as given
 ):
     "The end of a workload's run, for a person."
-    p, e, at = r['prediction'], r['evaluation'], f' --home {home}' if home else ''
-    note = ' [yellow](synthetic data)[/]' if e['source'] == 'synthetic' else ''
-    if p: out.print(f"\n[bold]{escape(Path(p['file']).name)}[/] is [bold green]{escape(p.get('prediction_label') or p['prediction'])}[/], {p['probability']:.1%}; it was {escape(p['label'])}{note}", highlight=False)
-    out.print(f"Accuracy {e['accuracy']:.1%} on {e['n']} test examples, 95 % interval {e['accuracy_low']:.1%} to {e['accuracy_high']:.1%}{note}", highlight=False)
-    out.print(f"{'In production: ' + r['model'] + ' version ' + r['champion'] if p else 'Nothing is in production'}; version {r['version']} was {'' if r['promoted'] else 'not '}promoted: {escape(r['reason'])}.", highlight=False)
-    if p: out.print(f"\nNext: [bold]PLANT_MODEL={r['model']} plant-mlops serve{at}[/], then\n      [bold]curl http://127.0.0.1:8000/predict -d @{escape(p['file'])}[/]", highlight=False, soft_wrap=True)
+    _found(r, r['evaluation']['source'], 'data')
+    at, now = f' --home {home}' if home else '', f"In production: {r['model']} version {r['champion']}" if r['prediction'] else 'Nothing is in production'
+    out.print(f"{now}; version {r['version']} was {'' if r['promoted'] else 'not '}promoted: {escape(r['reason'])}.", highlight=False)
+    if r['prediction']: out.print(f"\nNext: [bold]PLANT_MODEL={r['model']} plant-mlops serve{at}[/], then\n      [bold]curl http://127.0.0.1:8000/predict -d @{escape(r['prediction']['file'])}[/]", highlight=False, soft_wrap=True)
 
 # %% ../../nbs/ops/41_cli.ipynb #58d9bcff
 @app.command()
@@ -243,9 +259,10 @@ def predict(
 
 def _answer(r: dict, model):
     "One prediction, for a person."
+    from plant_mlops.serve.predict import label_of
     if 'error' in r: return err.print(f"[red]{escape(r['file'])}[/]: {escape(r['error'])}", highlight=False, soft_wrap=True)
     note = ' [yellow](model trained on synthetic photos)[/]' if model.synthetic else ''
-    what = f"[bold green]{escape(r.get('prediction_label') or r['prediction'])}[/] {r['probability']:.1%}"
+    what = f"[bold green]{escape(label_of(r))}[/] {r['probability']:.1%}"
     if r['novel']: what = f"[bold yellow]{'neither' if len(model.classes) == 2 else 'none of them'}[/], it seems: unlike any training photo; closest is {what}"
     out.print(f"{escape(r['file'])}: {what}{note}", highlight=False, soft_wrap=True)
 

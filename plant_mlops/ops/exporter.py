@@ -13,7 +13,7 @@ from functools import partial
 import sqlalchemy as sa
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily
-from ..config import PlantError, Settings
+from ..config import PlantError, Settings, listed
 from ..data.catalog import ask, counts, open_catalog, plants_data
 from ..data.store import NotFound, open_store
 from .jobs import jobs_for, models_for
@@ -92,7 +92,7 @@ def of_champion(
 ):
     "What was promoted last, for each model that there are jobs for, or that is served."
     store = open_store(s)
-    names = dict.fromkeys([*models_for(s), *filter(None, map(str.strip, s.models.split(',')))])
+    names = dict.fromkeys([*models_for(s), *listed(s.models)])
     found = {m: p for m in names if (p := read_pointer(store, m, 'champion'))}
     if not found: return
     yield 'champion_info', 'The model in production', ('model', 'version', 'dataset'), [((m, str(p['version']), p.get('dataset', '')), 1) for m, p in found.items()]

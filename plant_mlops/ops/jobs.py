@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['assets', 'jobs', 'MIME', 'job_of', 'chain_to', 'chain_for', 'jobs_for', 'models_for', 'notebook_of', 'Parameter',
-           'parameters_of', 'Refused', 'part', 'checked', 'schedule_of', 'new_id', 'said_of']
+           'parameters_of', 'Refused', 'part', 'checked', 'schedule_of', 'new_id', 'job_in', 'said_of']
 
 # %% ../../nbs/ops/31_jobs.ipynb #41432980
 import ast, difflib, json, re, secrets
@@ -79,11 +79,13 @@ def _of_workload(
     w: Workload, # that is installed
 ) -> tuple: # assets and jobs, as dicts by name
     "What a workload adds to the table."
-    each = {k: assets[k]._replace(model=w.name) for k in ('model', 'champion', 'drift')}
-    name, group = f'{w.name}-{{}}'.format, f'{w.name}_{{}}'.format
-    same = lambda job, after, **kw: jobs[job]._replace(name=name(job), notebook=job, model=w.name, consumes=(name(after),), produces=tuple(map(name, jobs[job].produces)), **kw)
-    after = same('promote', 'model', group=group('deployment'), on=(name('model'),)), same('monitor', 'champion', group=group('monitoring'), schedule=w.monitor)
-    return {name(k): a for k, a in each.items()} | w.assets, {j.name: j for j in (*w.jobs, *after)}
+    def name(o): return f'{w.name}-{o}'
+    its = {name(o): assets[o]._replace(model=w.name) for o in ('model', 'champion', 'drift')} | w.assets
+    promote = jobs['promote']._replace(name=name('promote'), group=f'{w.name}_deployment', consumes=(name('model'),), produces=(name('champion'),), on=(name('model'),),
+                                       notebook='promote', model=w.name)
+    monitor = jobs['monitor']._replace(name=name('monitor'), group=f'{w.name}_monitoring', consumes=(name('champion'),), produces=(name('drift'),), schedule=w.monitor,
+                                       notebook='monitor', model=w.name)
+    return its, {j.name: j for j in (*w.jobs, promote, monitor)}
 
 for w in workloads().values():
     its_assets, its_jobs = _of_workload(w)
@@ -204,6 +206,12 @@ def new_id(
 ) -> str: # unique, in the order of time
     "A name for a run."
     return f'{job}-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}'
+
+def job_in(
+    run: str, # as `new_id` gives
+) -> str: # name of a job
+    "The job of a run."
+    return run.rsplit('-', 2)[0]
 
 MIME = 'application/vnd.plant-mlops.run+json'
 

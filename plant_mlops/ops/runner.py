@@ -24,7 +24,7 @@ from ..data.catalog import ask
 from ..data.store import open_store
 from ..model.tracking import experiment_id, mlflow_client
 from ..workload import about, workloads
-from .jobs import Job, Refused, chain_for, chain_to, checked, job_of, new_id, notebook_of, parameters_of
+from .jobs import Job, Refused, chain_for, chain_to, checked, job_in, job_of, new_id, notebook_of, parameters_of
 from .runs import Busy, busy, find_run, history, holder, job_runs, mlflow_runs, open_runs, utc
 
 # %% ../../nbs/ops/33_runner.ipynb #64f490b8
@@ -175,7 +175,7 @@ def _settle(
     **said, # why, chain, asked, attempt: what is known of them
 ) -> dict: # its row
     "Close the row of a run whose kernel has gone; one that never came to `begin` is given a row."
-    job, now, stopped = run.rsplit('-', 2)[0], utc(), error == _STOPPED
+    job, now, stopped = job_in(run), utc(), error == _STOPPED
     known = dict(why='by hand', attempt=1) | {k: v for k, v in said.items() if k in ('why', 'chain', 'asked', 'attempt')}
     end = dict(error=error or 'Its kernel died. Was it killed for want of memory?', exit=130 if stopped else 1, ended_at=now)
     def write(eng):
@@ -215,7 +215,7 @@ def report_key(
     suffix: str = '.html', # or .ipynb
 ) -> str: # in the store
     "Where the report of a run is."
-    return f"jobs/{s.model}/{run.rsplit('-', 2)[0]}/{run}{suffix}"
+    return f"jobs/{s.model}/{job_in(run)}/{run}{suffix}"
 
 def _forget(s: Settings, store, run: str):
     "Remove the oldest reports of a job, of more than are kept."
@@ -233,7 +233,7 @@ def keep(
     _spare_grammar()
     import nbformat
     run, page = file.stem, file.with_suffix('.html')
-    s = about(s, job_of(run.rsplit('-', 2)[0]))
+    s = about(s, job_of(job_in(run)))
     row = _settle(s, run, error, **{k: v for k, v in said.items() if k != 'run'})
     page.write_text(as_page(nbformat.read(file, 4), f"{row['job']}: {row['status']}, {row['started_at']:%Y-%m-%d %H:%M} UTC"), encoding='utf-8')
     store = open_store(s)

@@ -18,7 +18,7 @@ from ..data.catalog import ask, create_tables, insert_or_ignore, open_catalog
 from ..data.store import place
 from ..model.tracking import git_commit, mlflow_client
 from ..workload import about
-from .jobs import MIME, Job, assets, job_of, models_for, new_id, part
+from .jobs import MIME, Job, assets, job_in, job_of, models_for, new_id, part
 from ..serve.monitor import Instant
 
 # %% ../../nbs/ops/32_runs.ipynb #1d57308f
@@ -308,7 +308,7 @@ def begin(
 ) -> Run: # to be ended by `done`
     "Begin a run of a job; raises `Busy` where another is alive, `PlantError` where the database cannot be used."
     said = context()
-    job = job_of(said['run'].rsplit('-', 2)[0] if 'run' in said else name)
+    job = job_of(job_in(said['run']) if 'run' in said else name)
     s = about(settings(), job)
     eng = ask(open_catalog, s)
     ask(create_tables, eng, run_tables)

@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 from starlette.routing import Route, Router
 from .. import __version__
-from ..config import PlantError, Settings, cpu_cores
+from ..config import PlantError, Settings, cpu_cores, listed
 from ..data.store import sha256_of
 from .http import Answer, Answers, Health, Problem, Truth, add_problems, bytes_of, labels_of, limited, read_input, read_inputs, read_rows, title_of, too_large
 from .live import Live, describe, follow, the_model
@@ -160,15 +160,20 @@ async def answer_all(
         return dict(results=await asyncio.gather(*(one(*o) for o in inputs)))
 
 # %% ../../nbs/serve/23_api.ipynb #075014fc
-def _dealt(st, rows, client, results) -> dict: # model and variant → numbers of rows, decoded rows, checksums
-    "Which model answers for which row; one that cannot be decoded has its result already."
+def _dealt(
+    st, # state of the app
+    rows: list, # as they were sent
+    client: str, # who asks, if that is known
+    results: list, # gets a `Failure` for each row that cannot be decoded
+) -> dict: # (model, variant) → list of (number of the row, decoded row, its checksum)
+    "Which model answers for which rows."
     groups = {}
     for i, row in enumerate(rows):
-        model, variant = st.live.pick(client or (digest := _digest(row)))
-        try: x = model.decode(row)
-        except PlantError as e: results[i] = dict(file=None, status=422, error=str(e).replace('features', f'features.{i}', 1)); continue
-        for o, v in zip(groups.setdefault((model, variant), ([], [], [])), (i, x, _digest(row) if client else digest)): o.append(v)
-    return groups
+        digest = _digest(row)
+        model, variant = st.live.pick(client or digest)
+        try: groups.setdefault((model, variant), []).append((i, model.decode(row), digest))
+        except PlantError as e: results[i] = dict(file=None, status=422, error=str(e).replace('features', f'features.{i}', 1))
+    return {k: its for k, its in groups.items() if its}
 
 def answer_rows(
     st, # state of the app
@@ -177,15 +182,15 @@ def answer_rows(
 ) -> list: # fields of `Answer` or `Failure` for each
     "Answer for rows of numbers, and keep a record of each."
     results = [None]*len(rows)
-    for (model, variant), (which, xs, digests) in _dealt(st, rows, client, results).items():
+    for (model, variant), its in _dealt(st, rows, client, results).items():
         with st.core():
             start = time.perf_counter()
-            out = model.run(np.stack(xs))
-            each = (time.perf_counter() - start)/len(xs)
-        for k, i in enumerate(which):
+            out = model.run(np.stack([x for _, x, _ in its]))
+            each = (time.perf_counter() - start)/len(its)
+        for k, (i, x, digest) in enumerate(its):
             results[i] = _named(variant, None, model.answer(out, k))
             st.metrics.stage_seconds.labels('infer', variant).observe(each)
-            note(st, model, results[i], dict(seconds=each, input=digests[k]), sample_of(model.spec, xs[k], out, k) if st.due() else None)
+            note(st, model, results[i], dict(seconds=each, input=digest), sample_of(model.spec, x, out, k) if st.due() else None)
     return results
 
 # %% ../../nbs/serve/23_api.ipynb #57d455e7
@@ -402,8 +407,8 @@ def add_models(
 ):
     "The routes at `/models`: those of every model that this server answers for."
     st, own = app.state, [*app.router.routes] # without what follows: a path leads to a model once
-    for name in dict.fromkeys(o.strip() for o in st.settings.models.split(',')):
-        if name in ('', st.settings.model): continue
+    for name in listed(st.settings.models):
+        if name == st.settings.model: continue
         st.others.append(other := _app_of(st.settings.model_copy(update=dict(model=name)), beside=st.metrics))
         app.mount(f'/models/{name}', other)
     app.mount(f'/models/{st.settings.model}', Router(own))
@@ -425,6 +430,6 @@ def create_app(
     "The API, as a FastAPI app."
     app = _app_of(s, model)
     add_models(app)
-    if s.cors_origins: app.add_middleware(CORSMiddleware, allow_origins=[o.strip() for o in s.cors_origins.split(',')], allow_methods=['GET', 'POST'], allow_headers=['*'])
+    if s.cors_origins: app.add_middleware(CORSMiddleware, allow_origins=listed(s.cors_origins), allow_methods=['GET', 'POST'], allow_headers=['*'])
     app.add_middleware(Watch, metrics=app.state.metrics)
     return app

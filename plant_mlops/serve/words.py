@@ -11,6 +11,7 @@ import html, re
 import numpy as np
 from PIL import Image
 from ..data.photo import Limits, check_photo, shape_seen
+from .predict import label_of
 
 # %% ../../nbs/serve/22_words.ipynb #1fab76a7
 _warm = np.array([(0, 0, 0), (66, 10, 104), (187, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32) # matplotlib's inferno, at five places
@@ -54,13 +55,11 @@ def bars_html(
 _novelty = '<p class="pm-small">Novelty <b>{:.2f}</b>: how unlike the training photos this one is. Near 0 is a twin; a large value calls for doubt.</p>'
 _novel = '<p class="pm-small">This photo is unlike those that the model was trained on (novelty <b>{:.2f}</b>), so what follows means little.</p>'
 
-def _named(answer): return answer.get('prediction_label') or answer['prediction'] # where that is a number
-
 def verdict(
     answer: dict, # prediction, probabilities, novel
 ) -> str: # a class, or that it is none
     "An answer in a word."
-    return _named(answer) if not answer.get('novel') else 'neither' if len(answer['probabilities']) == 2 else 'none of these'
+    return label_of(answer) if not answer.get('novel') else 'neither' if len(answer['probabilities']) == 2 else 'none of these'
 
 def answer_html(
     answer: dict, # prediction, probability, probabilities, novelty, novel
@@ -70,7 +69,7 @@ def answer_html(
     if answer.get('novel'):
         return f'<div class="pm-card pm-novel" role="status"><p class="pm-small">Looks like</p><h2>{verdict(answer)}</h2>{_novel.format(novelty)}{bars_html(answer["probabilities"])}</div>'
     say = 'Looks like' if p >= .9 else 'Probably' if p >= .65 else 'Hard to say; perhaps'
-    return (f'<div class="pm-card" role="status"><p class="pm-small">{say}</p><h2>{html.escape(_named(answer))}</h2>'
+    return (f'<div class="pm-card" role="status"><p class="pm-small">{say}</p><h2>{html.escape(label_of(answer))}</h2>'
             f'{bars_html(answer["probabilities"])}{"" if novelty is None else _novelty.format(novelty)}</div>')
 
 # %% ../../nbs/serve/22_words.ipynb #0091a8f5

@@ -14,7 +14,7 @@ from ..model.registry import champion, versions
 from ..serve.predict import label_of, load_champion
 from .dataset import Dataset, load_card, load_dataset, newest
 from .features import FEATURES
-from .train import BASELINES, judge, verdict, walk_of
+from .train import BASELINES, judge, plot_walk, verdict, walk_of
 
 # %% ../../nbs/stocks/50_page.ipynb #2ce6404b
 SPLITS = dict(train=GREEN, valid='#e2b93b', test='#2f7fb8')
@@ -48,17 +48,6 @@ def plot_beside(
     ax.grid(visible=False)
     return ax
 
-# %% ../../nbs/stocks/50_page.ipynb #4bdd8343
-def _walk(s: Settings, run: str):
-    "Accuracy over the stretches of a training, from MLflow; matplotlib axes."
-    ax = axes(4.6, 2.2, xlabel='stretch of time', ylabel='right')
-    walk, styles = walk_of(s, run), (dict(color=GREEN, marker='o'), dict(color='#57534e', ls='--'), dict(color='#a855a0', ls=':'), dict(color='#2f7fb8', ls='-.'))
-    for (k, name), style in zip(_names.items(), styles): ax.plot(walk.index + 1, walk[k], label=name, **style)
-    ax.yaxis.set_major_formatter('{x:.0%}')
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(frameon=False, fontsize=7, ncols=2, loc='lower center', bbox_to_anchor=(.5, 1))
-    return ax
-
 # %% ../../nbs/stocks/50_page.ipynb #b03b5de9
 def page(
     s: Settings, # settings in force
@@ -81,7 +70,7 @@ def _judged(s: Settings, now: dict) -> Iterable:
     "What the version in production is worth."
     f = judge(s, now['version'])
     yield heading('In production', verdict(f) + '.')
-    yield X.Div(plot(plot_beside(f), 'The test split'), plot(_walk(s, now['run_id']), 'Stretch by stretch, while training'), cls='pm-plots')
+    yield X.Div(plot(plot_beside(f), 'The test split'), plot(plot_walk(walk_of(s, now['run_id'])).axes[0], 'Stretch by stretch, while training'), cls='pm-plots')
 
 def _next(s: Settings, data: Dataset) -> Iterable:
     "What the model in production says of the day after the last one."

@@ -31,15 +31,20 @@ MODELS = dict(
     gradient_boosting=lambda seed: GradientBoostingClassifier(n_estimators=100, max_depth=2, learning_rate=.05, subsample=.7, random_state=seed),
     logistic=lambda seed: LogisticRegression(C=.1, max_iter=1000, random_state=seed))
 
+def _classifier(kind, seed):
+    "A classifier that has learnt nothing; raises `PlantError` for a kind that there is not."
+    if kind in MODELS: return MODELS[kind](seed)
+    raise PlantError(f"There is no model {kind!r}. There are: {', '.join(MODELS)}.")
+
 def fit(
     d: pd.DataFrame, # examples, as of `dataset.examples_of`
     kind: str = 'random_forest', # of `MODELS`
     seed: int = 42, # of every random choice
 ) -> Pipeline: # scaler and classifier
     "Learn from examples; raises `PlantError` for a kind that there is not, or where all examples are of one class."
-    if kind not in MODELS: raise PlantError(f"There is no model {kind!r}. There are: {', '.join(MODELS)}.")
+    classifier = _classifier(kind, seed)
     if d.label.nunique() < 2: raise PlantError(f'All {len(d):,} examples are {d.label.iloc[0]}, so there is nothing to learn. Bring other days.')
-    return make_pipeline(StandardScaler(), MODELS[kind](seed)).fit(_x(d), d.label)
+    return make_pipeline(StandardScaler(), classifier).fit(_x(d), d.label)
 
 def _x(d: pd.DataFrame) -> np.ndarray: return d[FEATURES].to_numpy(np.float32) # as a model file is asked
 def _y(d: pd.DataFrame) -> np.ndarray: return (d.label == LABELS[1]).to_numpy(int)
@@ -114,7 +119,7 @@ def plot_walk(
     fig = Figure(figsize=(7, 3), layout='constrained')
     ax = fig.subplots()
     styles = dict(accuracy=dict(marker='o', lw=2, color='#22a652'), majority=dict(ls='--', color='#57534e'), yesterday=dict(ls=':', color='#a855a0'), reversal=dict(ls='-.', color='#2f7fb8'))
-    for k, style in styles.items(): ax.plot(walk['last'], walk[k], label={'accuracy': 'model'}.get(k) or BASELINES[k], **style)
+    for k, style in styles.items(): ax.plot(walk['last'], walk[k], label=BASELINES.get(k, 'the model'), **style)
     ax.axhline(.5, color='#d6d3d1', lw=1, zorder=0)
     ax.yaxis.set_major_formatter('{x:.0%}')
     ax.set(title=title, ylabel='right', xlabel='last day of the stretch')
@@ -136,8 +141,7 @@ def recipe(
     kind: str, # of `MODELS`
 ) -> dict: # name → value
     "All that decides what is learnt from given days; raises `PlantError` for a kind that there is not."
-    if kind not in MODELS: raise PlantError(f"There is no model {kind!r}. There are: {', '.join(MODELS)}.")
-    return dict(arch=kind, seed=s.seed, classifier=' '.join(str(MODELS[kind](s.seed)).split()))
+    return dict(arch=kind, seed=s.seed, classifier=' '.join(str(_classifier(kind, s.seed)).split()))
 
 # %% ../../nbs/stocks/48_train.ipynb #f55429ed
 def _log(
