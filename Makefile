@@ -33,14 +33,14 @@ docs: install         ## the documentation site (needs Quarto)
 
 export: install       ## notebooks → modules, README, boards, CronJobs and rules, cleaned
 	nbdev-export && nbdev-clean && $(MAKE) --no-print-directory readme
-	python -c 'from plant_mlops.ops.grafana import write_boards; write_boards("docker/grafana/dashboards")'
+	python -c 'from plant_mlops.monitor.boards import write_boards; write_boards("docker/grafana/dashboards")'
 	env -u PLANT_SCHEDULES python -m plant_mlops job cronjobs > kubernetes/base/cronjobs.yaml
-	env -u PLANT_SCHEDULES python -c 'from plant_mlops.config import settings; from plant_mlops.ops.kubernetes import late; print(late(settings()), end="")' > docker/prometheus/rules/job_table.yml
-	python -c 'from plant_mlops.ops.kubernetes import rules; print(rules("docker/prometheus/rules"), end="")' > kubernetes/components/prometheus-operator/rules.yaml
+	env -u PLANT_SCHEDULES python -c 'from plant_mlops.core.config import settings; from plant_mlops.targets.kubernetes import late; print(late(settings()), end="")' > docker/prometheus/rules/job_table.yml
+	python -c 'from plant_mlops.targets.kubernetes import rules; print(rules("docker/prometheus/rules"), end="")' > kubernetes/components/prometheus-operator/rules.yaml
 
 readme: install
 	@jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | \
-	  sed -E 's#\]\(((data|model|serve|ops|jobs|apps|stocks|bench|guides)/|00_)#](nbs/\1#g' > README.md
+	  sed -E 's#\]\((core|data|registry|model|serve|jobs|monitor|targets|apps|photos|stocks|cli|bench|guides)/#](nbs/\1/#g' > README.md
 
 # The container images, by Docker or by `make images DOCKER=podman`; airflow is made on train.
 DOCKER  ?= docker

@@ -99,7 +99,7 @@ class Weed:
         wait_for(lambda: s3.list_buckets() is not None and self.p.poll() is None, what='SeaweedFS')
 
     def settings(self, bucket='plants', **kw):
-        from plant_mlops.config import settings
+        from plant_mlops.core.config import settings
         return settings(store_url=f's3://{bucket}', s3_endpoint_url=self.url, s3_access_key=self.key, s3_secret_key=self.secret, **kw)
 
 @pytest.fixture(scope='session')

@@ -125,7 +125,7 @@ def test_only_what_an_image_needs_is_sent_to_the_build(engine, context, tmp_path
     engine.buildah('rm', m)
     odd = {o for o in its if not re.fullmatch(r'LICENSE|README\.md|pyproject\.toml|settings\.ini|setup\.py|(plant_mlops|nbs/jobs|nbs/apps)/(\w+/)*\w+\.(py|sql|ipynb|html\.j2)|docker/(\w+/)?\w+\.lock|docker/airflow/(kernel\.json|plants\.py)', o)}
     assert not odd
-    assert {'plant_mlops/config.py', 'nbs/jobs/train.ipynb', 'docker/serve/requirements.lock'} <= its
+    assert {'plant_mlops/core/config.py', 'nbs/photos/jobs/train.ipynb', 'docker/serve/requirements.lock'} <= its
 
 def test_the_checks_find_what_they_look_for(engine, base, context, tmp_path):
     (tmp_path/'Dockerfile').write_text('ARG BASE\nFROM ${BASE}\nCOPY .env /opt/venv/lib/python3/site-packages/plant_mlops/.env\nCOPY .env /usr/bin/gcc\nCOPY .env /root/.cache/pip/x\nLABEL a=b\n')

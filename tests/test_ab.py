@@ -4,10 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import httpx, pytest
 from conftest import wait_for
-from plant_mlops.config import settings
-from plant_mlops.model.file import linear_model
-from plant_mlops.model.registry import promote, register
-from plant_mlops.model.tracking import experiment_id, mlflow_client
+from plant_mlops.core.config import settings
+from plant_mlops.registry.model_file import linear_model
+from plant_mlops.registry.registry import promote, register
+from plant_mlops.registry.tracking import experiment_id, mlflow_client
 from test_monitor import serving, table
 from test_serve import cli
 

@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 import psutil, pytest
 from conftest import free_port, root, wait_for
-from plant_mlops.ops.jobs import jobs
+from plant_mlops.jobs.table import jobs
 
 pytestmark = pytest.mark.timeout(1200)
 chain = ('data_ingestion', 'training', 'model_evaluation', 'model_deployment')
@@ -28,7 +28,7 @@ class Airflow:
     def __init__(self, venv, folder, db, **env):
         self.venv, self.folder, self.ps, self.url = venv, folder, [], f'http://127.0.0.1:{(port := free_port())}'
         (folder/'dags').mkdir()
-        (folder/'dags/plants.py').write_text('from plant_mlops.ops.dags import dags; globals().update(dags(retries=0))  # airflow\n')
+        (folder/'dags/plants.py').write_text('from plant_mlops.targets.airflow import dags; globals().update(dags(retries=0))  # airflow\n')
         secret = 'only for this test, and long enough that nobody complains: 64 bytes'
         o = dict(core__executor='LocalExecutor', core__parallelism=2, core__load_examples=False, core__simple_auth_manager_all_admins=True, core__fernet_key='',
                  core__execution_api_server_url=f'{self.url}/execution/', core__hostname_callable='socket.gethostname',
@@ -122,8 +122,8 @@ def test_photos_become_a_model_in_production(airflow, forty):
     assert state == 'failed' and ('prepare', 'upstream_failed') in tasks
     assert airflow.events() == before and len(airflow.runs()) == 6, 'a failing ingest went on'
     assert champion(airflow)['version'] == '1'
-    from plant_mlops.config import settings
-    from plant_mlops.ops.runs import history
+    from plant_mlops.core.config import settings
+    from plant_mlops.jobs.runs import history
     its = history(settings(home=airflow.folder/'home'), limit=None)
     assert all(r['report'] and r['why'].startswith('airflow ') for r in its), its
     assert {r['error'] for r in its if r['status'] == 'failed'} == {'/nowhere is not a folder. Give a folder that holds one folder for each class.'}

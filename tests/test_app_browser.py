@@ -3,17 +3,17 @@ import base64, contextlib, csv, json, shutil, socket
 from pathlib import Path
 import pytest
 from conftest import wait_for
-from plant_mlops.config import settings
+from plant_mlops.core.config import settings
 from plant_mlops.data.synthetic import draw
 from plant_mlops.serve.api import create_app
-from plant_mlops.serve.predict import Model
+from plant_mlops.serve.onnx_model import Model
 from plant_mlops.serve.record import log_folder, waiting
 from plant_mlops.serve.workers import add_relay
 from test_serve import running
 from tiny import jpeg, tiny_model
 
 pytest.importorskip('gradio', reason='gradio (the extra `app`) is not installed')
-from plant_mlops.serve.app import create_page
+from plant_mlops.serve.page import create_page
 playwright = pytest.importorskip('playwright.sync_api', reason='playwright (the extra `dev`) is not installed')
 browsers = [o for o in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if o]
 pytestmark = pytest.mark.skipif(not browsers, reason='no Chromium is installed (on Debian: apt install chromium)')

@@ -3,7 +3,7 @@ import ast, configparser, subprocess, sys
 import pytest
 from conftest import root
 
-order = ['config', 'workload', 'data', 'model', 'serve', 'ops', 'apps', 'stocks', '__main__']
+order = ['core', 'data', 'registry', 'model', 'serve', 'jobs', 'monitor', 'targets', 'apps', 'photos', 'stocks', 'cli', '__main__']
 heavy = {'torch', 'torchvision', 'fastai', 'timm', 'mlflow', 'pandas', 'sklearn', 'scipy', 'pyarrow', 'onnx', 'matplotlib', 'evidently'}
 modules = sorted(p for p in (root/'plant_mlops').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
 
@@ -42,7 +42,7 @@ def test_every_dependency_has_a_bound():
         if key.endswith('requirements'):
             for l in filter(None, map(str.strip, cfg['DEFAULT'][key].splitlines())): assert '>=' in l or '==' in l, f'{l} has no lower bound'
 
-@pytest.mark.parametrize('module', ['plant_mlops.serve.predict', 'plant_mlops.serve.api', 'plant_mlops.ops.cli'])
+@pytest.mark.parametrize('module', ['plant_mlops.serve.onnx_model', 'plant_mlops.serve.api', 'plant_mlops.cli.main'])
 def test_light_imports(module):
     "What answers a prediction loads nothing heavy, even where it is installed."
     code = f'import sys, {module}; print(*sorted({{m.split(".")[0] for m in sys.modules}}))'
@@ -50,6 +50,6 @@ def test_light_imports(module):
     assert not loaded & (heavy | {'sqlalchemy', 'gradio', 'boto3'})
 
 def test_exporter_runs_from_the_small_image():
-    code = 'import sys, plant_mlops.ops.exporter, plant_mlops.ops.backup; print(*sorted({m.split(".")[0] for m in sys.modules}))'
+    code = 'import sys, plant_mlops.monitor.exporter, plant_mlops.core.backup; print(*sorted({m.split(".")[0] for m in sys.modules}))'
     loaded = set(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split())
     assert not loaded & (heavy | {'gradio', 'IPython', 'papermill'})

@@ -12,7 +12,7 @@ def base(tmp_path_factory):
     "A virtual environment with the base install alone."
     at = tmp_path_factory.mktemp('base')
     src = at/'src'
-    copy_checkout(src, 'plant_mlops', 'nbs/jobs', 'nbs/apps/dashboard.ipynb', 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md') # with what plant_mlops links to
+    copy_checkout(src, 'plant_mlops', 'nbs/jobs/notebooks', 'nbs/photos/jobs', 'nbs/stocks/jobs', 'nbs/apps/dashboard.ipynb', 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md') # with what plant_mlops links to
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', at/'venv'], check=True)
     r = subprocess.run([_uv(), 'pip', 'install', '--quiet', '--python', at/'venv/bin/python', str(src)], capture_output=True, text=True)
     if r.returncode: pytest.skip(f'the base install cannot be fetched here: {r.stderr[-300:]}')
@@ -27,7 +27,7 @@ def test_small_and_without_training_packages(base):
 
 _measured = '''
 import json, re, sys
-from plant_mlops.ops.cli import main
+from plant_mlops.cli.main import main
 sys.argv = ['plant-mlops', 'predict', '--json', *sys.argv[1:]]
 try: main()
 except SystemExit as e: assert not e.code, e.code
@@ -38,7 +38,7 @@ print(json.dumps(dict(mb=peak, heavy=sorted(heavy))), file=sys.stderr)
 
 def test_predicts(base, tmp_path):
     from tiny import jpeg, publish
-    from plant_mlops.config import settings
+    from plant_mlops.core.config import settings
     publish(settings(home=tmp_path/'home'))
     photo = tmp_path/'un été.jpg'
     photo.write_bytes(jpeg('gold'))

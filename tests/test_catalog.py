@@ -1,7 +1,7 @@
 "One contract, three databases: SQLite, and real PostgreSQL and MariaDB processes."
 import json, os, subprocess, sys, threading
 import pytest
-from plant_mlops.config import PlantError, settings
+from plant_mlops.core.config import PlantError, settings
 from plant_mlops.data import catalog as cat
 
 @pytest.fixture(params=['sqlite', 'postgres', 'mariadb'])

@@ -5,14 +5,14 @@ from uuid import uuid4
 import httpx, psutil, pytest
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from conftest import root, stop, wait_for
-from plant_mlops.config import settings
+from plant_mlops.core.config import settings
 from tiny import jpeg, tiny_home
 
 pytest.importorskip('voila', reason='voila (the extra `app`) is not installed')
 playwright = pytest.importorskip('playwright.sync_api', reason='playwright (the extra `dev`) is not installed')
 browsers = [o for o in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if o]
 in_browser = pytest.mark.skipif(not browsers, reason='no Chromium is installed (on Debian: apt install chromium)')
-cli = [sys.executable, '-c', 'from plant_mlops.ops.cli import main; main()']
+cli = [sys.executable, '-c', 'from plant_mlops.cli.main import main; main()']
 sections = ['Data', 'Models', 'Mistakes', 'Traffic', 'Drift', 'Workloads', 'Try it']
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def dashboard(home, *args, **env):
 def predict(s, n=1, prediction='grass', **kw):
     "What a server leaves in the table `predictions`."
     import sqlalchemy as sa
-    from plant_mlops.serve.monitor import open_log, predictions
+    from plant_mlops.serve.prediction_log import open_log, predictions
     row = dict(model=s.model, version='2', variant='champion', input='ab'*32, prediction=prediction, probability=.9, novelty=.3, novel=False, seconds=.02) | kw
     eng = open_log(s)
     with eng.begin() as c: c.execute(sa.insert(predictions), [dict(row, id=str(uuid4()), timestamp=datetime.now(timezone.utc).replace(tzinfo=None)) for _ in range(n)])
@@ -40,7 +40,7 @@ def predict(s, n=1, prediction='grass', **kw):
 @pytest.fixture(scope='module')
 def s(tmp_path_factory):
     "A home in which something has happened."
-    from plant_mlops.model.registry import evaluate
+    from plant_mlops.registry.registry import evaluate
     s = settings(home=tmp_path_factory.mktemp('board'))
     tiny_home(s)
     evaluate(s)
@@ -134,9 +134,9 @@ def test_empty_home(chromium, tmp_path):
 @pytest.mark.timeout(600)
 def test_model_of_numbers(chromium, tmp_path, monkeypatch):
     import numpy as np, onnx, pandas as pd
-    from plant_mlops.model.file import linear_model
-    from plant_mlops.model.registry import Reader, evaluate, promote, readers, register
-    from plant_mlops.model.tracking import experiment_id, mlflow_client
+    from plant_mlops.registry.model_file import linear_model
+    from plant_mlops.registry.registry import Reader, evaluate, promote, readers, register
+    from plant_mlops.registry.tracking import experiment_id, mlflow_client
     s, x = settings(home=tmp_path, model='sums'), np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
     m = pd.DataFrame(dict(id=[f'day {i}' for i in range(60)], label=np.where(x[:, 0] + .3*x[:, 1] > 0, 'up', 'down'), group=range(60), split='test'))
     onnx.save(linear_model([[-1, 1], [0, 0]], ['down', 'up'], provenance=dict(dataset='daily', source='photos')), tmp_path/'m.onnx')

@@ -2,13 +2,13 @@
 import io, json, os, random, shutil, signal, subprocess, sys, time
 import numpy as np, pytest, sqlalchemy as sa
 from PIL import Image
-from plant_mlops.config import PlantError, settings
+from plant_mlops.core.config import PlantError, settings
 from plant_mlops.data import prepare as module
 from plant_mlops.data.catalog import add_dir, add_rows, counts, open_catalog, record, retry, rows, stored
 from plant_mlops.data.dataset import FRACTIONS, build_dataset, load_dataset, load_features, load_pixels
 from plant_mlops.data.ingest import ingest
 from plant_mlops.data.prepare import load_fmt, prepare, prepare_photo, put_shard
-from plant_mlops.data.store import FolderStore, StoreError, address, open_store, sha256_of
+from plant_mlops.core.store import FolderStore, StoreError, address, open_store, sha256_of
 from plant_mlops.data.synthetic import LABELS, draw, photo
 
 def fill(s, n, seed=0, labels=LABELS):
@@ -157,7 +157,7 @@ def test_shard_2_of_2(tmp_path):
     "Two workers at the same time share the photos and together leave nothing out."
     s = settings(home=tmp_path/'home', shard_photos=10)
     fill(s, 40)
-    code = 'from plant_mlops.config import settings; from plant_mlops.data.prepare import prepare; print(prepare(settings(home={!r}, shard_photos=10), ({}, 2), False)["prepared"])'
+    code = 'from plant_mlops.core.config import settings; from plant_mlops.data.prepare import prepare; print(prepare(settings(home={!r}, shard_photos=10), ({}, 2), False)["prepared"])'
     workers = [run(code.format(str(s.home), i)) for i in (1, 2)]
     done = [int(o.communicate()[0]) for o in workers]
     assert sum(done) == 40 and min(done) > 5
@@ -170,7 +170,7 @@ nest = '''
 import os, sys
 import plant_mlops.data.prepare as p, imagehash, pandas
 from cleanvision.issue_managers.image_property_issue_manager import ImagePropertyIssueManager
-from plant_mlops.config import settings
+from plant_mlops.core.config import settings
 for line in sys.stdin:
     pid = os.fork()
     if not pid:

@@ -4,13 +4,13 @@ from datetime import datetime, timedelta, timezone
 from uuid import uuid4
 import numpy as np, pandas as pd, pytest, sqlalchemy as sa
 from prometheus_client import generate_latest
-from plant_mlops.config import PlantError, settings
-from plant_mlops.data.store import open_store
+from plant_mlops.core.config import PlantError, settings
+from plant_mlops.core.store import open_store
 from plant_mlops.data.synthetic import HOST, LABELS, draw, photo, serve_synthetic, synthetic_rows
-from plant_mlops.model import registry
-from plant_mlops.model.file import linear_model
-from plant_mlops.serve.monitor import drain, feedback, forget_samples, open_log, predictions, recent_samples, samples
-from plant_mlops.serve.predict import NoModel, load_champion
+from plant_mlops.registry import registry
+from plant_mlops.registry.model_file import linear_model
+from plant_mlops.serve.prediction_log import drain, feedback, forget_samples, open_log, predictions, recent_samples, samples
+from plant_mlops.serve.onnx_model import NoModel, load_champion
 from plant_mlops.serve.record import Spool, log_folder, make_metrics, once_every, sample_of, tell_drift, waiting
 from test_cli import plant, quick
 from tiny import jpeg, publish
@@ -110,7 +110,7 @@ def s(home, tmp_path):
 drawn = lambda n: [photo(LABELS[i % 2], 7, i) for i in range(n)]
 
 def test_new_photos_of_the_same_kind_are_no_drift_and_others_are(s):
-    from plant_mlops.ops.drift import drift
+    from plant_mlops.monitor.drift import drift
     model, store = load_champion(s), open_store(s)
     send(s, see(model, drawn(80)))
     v = drift(s)
@@ -128,7 +128,7 @@ def test_new_photos_of_the_same_kind_are_no_drift_and_others_are(s):
     assert abs(datetime.fromisoformat(v['checked_at']) - now()) < timedelta(minutes=5)
 
 def test_too_little_gives_no_verdict(s):
-    from plant_mlops.ops.drift import drift
+    from plant_mlops.monitor.drift import drift
     v = drift(s)
     assert list(v) == KEYS and (v['enough'], v['n'], v['score'], v['drifted'], v['columns'], v['report']) == (False, 0, None, False, {}, None)
     model = load_champion(s)
@@ -141,23 +141,23 @@ def test_too_little_gives_no_verdict(s):
     assert not drift(s.model_copy(update=dict(drift_min=60, drift_days=30.)))['enough'] # 42 examples are too few, too
 
 def test_without_a_model_there_is_nothing_to_ask(tmp_path):
-    from plant_mlops.ops.drift import drift
+    from plant_mlops.monitor.drift import drift
     with pytest.raises(NoModel, match='plant-mlops run'): drift(settings(home=tmp_path))
 
 def test_a_dataset_with_nothing_held_out(s, monkeypatch):
-    from plant_mlops.ops.drift import drift
+    from plant_mlops.monitor.drift import drift
     read = registry.readers['image']
     monkeypatch.setitem(registry.readers, 'image', read._replace(manifest=lambda s, d: read.manifest(s, d).assign(split='train')))
     send(s, see(load_champion(s), drawn(40)))
     for _ in range(2): assert (v := drift(s))['reference'] == 0 and not v['enough']
 
 def test_a_model_that_does_not_know_its_data(s):
-    from plant_mlops.ops.drift import drift
+    from plant_mlops.monitor.drift import drift
     publish(s, '2')
     with pytest.raises(PlantError, match='does not say which data set'): drift(s)
 
 def test_the_reference_is_made_once_for_each_version(s, monkeypatch):
-    from plant_mlops.ops import drift as job
+    from plant_mlops.monitor import drift as job
     model, store = load_champion(s), open_store(s)
     send(s, see(model, drawn(40)))
     first = job.drift(s)
@@ -170,7 +170,7 @@ def test_the_reference_is_made_once_for_each_version(s, monkeypatch):
     assert job.drift(s)['columns'] == first['columns']
 
 def test_what_is_old_goes(s, monkeypatch):
-    from plant_mlops.ops import drift as job
+    from plant_mlops.monitor import drift as job
     monkeypatch.setattr(job, 'REPORTS', 2)
     model = load_champion(s)
     send(s, see(model, drawn(40)))
@@ -182,7 +182,7 @@ def test_what_is_old_goes(s, monkeypatch):
     assert count(s) == 35
 
 def test_a_model_of_numbers(tmp_path, monkeypatch):
-    from plant_mlops.ops.drift import drift
+    from plant_mlops.monitor.drift import drift
     rows = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)*[1, 1000, 1e6, 1] + [0, 5, 0, 0]
     rows[:, 3] = rows[:, 3] > 0 # most of these rows are alike in it
     manifest = lambda s, dataset: pd.DataFrame(dict(id=[str(i) for i in range(200)], label='up', group=range(200), split=['train', 'test']*100))
@@ -202,7 +202,7 @@ def test_a_model_of_numbers(tmp_path, monkeypatch):
     assert [k for k, o in v['columns'].items() if o['drifted']] == ['x1']
 
 def test_on_s3(weed, s):
-    from plant_mlops.ops.drift import drift
+    from plant_mlops.monitor.drift import drift
     far = weed.settings(bucket='drift', home=s.home)
     store, there = open_store(s), open_store(far)
     for o in list(store.list('')): there.put(o.key, store.get(o.key))
@@ -211,7 +211,7 @@ def test_on_s3(weed, s):
     assert v['enough'] and json.loads(there.get('models/plants/drift.json')) == v and len(there.get(v['report'])) > 1_000_000
 
 def test_chance_alone_is_seldom_a_share():
-    from plant_mlops.ops.drift import changed_share
+    from plant_mlops.monitor.drift import changed_share
     rng = np.random.default_rng(0)
     for m, n in ((90, 30), (90, 120), (1000, 500)):
         share = lambda: max(changed_share(*np.split(rng.normal(size=m + n), [m]), columns=14) for _ in range(14))
@@ -226,7 +226,7 @@ class Closed(socket.socket):
 socket.socket = Closed
 socket.getaddrinfo = lambda *a, **k: asked.append(a) or (_ for _ in ()).throw(OSError('closed'))
 import numpy as np, pandas as pd
-from plant_mlops.ops.drift import judge
+from plant_mlops.monitor.drift import judge
 rng = np.random.default_rng(0)
 t = lambda n: pd.DataFrame(dict(a=rng.normal(size=n), b=1.))
 columns, report = judge(t(60), t(50))
@@ -271,7 +271,7 @@ def test_retrains_only_where_there_is_drift_and_something_to_learn(tmp_path):
     said = plant('drift', '--retrain', home=home, ok=5, **env)
     assert 'Drift, version 1' in said and 'Version 2 was' in said and registry.model_bytes(s, '2')
     if 'was promoted' in said: assert not json.loads(plant('drift', '--json', home=home, **env))['enough'] # of the new version nothing was sampled yet
-    from plant_mlops.ops import stages
+    from plant_mlops.photos import stages
     again = stages.retrain(settings(home=home, image_size=96, epochs=0, batch_size=8), progress=False) # whatever the gate said of version 2
     assert not again['trained']
     with pytest.raises(PlantError, match='no version 3'): registry.model_bytes(s, '3')

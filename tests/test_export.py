@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from torch import nn
 from plant_mlops.model.backbone import build_body
 from plant_mlops.model.export import check_export, embedding_bank, export_onnx
-from plant_mlops.model.file import check, run_model
+from plant_mlops.registry.model_file import check, run_model
 
 @pytest.mark.parametrize('arch', ['resnet18', 'vit_tiny_patch16_224', 'convnext_atto', 'squeezenet1_1'])
 def test_backbone_survives_export(arch, tmp_path):

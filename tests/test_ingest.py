@@ -6,11 +6,11 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 import numpy as np, psutil, pytest, sqlalchemy as sa
 from PIL import Image
-from plant_mlops.config import PlantError, settings
+from plant_mlops.core.config import PlantError, settings
 from plant_mlops.data import catalog, fetch
 from plant_mlops.data.catalog import add_rows, counts, open_catalog, plants_data, retry, rows
 from plant_mlops.data.ingest import _follow, _start, _stop, ingest
-from plant_mlops.data.store import open_store, sha256_of
+from plant_mlops.core.store import open_store, sha256_of
 
 def picture(seed=0, size=(64, 48), mode='RGB'):
     img = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype='uint8'))
@@ -84,7 +84,7 @@ def check_whole(s, n):
 
 nest = '''
 import json, os, sys
-from plant_mlops.config import PlantError, settings
+from plant_mlops.core.config import PlantError, settings
 from plant_mlops.data.ingest import ingest
 for line in sys.stdin:
     kw = json.loads(line)

@@ -5,11 +5,11 @@ from pathlib import Path
 import psutil, pytest
 from conftest import photos_dir, wait_for
 from test_full_disk import disk, fill_up
-from plant_mlops.config import PlantError, settings
-from plant_mlops.data.store import open_store
-from plant_mlops.ops import jobs as table
-from plant_mlops.ops.jobs import Job, chain_to
-from plant_mlops.ops.runs import Busy, find_run, history
+from plant_mlops.core.config import PlantError, settings
+from plant_mlops.core.store import open_store
+from plant_mlops.jobs import table as table
+from plant_mlops.jobs.table import Job, chain_to
+from plant_mlops.jobs.runs import Busy, find_run, history
 
 pytestmark = pytest.mark.timeout(1200)
 quick = dict(PLANT_EPOCHS='0', PLANT_IMAGE_SIZE='96', PLANT_BATCH_SIZE='8', PLANT_PRECISION='fp32')
@@ -54,7 +54,7 @@ def test_the_chain_resumed_gives_what_run_gives(tmp_path):
     by = {r['job']: r['outputs'] for r in rows}
     assert by['prepare']['dataset'] == one['dataset'] and by['promote']['promoted'] == one['promoted']
     assert {k: by['evaluate'][k] for k in ('accuracy', 'n', 'ece')} == {k: one['evaluation'][k] for k in ('accuracy', 'n', 'ece')}
-    from plant_mlops.model.tracking import mlflow_client
+    from plant_mlops.registry.tracking import mlflow_client
     with mlflow_client(s) as c: assert {Path(o.path).suffix for o in c.list_artifacts(by['train']['run'], 'jobs/train')} == {'.ipynb', '.html'}
     again = [json.loads(plant('job', 'run', o, '--json', home=s.home, **env))[0] for o in ('prepare', 'train')] # learns nothing twice
     assert [r['news'] for r in again] == [[], []] and not again[1]['outputs']['trained'] and again[1]['outputs']['version'] == '1'
@@ -93,7 +93,7 @@ def test_killed_in_each_job(tmp_path):
         assert (last['status'], dead['status'], dead['id']) == ('succeeded', 'killed', row['id'])
     assert registered(home) == 1 and history(s, 'train', 1)[0]['news'] == ['model'] # told by the run that found it
     assert find_run(s, 'promote')['outputs']['promoted']
-    from plant_mlops.model.tracking import mlflow_client
+    from plant_mlops.registry.tracking import mlflow_client
     with mlflow_client(s) as c: assert 'RUNNING' not in {r.info.status for e in c.search_experiments() for r in c.search_runs([e.experiment_id])}
 
 def test_two_starts_at_once_then_sigterm(tmp_path):
@@ -126,7 +126,7 @@ def test_refused_before_anything_starts(tmp_path, args, ok, says):
     assert not (tmp_path/'home/store').exists() and not history(settings(home=tmp_path/'home'))
 
 def test_a_notebook_that_is_missing_or_none(tmp_path, monkeypatch):
-    from plant_mlops.ops.runner import run_job
+    from plant_mlops.jobs.runner import run_job
     bad = tmp_path/'bad.ipynb'
     for job in (Job('gone', '', 'g', notebook=str(tmp_path/'gone.ipynb')), Job('bad', '', 'g', notebook=str(bad))):
         bad.write_text('{}')
@@ -165,7 +165,7 @@ def test_scheduler_runs_what_is_due_and_stops_cleanly(tmp_path):
     assert (row['status'], row['why']) == ('cancelled', 'dataset') and row['report'] and find_run(s, 'prepare')['report']
     assert not psutil.wait_procs(its, 10)[1], 'something goes on'
     from datetime import timedelta
-    from plant_mlops.ops.scheduler import why_due
+    from plant_mlops.jobs.scheduler import why_due
     later = row['ended_at'] + timedelta(minutes=2)
     assert why_due(s, table.jobs['train'], history(s), later, later) == 'retry'
 
@@ -175,7 +175,7 @@ def test_what_makes_no_sense_to_a_scheduler(tmp_path):
 
 @pytest.mark.parametrize('database', ['postgres', 'mariadb'])
 def test_one_at_a_time_on_other_databases(database, request, tmp_path):
-    from plant_mlops.ops import runs
+    from plant_mlops.jobs import runs
     s = settings(home=tmp_path, catalog_url=request.getfixturevalue(database))
     with pytest.MonkeyPatch.context() as m:
         m.setenv('PLANT_CATALOG_URL', s.catalog_url), m.setenv('PLANT_HOME', str(tmp_path))
@@ -209,7 +209,7 @@ def test_a_signal_before_the_first_cell(tmp_path):
     assert p.returncode == 130 and (row['status'], row['why'], row['exit']) == ('cancelled', 'schedule', 130) and 'Traceback' not in err, err
 
 def test_a_crashed_put_is_swept(tmp_path):
-    from plant_mlops.data.store import place
+    from plant_mlops.core.store import place
     s = settings(home=tmp_path)
     open_store(s).put('a', b'1')
     with subprocess.Popen([sys.executable, '-c', '']) as p: pass
@@ -220,8 +220,9 @@ def test_a_crashed_put_is_swept(tmp_path):
 
 @pytest.mark.parametrize('new, tells', [(19, []), (20, ['dataset'])])
 def test_few_new_photos_are_no_news(tmp_path, monkeypatch, new, tells):
-    from plant_mlops.model import registry
-    from plant_mlops.ops import runs, stages
+    from plant_mlops.registry import registry
+    from plant_mlops.jobs import runs
+    from plant_mlops.photos import stages
     monkeypatch.setattr(stages, 'new_photos', lambda s: new)
     monkeypatch.setattr(registry, 'versions', lambda s: [dict(version='1')])
     with runs.open_runs(s := settings(home=tmp_path)) as eng: assert runs._news(eng, s, table.jobs['prepare'], dict(dataset='v2')) == tells

@@ -4,9 +4,9 @@ from functools import cache
 from pathlib import Path
 import pytest, yaml
 from conftest import root
-from plant_mlops.config import Settings, settings
-from plant_mlops.ops.kubernetes import cronjob, cronjobs, rules
-from plant_mlops.ops.jobs import jobs
+from plant_mlops.core.config import Settings, settings
+from plant_mlops.targets.kubernetes import cronjob, cronjobs, rules
+from plant_mlops.jobs.table import jobs
 
 k8s = root/'kubernetes'
 overlays = ['overlays/local', 'overlays/production']

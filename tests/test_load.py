@@ -3,7 +3,7 @@ import json, os, subprocess, sys, urllib.request
 from pathlib import Path
 import pytest
 from conftest import free_port, root, stop, wait_for
-from plant_mlops.config import settings
+from plant_mlops.core.config import settings
 from tiny import publish
 
 bin = Path(sys.executable).parent

@@ -5,10 +5,10 @@ from datetime import datetime, timedelta, timezone
 import httpx, pytest, sqlalchemy as sa
 from fastapi.testclient import TestClient
 from conftest import free_port, stop, wait_for
-from plant_mlops.config import settings
+from plant_mlops.core.config import settings
 from plant_mlops.serve.api import create_app
-from plant_mlops.serve.monitor import drain, draining, feedback, judged, open_log, predictions
-from plant_mlops.serve.predict import Model
+from plant_mlops.serve.prediction_log import drain, draining, feedback, judged, open_log, predictions
+from plant_mlops.serve.onnx_model import Model
 from plant_mlops.serve.record import Spool, log_folder, waiting
 from test_serve import cli, running
 from tiny import jpeg, publish, tiny_model

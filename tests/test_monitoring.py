@@ -56,9 +56,9 @@ def test_routes(receiver, labels):
 
 def test_a_job_is_late_after_two_runs_of_its_schedule_and_two_hours():
     from datetime import datetime, timedelta
-    from plant_mlops.config import settings
-    from plant_mlops.ops.jobs import jobs, schedule_of
-    from plant_mlops.ops.scheduler import next_time
+    from plant_mlops.core.config import settings
+    from plant_mlops.jobs.table import jobs, schedule_of
+    from plant_mlops.jobs.scheduler import next_time
     def due(cron):
         first = next_time(cron, datetime(2026, 1, 1))
         return (next_time(cron, first + timedelta(seconds=1)) - first).total_seconds()*2 + 7200
@@ -165,7 +165,7 @@ def test_board_is_complete(name):
 
 def test_boards_are_what_the_code_makes(tmp_path):
     pytest.importorskip('grafana_foundation_sdk')
-    from plant_mlops.ops.grafana import write_boards
+    from plant_mlops.monitor.boards import write_boards
     for p in write_boards(tmp_path): assert p.read_bytes() == (BOARDS/p.name).read_bytes(), f'{p.name} is old: write the boards anew'
 
 # All of it at work

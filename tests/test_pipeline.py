@@ -52,5 +52,5 @@ def test_run_without_a_cluster(tmp_path):
     assert json.loads(plant('status', '--json', home=home))['version'] == '1'
 
 def test_import_without_kfp_or_airflow():
-    code = 'import sys, plant_mlops.ops.pipeline, plant_mlops.ops.dags; assert not {"kfp", "airflow"} & {*sys.modules}'
+    code = 'import sys, plant_mlops.targets.kubeflow, plant_mlops.targets.airflow; assert not {"kfp", "airflow"} & {*sys.modules}'
     subprocess.run([sys.executable, '-c', code], check=True)

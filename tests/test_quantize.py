@@ -2,14 +2,14 @@
 import copy, dataclasses, json, logging, tempfile
 from pathlib import Path
 import numpy as np, pytest, torch
-from plant_mlops.config import settings
+from plant_mlops.core.config import settings
 from plant_mlops.data.dataset import build_dataset
-from plant_mlops.data.store import open_store
-from plant_mlops.model import registry
-from plant_mlops.model.file import read_metadata
-from plant_mlops.model.tracking import experiment_id, mlflow_client
-from plant_mlops.ops import stages
-from plant_mlops.serve.predict import load_champion
+from plant_mlops.core.store import open_store
+from plant_mlops.registry import registry
+from plant_mlops.registry.model_file import read_metadata
+from plant_mlops.registry.tracking import experiment_id, mlflow_client
+from plant_mlops.photos import stages
+from plant_mlops.serve.onnx_model import load_champion
 
 pytestmark = pytest.mark.timeout(900)
 

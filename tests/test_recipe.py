@@ -3,10 +3,10 @@ import base64, io
 from collections import Counter
 from pathlib import Path
 import numpy as np, pytest
-from plant_mlops.config import settings
+from plant_mlops.core.config import settings
 from plant_mlops.data.dataset import load_dataset
 from plant_mlops.data.photo import open_photo
-from plant_mlops.data.store import open_store
+from plant_mlops.core.store import open_store
 import tiny
 from test_drift import see
 
@@ -34,7 +34,7 @@ def test_a_quick_training_is_already_good(photos):
 def test_what_is_evaluated_is_what_is_served(photos, tmp_path):
     from plant_mlops.data.photo import to_pixels
     from plant_mlops.model.export import export_onnx
-    from plant_mlops.model.file import run_model
+    from plant_mlops.registry.model_file import run_model
     from plant_mlops.model.train import fit_learner
     jpegs, y, classes = photos
     t = fit_learner(jpegs, y, np.arange(0, 60, 2), np.arange(1, 60, 6), classes, settings(image_size=128, epochs=0, arch='tf_efficientnet_lite0', pretrained=True), progress=False)
@@ -44,7 +44,7 @@ def test_what_is_evaluated_is_what_is_served(photos, tmp_path):
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
     "A home with a model in production that was trained on all of the photos, and what training said of it."
-    from plant_mlops.ops import stages
+    from plant_mlops.photos import stages
     s = settings(home=tmp_path_factory.mktemp('recipe')/'home', epochs=0)
     stages.fill(s, PHOTOS)
     for stage in (stages.ingest, stages.prepare, stages.dataset): stage(s, progress=False)
@@ -56,7 +56,7 @@ def home(tmp_path_factory):
 def test_neither_is_an_answer(home):
     "Photos of other things are told from plants that were held out; the threshold comes from validation photos alone."
     from sklearn.metrics import roc_auc_score
-    from plant_mlops.serve.predict import load_champion
+    from plant_mlops.serve.onnx_model import load_champion
     s, _ = home
     model, m = load_champion(s), load_dataset(s).manifest
     held = [open_store(s).get(f'raw/{h}') for h in m.sha256[m.split.isin(['valid', 'test'])]]
@@ -68,7 +68,7 @@ def test_neither_is_an_answer(home):
 def test_what_serves_answers_as_fp32_does(home):
     "The int8 file is the one in production, and of 300 photos it answers one otherwise at most."
     from mlflow.artifacts import download_artifacts
-    from plant_mlops.serve.predict import Model, load_champion
+    from plant_mlops.serve.onnx_model import Model, load_champion
     s, t = home
     assert t['precision'] == 'int8', t['why']
     fp32 = Model(download_artifacts(artifact_uri=f"runs:/{t['run']}/quantize/fp32.onnx", dst_path=str(s.home), tracking_uri=s.tracking_uri))
@@ -80,8 +80,8 @@ def test_what_serves_answers_as_fp32_does(home):
 def test_other_plants_are_no_drift_and_other_things_are(home):
     "And so are plants in the dark."
     from PIL import ImageEnhance
-    from plant_mlops.ops.drift import judge, reference_of, table_of
-    from plant_mlops.serve.predict import champion_pointer, load_champion
+    from plant_mlops.monitor.drift import judge, reference_of, table_of
+    from plant_mlops.serve.onnx_model import champion_pointer, load_champion
     s, _ = home
     model, m, store = load_champion(s), load_dataset(s).manifest, open_store(s)
     table = lambda raw: table_of([o | dict(embedding=base64.b64decode(o['embedding'])) for o in see(model, raw)])

@@ -3,11 +3,11 @@ import json, multiprocessing, os, random, shutil, signal, subprocess, sys
 import numpy as np, onnx, pandas as pd
 import pytest
 from conftest import free_port, wait_for
-from plant_mlops.config import PlantError, settings
-from plant_mlops.data.store import FolderStore, open_store
-from plant_mlops.model import registry
-from plant_mlops.model.file import linear_model, read_metadata
-from plant_mlops.model.tracking import experiment_id, mlflow_client
+from plant_mlops.core.config import PlantError, settings
+from plant_mlops.core.store import FolderStore, open_store
+from plant_mlops.registry import registry
+from plant_mlops.registry.model_file import linear_model, read_metadata
+from plant_mlops.registry.tracking import experiment_id, mlflow_client
 
 names = ['dandelion', 'grass']
 good = np.array([[2, -2], [0, 0]], np.float32)
@@ -204,7 +204,7 @@ def test_store_that_does_not_answer(s):
 
 def test_store_that_fails_half_way(s, monkeypatch):
     "A full disk at the pointer: the error is told, the old model is served, and the next run finishes."
-    from plant_mlops.data.store import StoreError
+    from plant_mlops.core.store import StoreError
     put = FolderStore.put
     def full(self, k, *a, **kw):
         if k == key: raise StoreError('No space left on device')
@@ -227,7 +227,7 @@ def test_mlflow_that_does_not_answer(s, monkeypatch):
 def test_photos_are_read_as_users_send_them(tmp_path):
     "The reader of photos decodes raw bytes exactly as serving does."
     from plant_mlops.data.photo import to_pixels
-    from plant_mlops.data.store import sha256_of
+    from plant_mlops.core.store import sha256_of
     from plant_mlops.data.synthetic import photo
     s = settings(home=tmp_path)
     jpegs = [photo('grass', 0, i) for i in range(3)]

@@ -6,15 +6,15 @@ import httpx, pytest, uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 from conftest import free_port, stop, wait_for
-from plant_mlops.config import settings
-from plant_mlops.data.store import StoreError
-from plant_mlops.model.file import linear_model
+from plant_mlops.core.config import settings
+from plant_mlops.core.store import StoreError
+from plant_mlops.registry.model_file import linear_model
 from plant_mlops.serve.api import Live, create_app
 from plant_mlops.serve.server import listen
-from plant_mlops.serve.predict import Model, NoModel, load_champion, predict_files
+from plant_mlops.serve.onnx_model import Model, NoModel, load_champion, predict_files
 from tiny import jpeg, publish, tiny_model
 
-cli = [sys.executable, '-m', 'plant_mlops.ops.cli'] if not (Path(sys.executable).parent/'plant-mlops').exists() else [str(Path(sys.executable).parent/'plant-mlops')]
+cli = [sys.executable, '-m', 'plant_mlops.cli.main'] if not (Path(sys.executable).parent/'plant-mlops').exists() else [str(Path(sys.executable).parent/'plant-mlops')]
 
 def halves():
     "Yellow on the left, green on the right: where it is cut and turned can be seen."
@@ -342,7 +342,7 @@ def test_one_prediction_is_quick_and_small(tmp_path):
     "CPU time is judged, since a busy machine lets any process wait; on an idle one it takes no longer than that."
     publish(settings(home=tmp_path), '1')
     (tmp_path/'photo.jpg').write_bytes(jpeg())
-    code = ('import os, sys; from plant_mlops.ops.cli import app; sys.argv = ["plant-mlops", "predict", "--home", sys.argv[1], sys.argv[2], "--json"]\n'
+    code = ('import os, sys; from plant_mlops.cli.main import app; sys.argv = ["plant-mlops", "predict", "--home", sys.argv[1], sys.argv[2], "--json"]\n'
             'try: app()\n'
             'finally: print(sum(os.times()[:2]), next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1], file=sys.stderr)')
     r = subprocess.run([sys.executable, '-c', code, str(tmp_path), str(tmp_path/'photo.jpg')], capture_output=True, text=True, check=True)

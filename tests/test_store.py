@@ -1,8 +1,8 @@
 "One contract, two stores: a folder and a real S3 server."
 import os, resource, subprocess, sys, threading
 import pytest
-from plant_mlops.config import settings
-from plant_mlops.data.store import Conflict, Corrupt, NotFound, StoreError, open_store, sha256_of
+from plant_mlops.core.config import settings
+from plant_mlops.core.store import Conflict, Corrupt, NotFound, StoreError, open_store, sha256_of
 
 @pytest.fixture(params=['folder', 's3'])
 def store(request, tmp_path):
@@ -91,8 +91,8 @@ def test_s3_not_running():
 
 _killed = '''
 import sys
-from plant_mlops.config import settings
-from plant_mlops.data.store import open_store
+from plant_mlops.core.config import settings
+from plant_mlops.core.store import open_store
 store = open_store(settings(store_url=sys.argv[1]))
 print('ready', flush=True)
 while True:
@@ -118,8 +118,8 @@ def _limited(*a):
 def test_full_disk_keeps_what_was_there(tmp_path):
     code = '''
 import sys
-from plant_mlops.config import settings
-from plant_mlops.data.store import open_store, StoreError
+from plant_mlops.core.config import settings
+from plant_mlops.core.store import open_store, StoreError
 store = open_store(settings(store_url=sys.argv[1]))
 store.put('k', b'old')
 try: store.put('k', b'n' * 2_000_000)

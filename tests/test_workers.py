@@ -3,9 +3,9 @@ import contextlib, os, signal, threading, time
 from concurrent.futures import ThreadPoolExecutor
 import httpx, psutil, pytest
 from conftest import wait_for
-from plant_mlops.config import settings
-from plant_mlops.data.store import open_store
-from plant_mlops.model.file import linear_model
+from plant_mlops.core.config import settings
+from plant_mlops.core.store import open_store
+from plant_mlops.registry.model_file import linear_model
 from test_monitor import figure, serving
 from tiny import jpeg, publish, tiny_model
 

@@ -3,11 +3,11 @@ import json
 import numpy as np, pytest
 from conftest import root
 from fastapi.testclient import TestClient
-from plant_mlops.config import settings
-from plant_mlops.data.store import open_store
-from plant_mlops.model.file import linear_model
+from plant_mlops.core.config import settings
+from plant_mlops.core.store import open_store
+from plant_mlops.registry.model_file import linear_model
 from plant_mlops.serve.api import create_app
-from plant_mlops.serve.predict import Model
+from plant_mlops.serve.onnx_model import Model
 from plant_mlops.stocks.features import FEATURES
 from test_jobs import plant
 
@@ -30,7 +30,7 @@ def package(tmp_path, monkeypatch):
         monkeypatch.setenv('PYTHONPATH', str(tmp_path/'site'))
     return install
 
-tea = """from plant_mlops.workload import Job, Reader, Workload
+tea = """from plant_mlops.core.workload import Job, Reader, Workload
 workload = Workload('tea', 'Teas', Reader(None, None), jobs=(Job('tea-train', 'Train', 'tea_training', produces=('tea-model',), schedule='0 5 * * *', notebook='train'),))
 """
 

@@ -41,7 +41,7 @@ def jpeg(photo='gold', format='JPEG', **kw) -> bytes:
 
 def publish(s, version='1', data=None, alias='champion', **kw):
     "Publish a model file as `promote` does, or `challenge`; keywords go into the pointer."
-    from plant_mlops.data.store import open_store, sha256_of
+    from plant_mlops.core.store import open_store, sha256_of
     data, key, store = data or tiny_model(version=version), f'models/{s.model}/{version}/model.onnx', open_store(s)
     store.put(key, data)
     pointer = dict(name=s.model, version=version, key=key, sha256=sha256_of(data)) | kw
@@ -53,9 +53,9 @@ def tiny_home(s, n=60, versions=2, relabel=2):
     from PIL import Image
     from plant_mlops.data.catalog import add_rows, open_catalog, rows
     from plant_mlops.data.dataset import build_dataset, load_dataset
-    from plant_mlops.model.registry import promote, register
-    from plant_mlops.model.tracking import experiment_id, mlflow_client
-    from plant_mlops.ops.stages import fill, ingest, prepare
+    from plant_mlops.registry.registry import promote, register
+    from plant_mlops.registry.tracking import experiment_id, mlflow_client
+    from plant_mlops.photos.stages import fill, ingest, prepare
     def see(images): # 8 × 8 pixels as an embedding
         x = np.stack([np.asarray(Image.fromarray(o).resize((8, 8)), np.float32).ravel() for o in images]) - 110
         return x/np.linalg.norm(x, axis=1, keepdims=True)
