@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make run` and `make test`. Their environment is .venv.
+# `make run` and `make test` install what they need into .venv by themselves. `make help` lists the commands.
 PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?= train,app,dashboard,jobs,kubeflow,dev
@@ -6,43 +6,56 @@ BIN    := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_SYSTEM_CERTS := 1
 
-.PHONY: run test serve up down smoke docs readme export clean install images locks test-images screenshots
+.PHONY: help run test test-fast serve up down smoke docs readme export outputs clean install images locks test-images screenshots
 .DEFAULT_GOAL := run
 
-run: install          ## the main job, on drawn photos, offline
+help:                 ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+run: install          ## ingest, train, evaluate and promote, on drawn photos, offline
 	@plant-mlops run
 
-test: install         ## every test, two files at a time, each with a core
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two processes, each with a core.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-serve: install        ## the model in production, on http://127.0.0.1:8000
+test: install         ## every test; those that lack a program are skipped, and a table at the end says why
+	@$(PYTEST)
+
+test-fast: install    ## the tests that take two minutes together
+	@$(PYTEST) -m "not slow"
+
+serve: install        ## serve the model in production, on http://127.0.0.1:8000
 	@plant-mlops serve
 
-up:                   ## everything at once, in Docker
+up:                   ## start all services in Docker
 	@docker/setup.sh
 
-down:                 ## stops that, and keeps what it knows
+down:                 ## stop them; their data stay
 	@cd docker && docker compose --profile '*' down
 
-smoke:                ## walks a photo through it
+smoke:                ## send a photo through the services in Docker
 	@cd docker && docker compose exec -T -e GRAFANA_PASSWORD="$$(sed -n 's/^GRAFANA_PASSWORD=//p' .env)" api python3 - < smoke.py
 
-docs: install         ## the documentation site (needs Quarto)
+docs: install         ## build the documentation site (needs Quarto)
 	@command -v quarto >/dev/null || { echo "Quarto is not installed: see quarto.org, or run nbdev-install-quarto"; exit 1; }
-	PYTHONPATH=tests nbdev-docs
+	nbdev-docs
 
-export: install       ## notebooks → modules, README, boards, CronJobs and rules, cleaned
+export: install       ## write modules, README, Grafana boards, CronJobs and alert rules from the notebooks
 	nbdev-export && nbdev-clean && $(MAKE) --no-print-directory readme
 	python -c 'from plant_mlops.monitor.boards import write_boards; write_boards("docker/grafana/dashboards")'
 	env -u PLANT_SCHEDULES python -m plant_mlops job cronjobs > kubernetes/base/cronjobs.yaml
-	env -u PLANT_SCHEDULES python -c 'from plant_mlops.core.config import settings; from plant_mlops.targets.kubernetes import late; print(late(settings()), end="")' > docker/prometheus/rules/job_table.yml
-	python -c 'from plant_mlops.targets.kubernetes import rules; print(rules("docker/prometheus/rules"), end="")' > kubernetes/components/prometheus-operator/rules.yaml
+	env -u PLANT_SCHEDULES python -c 'from plant_mlops.core.config import settings; from plant_mlops.targets.kubernetes import late_rules; print(late_rules(settings()), end="")' > docker/prometheus/rules/job_table.yml
+	python -c 'from plant_mlops.targets.kubernetes import prometheus_rule; print(prometheus_rule("docker/prometheus/rules"), end="")' > kubernetes/components/prometheus-operator/rules.yaml
 
 readme: install
 	@jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | \
 	  sed -E 's#\]\((core|data|registry|model|serve|jobs|monitor|targets|apps|photos|stocks|cli|bench|guides)/#](nbs/\1/#g' > README.md
 
-# The container images, by Docker or by `make images DOCKER=podman`; airflow is made on train.
+outputs: install      ## execute a notebook and save its outputs: make outputs NB=nbs/core/00_config.ipynb
+	@test -f "$(NB)" || { echo "Name a notebook: make outputs NB=nbs/core/00_config.ipynb"; exit 1; }
+	jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace "$(NB)" && nbdev-clean --fname "$(NB)"
+
+# The container images, by Docker or by `make images DOCKER=podman`; airflow is built on train.
 DOCKER  ?= docker
 export BUILDAH_FORMAT := docker
 VERSION := $(shell sed -n 's/^version = //p' settings.ini)
@@ -62,15 +75,15 @@ locks: install
 	@$(call lock,train,train log jobs kubeflow)
 	@$(call lock,airflow,airflow celery)
 
-test-images: install  ## the images, built and run (root, podman, buildah, runc, debootstrap; 40 GB)
+test-images: install  ## build and run the images (root, podman, buildah, runc, debootstrap; 40 GB)
 	@python -m pytest -s tests/images.py
 
-screenshots: install  ## the pictures of the documentation (Chromium; ten minutes)
+screenshots: install  ## take the pictures of the documentation (Chromium; ten minutes)
 	@python tests/screenshots.py
 
 install: $(VENV)/.installed
 
-# Only a change of what the package needs installs again.
+# Installs again when the dependencies change.
 $(VENV)/.installed: settings.ini setup.py
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11 or newer"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -83,6 +96,6 @@ $(VENV)/.installed: settings.ini setup.py
 	@test ! -d .git || $(BIN)/nbdev-install-hooks
 	@touch $@
 
-clean:                ## everything that was made here, .venv too
+clean:                ## remove what was built, .venv too
 	rm -rf $(VENV) .plant _docs _proc build dist *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,11 +1,11 @@
-# Start the whole system on this machine: passwords of its own into docker\.env, images built, everything up.
+# Start the whole system on this machine: write docker\.env with random passwords, build the images, start the services.
 #   docker\setup.ps1            do all of it
-#   docker\setup.ps1 -EnvOnly   only write docker\.env, to be looked at first
+#   docker\setup.ps1 -EnvOnly   only write docker\.env
 param([switch]$EnvOnly)
 $ErrorActionPreference = 'Stop'
 Set-Location $PSScriptRoot
 
-function Get-Random32([string]$name) { # of 32 bytes; Fernet wants them in base64, everything else is in URLs and gets digits and letters
+function Get-Random32([string]$name) { # 32 random bytes: base64 for Fernet, hexadecimal for the others, which are used in URLs
     $bytes = New-Object byte[] 32
     $source = [System.Security.Cryptography.RandomNumberGenerator]::Create()
     $source.GetBytes($bytes)
@@ -13,7 +13,7 @@ function Get-Random32([string]$name) { # of 32 bytes; Fernet wants them in base6
     return (-join ($bytes | ForEach-Object { $_.ToString('x2') })).Substring(0, 40)
 }
 
-# Lines that are missing are added, so that an .env of an older version goes on working; nothing that stands there is changed, but VERSION.
+# Add missing lines, so that the .env of an older version keeps working. Existing lines are not changed, except VERSION.
 $there = @()
 $fresh = -not (Test-Path .env)
 if (-not $fresh) { $there = @(Get-Content .env | Where-Object { $_ -match '^[A-Z0-9_]+=' } | ForEach-Object { $_.Split('=')[0] }) }
@@ -38,7 +38,7 @@ Write-Output "docker\.env: $added settings added"
 New-Item -ItemType Directory -Force photos | Out-Null
 if ($EnvOnly) { exit 0 }
 
-$ErrorActionPreference = 'Continue' # a warning of docker's is no error
+$ErrorActionPreference = 'Continue' # warnings of docker are not errors
 $need, $have = '2.33.1', ''
 if (Get-Command docker -ErrorAction SilentlyContinue) { $have = "$(docker compose version --short 2>$null)".TrimStart('v') }
 if (-not $have -or [version]($have -replace '[^0-9.].*', '') -lt [version]$need) { Write-Error "Docker with its Compose plugin, $need or newer, is needed: see docs.docker.com/get-docker"; exit 1 }
@@ -50,7 +50,7 @@ if ($LASTEXITCODE) { Write-Error 'Not everything came up. What failed is above; 
 Write-Output @'
 
 API         http://localhost:8000/docs
-page        http://localhost:7860
+app         http://localhost:7860
 dashboard   http://localhost:8866      token: PLANT_TOKEN in docker\.env
 MLflow      http://localhost:5001
 Airflow     http://localhost:8080      admin, AIRFLOW_PASSWORD

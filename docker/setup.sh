@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Start the whole system on this machine: passwords of its own into docker/.env, images built, everything up.
+# Start the whole system on this machine: write docker/.env with random passwords, build the images, start the services.
 #   docker/setup.sh          do all of it
-#   docker/setup.sh --env    only write docker/.env, to be looked at first
+#   docker/setup.sh --env    only write docker/.env
 set -euo pipefail
 cd "$(dirname "$0")"
 
-random() { # of 32 bytes; Fernet wants them in base64, everything else is in URLs and gets digits and letters
+random() { # 32 random bytes: base64 for Fernet, hexadecimal for the others, which are used in URLs
   case $1 in
     *FERNET*) head -c 32 /dev/urandom | base64 | tr '+/' '-_' ;;
     *) head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' | cut -c1-40 ;;
   esac
 }
 
-mkdir -p photos # before only its owner may read what is made
+mkdir -p photos # before umask: it must be readable by the containers
 umask 077
 
-# Lines that are missing are added, so that an .env of an older version goes on working; nothing that stands there is changed, but VERSION.
+# Add missing lines, so that the .env of an older version keeps working. Existing lines are not changed, except VERSION.
 [[ -e .env ]] && fresh= || fresh=1
 touch .env
 added=0
@@ -34,14 +34,14 @@ echo "docker/.env: $added settings added"
 
 need=2.33.1 have=$(docker compose version --short 2>/dev/null | tr -d v) || true
 [[ $(printf '%s\n' "$need" "${have:-0}" | sort -V | head -1) == "$need" ]] || {
-  echo "Docker with its Compose plugin, $need or newer, is needed; this has ${have:-none}: see docs.docker.com/get-docker" >&2; exit 1; }
-docker info >/dev/null 2>&1 || { echo "Docker is installed, but its engine does not answer: start it, or see that you may use it (group docker)" >&2; exit 1; }
+  echo "Docker with its Compose plugin, $need or newer, is needed, but this machine has ${have:-none}: see docs.docker.com/get-docker" >&2; exit 1; }
+docker info >/dev/null 2>&1 || { echo "Docker is installed, but its engine does not answer: start it, or join the group docker" >&2; exit 1; }
 docker compose up --build --detach --wait
 
 cat <<'EOF'
 
 API         http://localhost:8000/docs
-page        http://localhost:7860
+app         http://localhost:7860
 dashboard   http://localhost:8866      token: PLANT_TOKEN in docker/.env
 MLflow      http://localhost:5001
 Airflow     http://localhost:8080      admin, AIRFLOW_PASSWORD
@@ -51,5 +51,5 @@ MinIO       http://localhost:9001      S3_ACCESS_KEY, S3_SECRET_KEY
 
 There is no model yet. Put photos into docker/photos, a folder for each class, then, in the folder docker:
   docker compose run --rm cli job run --all -p photos /photos      (without -p … : on drawn photos)
-Then a walk through all of it: docker compose exec -T api python3 - < smoke.py
+Then test all services: docker compose exec -T api python3 - < smoke.py
 EOF

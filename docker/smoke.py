@@ -1,6 +1,6 @@
-"""Walk a photo through the running system: photo → prediction → metric → dashboard. Runs in the container of the API.
+"""Smoke test of the running system: photo → prediction → metric → dashboard. Runs in the container of the API.
 
-docker compose exec -T api python3 - < smoke.py       (with -e GRAFANA_PASSWORD=… it looks into Grafana, too)
+docker compose exec -T api python3 - < smoke.py       (with -e GRAFANA_PASSWORD=… it checks Grafana as well)
 """
 import base64, json, os, socket, sys, time, urllib.parse, urllib.request
 from urllib.error import HTTPError
@@ -22,10 +22,10 @@ def value(query):
     found = ask('http://prometheus:9090/api/v1/query?' + urllib.parse.urlencode(dict(query=query)))['data']['result']
     return float(found[0]['value'][1]) if found else 0.
 
-def photo():
+def synthetic_photo():
     "A drawn photo, as JPEG."
-    from plant_mlops.data.synthetic import LABELS, photo
-    return photo(LABELS[0], 0, 0)
+    from plant_mlops.data.synthetic import LABELS, draw_jpeg
+    return draw_jpeg(LABELS[0], 0, 0)
 
 def until(ok, seconds, what):
     "Wait for something that takes a scrape or two."
@@ -50,7 +50,7 @@ try: ask('http://api:8000/model/info')
 except HTTPError as e: sys.exit(f'✗ There is no model yet ({e.code}). Make one: docker compose run --rm cli job run --all')
 counted = 'sum(plant_predictions_total)'
 before = value(counted)
-answer = ask('http://api:8000/predict', photo(), Content_Type='image/jpeg')
+answer = ask('http://api:8000/predict', synthetic_photo(), Content_Type='image/jpeg')
 print(f"✓ the photo is {answer['prediction']}, {answer['probability']:.1%}, says version {answer['model_version']}")
 
 token = os.environ['PLANT_TOKEN']

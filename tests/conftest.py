@@ -1,87 +1,117 @@
-"Real servers for the tests, on loopback and on free ports, each stopped by its own process id."
-import json, os, random, re, shutil, signal, socket, subprocess, sys, time
+"Fixtures: real servers on loopback and on free ports, each stopped by its own process id; and what the run lacked."
+import os, signal, subprocess
+from collections import Counter
 from pathlib import Path
 import pytest
+from helpers import (borrow_venv, copy_checkout, find_program, free_port, missing, photos_dir, require, root,
+                     stop, wait_for)
 
-root = Path(__file__).parent.parent
-photos_dir = root.parent/'shared/photos'
+# -- What was skipped, for want of what
 
-def _free(port):
-    with socket.socket() as o: return o.connect_ex(('127.0.0.1', port)) != 0
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: takes more than a few seconds; `make test-fast` leaves it out')
+    config.addinivalue_line('markers', 'needs(*components): skip the test where one is not installed; see COMPONENTS in helpers.py')
 
-def free_port() -> int:
-    "A port nobody listens on now, nor on the one 10,000 above it (SeaweedFS's gRPC)."
-    return next(p for p in iter(lambda: random.SystemRandom().randrange(12_000, 22_000), None) if _free(p) and _free(p + 10_000))
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers('needs'):
+        for component in mark.args: require(component)
 
-def wait_for(ok, seconds=60, what='server'):
-    "Wait until `ok()` is true."
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if ok(): return
-        except Exception: pass
-        time.sleep(.1)
-    raise TimeoutError(f'{what} was not ready after {seconds} s')
+def reason_of(report) -> str:
+    "Why a test was skipped."
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return reason.removeprefix('Skipped: ').splitlines()[0]
 
-def stop(p):
-    "End a process that a test started."
-    p.terminate()
-    try: p.wait(10)
-    except subprocess.TimeoutExpired: p.kill(); p.wait()
+skipped_files = {}  # test file → reason, where a whole file was skipped while tests were collected
 
-def checkout_files(*paths) -> list:
-    "Files of the project, those that are not committed yet too."
-    r = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard', *paths], cwd=root, capture_output=True, text=True, check=True)
-    return [f for f in r.stdout.split('\0') if f and os.path.lexists(root/f)]
+def pytest_collectreport(report):
+    if report.skipped: skipped_files[report.nodeid] = reason_of(report)
 
-def copy_checkout(to, *paths):
-    "Copy files of the project, as a clone would have them; all, or those at some paths."
-    for f in checkout_files(*paths):
-        (to/f).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(root/f, to/f, follow_symlinks=False)
+def pytest_sessionfinish(session):
+    "Under xdist, tell the main process which files this worker skipped."
+    if hasattr(session.config, 'workeroutput'): session.config.workeroutput['skipped_files'] = skipped_files
 
-def borrow_venv(to):
-    "Let a copy of the project use this environment, so that `make` there installs nothing."
-    (to/'.venv').mkdir()
-    for f in Path(sys.prefix).iterdir():
-        if f.name != '.installed': (to/'.venv'/f.name).symlink_to(f)
-    (to/'.venv/.installed').touch()
-    os.utime(to/'.venv/.installed', (2**32, 2**32)) # later than any file it depends on
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    skipped_files.update(getattr(node, 'workeroutput', {}).get('skipped_files', {}))
 
-def prose(path) -> str:
-    "What a notebook says between its cells."
-    return '\n'.join(''.join(c['source']) for c in json.loads((root/path).read_text())['cells'] if c['cell_type'] == 'markdown')
+def pytest_terminal_summary(terminalreporter):
+    "A table: what was missing, how to get it, and how many tests were skipped without it."
+    tests, files = Counter(), {}
+    for report in terminalreporter.stats.get('skipped', []):
+        if not getattr(report, 'nodeid', '') or report.nodeid in skipped_files: continue
+        reason = reason_of(report)
+        tests[reason] += 1
+        files.setdefault(reason, set()).add(Path(report.nodeid.split('::')[0]).name)
+    for file, reason in skipped_files.items():
+        tests[reason] += 0
+        files.setdefault(reason, set()).add(f'{Path(file).name} (all)')
+    if not files: return
+    terminalreporter.section('skipped')
+    for reason in sorted(files):
+        count = f'{tests[reason]} tests' if tests[reason] else 'whole files'
+        terminalreporter.line(f'{count:>12}  {reason}')
+        terminalreporter.line(f'{"":>12}  in {", ".join(sorted(files[reason]))}')
 
-def fences(path) -> list:
-    "Kind and text of what a notebook shows between ``` and ```."
-    return re.findall(r'^```([^\n]*)\n(.*?)^```', prose(path), re.M | re.S)
-
-@pytest.fixture(scope='session')
-def photos() -> Path:
-    "The folder of real photos that are not part of the project."
-    if not (photos_dir/'plants').is_dir(): pytest.skip('the real photos (../shared/photos) are not here')
-    return photos_dir
+# -- For every test
 
 @pytest.fixture(autouse=True)
 def _own_settings(monkeypatch, tmp_path):
-    "No test sees the settings of whoever runs it, nor leaves anything in the checkout."
+    "No test sees the settings of the person who runs it, nor leaves anything in the checkout."
     for k in [k for k in os.environ if k.startswith('PLANT_') or k == 'MLFLOW_TRACKING_URI']: monkeypatch.delenv(k)
     monkeypatch.setenv('PLANT_HOME', str(tmp_path/'home'))
 
 @pytest.fixture(scope='session', autouse=True)
 def _checkout():
     "The tests leave nothing in the checkout, not even what git ignores."
-    here = lambda: {o for o in root.iterdir() if not o.name.startswith('.')}
-    before = here()
+    def files(): return {path for path in root.iterdir() if not path.name.startswith('.')}
+    before = files()
     yield
-    assert here() == before, f'left in the checkout: {sorted(map(str, here() - before))}'
+    assert files() == before, f'left in the checkout: {sorted(map(str, files() - before))}'
 
 @pytest.fixture(autouse=True)
 def _own_ctrl_c():
     "nbdev's runner of notebooks leaves a handler of SIGINT that ends the process: each test has the one it began with."
-    was = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(signal.SIGINT)
     yield
-    signal.signal(signal.SIGINT, was)
+    signal.signal(signal.SIGINT, handler)
+
+# -- Files
+
+@pytest.fixture(scope='session')
+def photos() -> Path:
+    "The folder of real photos that are not part of the project."
+    require('photos')
+    return photos_dir
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory):
+    "The project's files, with this environment as .venv, so that nothing is installed twice."
+    to = tmp_path_factory.mktemp('clone')/'plant_mlops'
+    copy_checkout(to)
+    borrow_venv(to)
+    return to
+
+def mount_disk(folder, size):
+    "Mount a small disk; skips the test where that is not allowed."
+    folder.mkdir()
+    r = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder], capture_output=True)
+    if r.returncode: missing('root', 'to mount a small disk')
+
+@pytest.fixture
+def disk(tmp_path):
+    "A disk of 60 MB."
+    mount_disk(tmp_path/'disk', '60m')
+    yield tmp_path/'disk'
+    subprocess.run(['umount', '-l', tmp_path/'disk'], check=True)
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    "A disk of 400 kB."
+    mount_disk(tmp_path/'disk', '400k')
+    yield tmp_path/'disk'
+    subprocess.run(['umount', '-l', tmp_path/'disk'], check=True)
+
+# -- An S3 server
 
 class Weed:
     "A SeaweedFS process that speaks S3."
@@ -89,11 +119,11 @@ class Weed:
     def __init__(self, folder):
         self.port, self.log = free_port(), open(folder/'weed.log', 'wb')
         self.url = f'http://127.0.0.1:{self.port}'
-        ports = {o: free_port() for o in ('master', 'volume', 'filer', 'webdav', 'admin')}
-        env = dict(os.environ, AWS_ACCESS_KEY_ID=self.key, AWS_SECRET_ACCESS_KEY=self.secret)
-        cmd = [shutil.which('weed', path=f'{Path(sys.executable).parent}:{os.environ["PATH"]}'), 'mini', f'-dir={folder}', '-ip=127.0.0.1', '-ip.bind=127.0.0.1',
-               f'-s3.port={self.port}', *(f'-{k}.port={v}' for k, v in ports.items()), '-s3.port.iceberg=0', '-s3.port.lance=0', '-master.telemetry=false']
-        self.p = subprocess.Popen(cmd, env=env, stdout=self.log, stderr=self.log, cwd=folder)
+        ports = {name: free_port() for name in ('master', 'volume', 'filer', 'webdav', 'admin')}
+        command = [find_program('weed'), 'mini', f'-dir={folder}', '-ip=127.0.0.1', '-ip.bind=127.0.0.1', f'-s3.port={self.port}',
+                   *(f'-{k}.port={v}' for k, v in ports.items()), '-s3.port.iceberg=0', '-s3.port.lance=0', '-master.telemetry=false']
+        env = os.environ | dict(AWS_ACCESS_KEY_ID=self.key, AWS_SECRET_ACCESS_KEY=self.secret)
+        self.p = subprocess.Popen(command, env=env, stdout=self.log, stderr=self.log, cwd=folder)
         import boto3
         s3 = boto3.client('s3', endpoint_url=self.url, aws_access_key_id=self.key, aws_secret_access_key=self.secret, region_name='us-east-1')
         wait_for(lambda: s3.list_buckets() is not None and self.p.poll() is None, what='SeaweedFS')
@@ -105,28 +135,30 @@ class Weed:
 @pytest.fixture(scope='session')
 def weed(tmp_path_factory):
     "A real S3 server."
-    o = Weed(tmp_path_factory.mktemp('weed'))
-    yield o
-    stop(o.p)
+    server = Weed(tmp_path_factory.mktemp('weed'))
+    yield server
+    stop(server.p)
 
-def _emptied(url):
-    "The URL of a database, with no table left of an earlier test."
+# -- Databases
+
+def drop_tables(url) -> str:
+    "Empty a database; gives its URL."
     import sqlalchemy as sa
-    eng = sa.create_engine(url)
-    with eng.begin() as c:
-        for o in sa.inspect(eng).get_table_names(): c.execute(sa.text(f'DROP TABLE {o}'))
-    eng.dispose()
+    engine = sa.create_engine(url)
+    with engine.begin() as c:
+        for table in sa.inspect(engine).get_table_names(): c.execute(sa.text(f'DROP TABLE {table}'))
+    engine.dispose()
     return url
 
 @pytest.fixture
 def postgres(_postgres):
     "URL of a real PostgreSQL, empty."
-    return _emptied(_postgres)
+    return drop_tables(_postgres)
 
 @pytest.fixture
 def mariadb(_mariadb):
     "URL of a real MariaDB, empty."
-    return _emptied(_mariadb)
+    return drop_tables(_mariadb)
 
 @pytest.fixture(scope='session')
 def _postgres(tmp_path_factory):
@@ -136,13 +168,13 @@ def _postgres(tmp_path_factory):
     yield server.get_uri().replace('postgresql://', 'postgresql+psycopg://')
     server.cleanup()
 
-def _mariadb_url(folder):
-    "Start MariaDB in a folder; gives its process and URL."
-    bins = {o: shutil.which(o) or shutil.which(o, path='/usr/sbin:/usr/local/sbin') for o in ('mariadbd', 'mariadb-install-db')}
-    if not all(bins.values()): pytest.skip('MariaDB is not installed')
-    port, sock, user = free_port(), f'{folder}/s', ['--user=root'] if os.getuid() == 0 else []
-    subprocess.run([bins['mariadb-install-db'], '--no-defaults', f'--datadir={folder}/data', '--auth-root-authentication-method=normal', *user], check=True, capture_output=True)
-    p = subprocess.Popen([bins['mariadbd'], '--no-defaults', f'--datadir={folder}/data', f'--port={port}', f'--socket={sock}', '--bind-address=127.0.0.1', *user],
+def start_mariadb(folder):
+    "Start MariaDB in a folder; gives its process and port."
+    server = require('mariadbd')
+    port, user = free_port(), ['--user=root'] if os.getuid() == 0 else []
+    install = [find_program('mariadb-install-db'), '--no-defaults', f'--datadir={folder}/data', '--auth-root-authentication-method=normal', *user]
+    subprocess.run(install, check=True, capture_output=True)
+    p = subprocess.Popen([server, '--no-defaults', f'--datadir={folder}/data', f'--port={port}', f'--socket={folder}/s', '--bind-address=127.0.0.1', *user],
                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return p, port
 
@@ -150,18 +182,46 @@ def _mariadb_url(folder):
 def _mariadb(tmp_path_factory):
     "URL of a real MariaDB."
     import pymysql
-    p, port = _mariadb_url(tmp_path_factory.mktemp('mariadb'))
-    def ready():
-        with pymysql.connect(host='127.0.0.1', port=port, user='root') as c: c.cursor().execute('CREATE DATABASE IF NOT EXISTS plants CHARACTER SET utf8mb4')
+    p, port = start_mariadb(tmp_path_factory.mktemp('mariadb'))
+    def is_ready():
+        with pymysql.connect(host='127.0.0.1', port=port, user='root') as c:
+            c.cursor().execute('CREATE DATABASE IF NOT EXISTS plants CHARACTER SET utf8mb4')
         return True
     try:
-        wait_for(ready, what='MariaDB')
+        wait_for(is_ready, what='MariaDB')
         yield f'mysql+pymysql://root@127.0.0.1:{port}/plants?charset=utf8mb4'
     finally: stop(p)
 
-slow = ('test_stack', 'test_readme', 'test_notebooks', 'test_airflow', 'test_guides', 'test_jobs', 'test_drift', 'test_recipe', 'test_pipeline', 'test_monitoring', 'test_catalog', 'test_cli')
+# -- Which tests run together, in which order, and which are slow
+
+# Files whose tests share something expensive (a server, a trained model, an environment): one worker runs them.
+# The tests of other files are spread over the workers one by one.
+TOGETHER = {'test_ab', 'test_airflow', 'test_app_browser', 'test_base_install', 'test_catalog', 'test_dashboard', 'test_drift', 'test_guides',
+            'test_kubernetes', 'test_load', 'test_monitoring', 'test_quantize', 'test_recipe', 'test_registry', 'test_serve', 'test_store'}
+
+# Files that take long, the longest first, so that no worker is left with one of them at the end. `make test-fast` leaves them out;
+# elsewhere, single tests have the marker `slow`.
+SLOW_FILES = ('test_stack', 'test_guides', 'test_airflow', 'test_readme', 'test_jobs', 'test_drift', 'test_recipe', 'test_pipeline', 'test_registry',
+              'test_dashboard', 'test_app_browser', 'test_full_disk', 'test_ingest', 'test_workers', 'test_monitor', 'test_quantize', 'test_cli',
+              'test_base_install', 'test_load', 'test_ab', 'test_export')
+
+# Notebooks that take more than a few seconds: they train, or start servers and kernels.
+SLOW_NOTEBOOKS = ()
+
+# What takes seconds to start.
+SLOW_FIXTURES = {'airflow', 'base', 'checkov', 'chromium', 'clone', 'mariadb', 'postgres', 'prom'}
+
+def is_slow(item) -> bool:
+    "Whether a test belongs to a slow file, or uses what is slow to start."
+    if item.path.stem in SLOW_FILES or SLOW_FIXTURES & {*item.fixturenames}: return True
+    if '[mariadb' in item.name or '[postgres' in item.name: return True
+    return item.path.stem == 'test_notebooks' and any(f'[{name}.ipynb]' in item.name for name in SLOW_NOTEBOOKS)
 
 def pytest_collection_modifyitems(items):
-    "Files that take minutes come first, so that no worker is left with one of them at the end."
-    at = {o: i for i, o in enumerate(slow)}
-    items.sort(key=lambda o: at.get(o.path.stem, len(slow)))
+    for item in items:
+        if is_slow(item): item.add_marker('slow')
+        if item.path.stem in TOGETHER: item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if item.path.stem == 'test_notebooks' and 'fresh' in item.fixturenames: item.add_marker(pytest.mark.xdist_group('in step'))
+    rank = {name: i for i, name in enumerate(SLOW_FILES)}
+    def key(item): return rank.get(item.path.stem, len(rank) if item.get_closest_marker('slow') else len(rank) + 1)
+    items.sort(key=key)

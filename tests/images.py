@@ -1,4 +1,4 @@
-"""The container images: built, and run as on a cluster: read-only, as nobody in particular, with little memory. Only `make test-images` runs this.
+"""The container images: built, and run as on a cluster: read-only, as an unprivileged user, with little memory. Only `make test-images` runs this.
 
 It needs root, Debian's podman, buildah, runc and debootstrap, and about 40 GB. IMAGES_BASE names the base to build on, `real` is that of the
 Dockerfiles; without it a small Debian stands in for it, and is kept in IMAGES_DIR."""
@@ -6,7 +6,7 @@ import http.client, json, os, re, shutil, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
-from conftest import free_port, root, wait_for
+from helpers import free_port, root, wait_for
 
 pytestmark = pytest.mark.timeout(3600)
 secret = 'planted-' + 'f7Qz1xW9' # in two parts, so that this file is not taken for the leak

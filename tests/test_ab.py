@@ -3,13 +3,12 @@ import json, subprocess
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import httpx, pytest
-from conftest import wait_for
+from helpers import cli, logged, serving, wait_for
 from plant_mlops.core.config import settings
 from plant_mlops.registry.model_file import linear_model
-from plant_mlops.registry.registry import promote, register
+from plant_mlops.registry.registry import register
+from plant_mlops.registry.release import promote
 from plant_mlops.registry.tracking import experiment_id, mlflow_client
-from test_monitor import serving, table
-from test_serve import cli
 
 def command(s, *args):
     "Run `plant-mlops`; gives exit code, and what it said."
@@ -42,7 +41,7 @@ def test_from_start_to_verdict(versions):
         key = {'Authorization': 'Bearer hush'}
         truth = ['left' if a > b else 'right' for a, b in rows]
         for o, label in zip(got, truth): assert c.post('/feedback', json=dict(id=o['id'], label=label), headers=key).status_code == 202
-        wait_for(lambda: len(table(s)) == 400)
+        wait_for(lambda: len(logged(s)) == 400)
         wait_for(lambda: (r := json.loads(command(s, 'ab', 'status', '--json')[1]))['champion']['judged'] + r['challenger']['judged'] == 400)
         r = json.loads(command(s, 'ab', 'status', '--json')[1])
         for variant in ('champion', 'challenger'):

@@ -3,12 +3,14 @@ import json, os, subprocess, sys, urllib.request
 from contextlib import suppress
 from pathlib import Path
 import psutil, pytest
-from conftest import free_port, root, wait_for
-from plant_mlops.jobs.table import jobs
+from helpers import draw_photos, free_port, missing, root, wait_for
+from plant_mlops.core.config import settings
+from plant_mlops.jobs.runs import history
+from plant_mlops.jobs.table import job_table
 
 pytestmark = pytest.mark.timeout(1200)
 chain = ('data_ingestion', 'training', 'model_evaluation', 'model_deployment')
-groups = {j.group for j in jobs.values()}
+groups = {j.group for j in job_table(settings()).jobs.values()}
 
 @pytest.fixture(scope='module')
 def env(tmp_path_factory):
@@ -18,7 +20,7 @@ def env(tmp_path_factory):
     if not (mark := at/'.installed').exists() or mark.read_text() != wants:
         for cmd in (['venv', '--quiet', '--clear', '--python', sys.executable, at], ['pip', 'install', '--quiet', '--compile-bytecode', '--python', at/'bin/python', '-e', f'{root}[airflow]']):
             r = subprocess.run([uv, *cmd], capture_output=True, text=True, env=os.environ | dict(UV_SYSTEM_CERTS='1'))
-            if r.returncode: pytest.skip(f'Airflow cannot be fetched here: {r.stderr[-300:]}')
+            if r.returncode: missing('package index', r.stderr[-300:])
         subprocess.run([sys.executable, '-m', 'ipykernel', 'install', '--prefix', at, '--name', 'plant-mlops'], check=True, capture_output=True)
         mark.write_text(wants)
     return at
@@ -29,7 +31,7 @@ class Airflow:
         self.venv, self.folder, self.ps, self.url = venv, folder, [], f'http://127.0.0.1:{(port := free_port())}'
         (folder/'dags').mkdir()
         (folder/'dags/plants.py').write_text('from plant_mlops.targets.airflow import dags; globals().update(dags(retries=0))  # airflow\n')
-        secret = 'only for this test, and long enough that nobody complains: 64 bytes'
+        secret = 'only for this test, and long enough for every library: 64 bytes'
         o = dict(core__executor='LocalExecutor', core__parallelism=2, core__load_examples=False, core__simple_auth_manager_all_admins=True, core__fernet_key='',
                  core__execution_api_server_url=f'{self.url}/execution/', core__hostname_callable='socket.gethostname',
                  database__sql_alchemy_conn=f'postgresql+psycopg2{db}', database__sql_alchemy_conn_async=f'postgresql+asyncpg{db}',
@@ -93,13 +95,7 @@ def airflow(env, tmp_path_factory):
 @pytest.fixture
 def forty(tmp_path):
     "Forty drawn photos in folders."
-    from plant_mlops.data.synthetic import draw
-    for i in range(20):
-        for label in ('dandelion', 'grass'):
-            f = tmp_path/'photos'/label/f'{i}.jpg'
-            f.parent.mkdir(parents=True, exist_ok=True)
-            draw(label, seed=i).save(f)
-    return tmp_path/'photos'
+    return draw_photos(tmp_path/'photos')
 
 def champion(airflow): return json.loads((airflow.folder/'home/store/models/plants/champion.json').read_text())
 
@@ -122,19 +118,18 @@ def test_photos_become_a_model_in_production(airflow, forty):
     assert state == 'failed' and ('prepare', 'upstream_failed') in tasks
     assert airflow.events() == before and len(airflow.runs()) == 6, 'a failing ingest went on'
     assert champion(airflow)['version'] == '1'
-    from plant_mlops.core.config import settings
-    from plant_mlops.jobs.runs import history
-    its = history(settings(home=airflow.folder/'home'), limit=None)
-    assert all(r['report'] and r['why'].startswith('airflow ') for r in its), its
-    assert {r['error'] for r in its if r['status'] == 'failed'} == {'/nowhere is not a folder. Give a folder that holds one folder for each class.'}
+    runs = history(settings(home=airflow.folder/'home'), limit=None)
+    assert all(r.report and r.why.startswith('airflow ') for r in runs), runs
+    [error] = {r.error for r in runs if r.status == 'failed'}
+    assert '/nowhere is not a folder' in error
 
 def test_another_workload_is_on_the_same_rails(airflow):
-    "After the photos, so that what is told of one model is not told of the other."
-    before, its = airflow.events(), ('stocks_ingestion', 'stocks_training', 'stocks_deployment')
-    for o in its: airflow.get(f'dags/{o}', 'PATCH', is_paused=False)
-    state, tasks = airflow.trigger(its[0], days=700)
+    "After the photos, so that the events of one model do not count for the other."
+    before, dags = airflow.events(), ('stocks_ingestion', 'stocks_training', 'stocks_deployment')
+    for o in dags: airflow.get(f'dags/{o}', 'PATCH', is_paused=False)
+    state, tasks = airflow.trigger(dags[0], days=700)
     assert (state, tasks) == ('success', [('stocks-ingest', 'success')])
-    for o in its[1:]:
+    for o in dags[1:]:
         wait_for(lambda: airflow.runs(o), 120, o)
         assert airflow.done(o) == 'success' and airflow.runs(o)[0]['run_type'] == 'asset_triggered', o
     pointer = json.loads((airflow.folder/'home/store/models/stocks/champion.json').read_text())

@@ -1,28 +1,27 @@
 "The page, driven in a real Chromium: what a person does and sees."
-import base64, contextlib, csv, json, shutil, socket
+import base64, contextlib, csv, json, socket
 from pathlib import Path
 import pytest
-from conftest import wait_for
+from helpers import require, running, wait_for
 from plant_mlops.core.config import settings
 from plant_mlops.data.synthetic import draw
 from plant_mlops.serve.api import create_app
 from plant_mlops.serve.onnx_model import Model
-from plant_mlops.serve.record import log_folder, waiting
-from plant_mlops.serve.workers import add_relay
-from test_serve import running
-from tiny import jpeg, tiny_model
+from plant_mlops.serve.prediction_spool import spool_folder, waiting_files
+from plant_mlops.serve.page_proxy import add_page_proxy
+from plant_mlops.registry.example_model import example_model, photo_bytes
 
-pytest.importorskip('gradio', reason='gradio (the extra `app`) is not installed')
+require('gradio', at_module_level=True)
 from plant_mlops.serve.page import create_page
-playwright = pytest.importorskip('playwright.sync_api', reason='playwright (the extra `dev`) is not installed')
-browsers = [o for o in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if o]
-pytestmark = pytest.mark.skipif(not browsers, reason='no Chromium is installed (on Debian: apt install chromium)')
+require('playwright', at_module_level=True)
+from playwright.sync_api import sync_playwright
+pytestmark = pytest.mark.needs('chromium')
 
 @pytest.fixture(scope='module')
 def chromium():
     flags = ['--no-sandbox', '--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream']
-    with playwright.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=browsers[0], args=flags)
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=require('chromium'), args=flags)
         yield b
         b.close()
 
@@ -32,7 +31,7 @@ def paged(model=None, **kw):
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(socket.create_server(('127.0.0.1', 0)))
         app = create_app(settings(token='hush', **kw), model)
-        add_relay(app, f'http://127.0.0.1:{sock.getsockname()[1]}')
+        add_page_proxy(app, f'http://127.0.0.1:{sock.getsockname()[1]}')
         url = str(stack.enter_context(running(app)).base_url)
         stack.enter_context(running(create_page(settings(token='hush', api_url=url, **kw)), sock))
         yield url
@@ -46,7 +45,7 @@ def site(site_home):
     tmp = site_home
     with pytest.MonkeyPatch.context() as m:
         m.setenv('GRADIO_TEMP_DIR', str(tmp/'gradio'))
-        with paged(Model(tiny_model(version='3')), home=tmp) as url: yield url
+        with paged(Model(example_model(version='3')), home=tmp) as url: yield url
 
 @pytest.fixture(params=[(1280, 900), (390, 844)], ids=['desktop', 'phone'])
 def page(request, chromium, site):
@@ -73,7 +72,7 @@ def upload(page, path): page.set_input_files('.pm-photo input[type=file]', str(p
 
 def test_photo_gets_an_answer_and_a_heatmap(page, tmp_path):
     photo = tmp_path/'Löwenzahn im März.jpg'
-    photo.write_bytes(jpeg('gold'))
+    photo.write_bytes(photo_bytes('gold'))
     upload(page, photo)
     assert answer(page) == 'dandelion'
     assert page.locator('.pm-bars li').count() == 2 and 'Novelty' in page.inner_text('.pm-card:has(h2)')
@@ -87,7 +86,7 @@ def test_photo_gets_an_answer_and_a_heatmap(page, tmp_path):
     assert not heat.is_visible()
 
 def test_broken_photo_is_told_and_the_next_one_works(page, tmp_path):
-    for name, data, says in (('cut.jpg', jpeg('gold')[:-200], 'damaged or cut off'), ('page.jpg', b'<html>404</html>', 'web page'), ('empty.png', b'', 'empty')):
+    for name, data, says in (('cut.jpg', photo_bytes('gold')[:-200], 'damaged or cut off'), ('page.jpg', b'<html>404</html>', 'web page'), ('empty.png', b'', 'empty')):
         (tmp_path/name).write_bytes(data)
         upload(page, tmp_path/name)
         page.wait_for_selector(f'.pm-error:has-text("{says}")')
@@ -124,14 +123,14 @@ def test_camera(page):
 
 def noted(folder):
     "What has been sent on its way to the table `feedback`."
-    rows = [json.loads(o) for f in waiting(folder) for o in f.read_text().splitlines()]
+    rows = [json.loads(o) for f in waiting_files(folder) for o in f.read_text().splitlines()]
     return [(r['prediction_id'], r['label']) for r in rows if r['kind'] == 'feedback'], {r['id']: r['prediction'] for r in rows if r['kind'] == 'predictions'}
 
 def test_what_it_really_is_goes_to_the_log(page, site_home, tmp_path):
-    folder = log_folder(settings(home=site_home))
+    folder = spool_folder(settings(home=site_home))
     before = len(noted(folder)[0])
-    (tmp_path/'a.jpg').write_bytes(jpeg('gold'))
-    (tmp_path/'b.jpg').write_bytes(jpeg('green'))
+    (tmp_path/'a.jpg').write_bytes(photo_bytes('gold'))
+    (tmp_path/'b.jpg').write_bytes(photo_bytes('green'))
     upload(page, tmp_path/'a.jpg')
     assert answer(page) == 'dandelion'
     page.click('.pm-truth label:has-text("neither")')
@@ -149,7 +148,7 @@ def test_what_it_really_is_goes_to_the_log(page, site_home, tmp_path):
     assert first == again and (one, two) == ('neither', 'grass') and noted(folder)[1][first] == 'dandelion'
 
 def test_many_photos_become_a_table_and_a_file(page, tmp_path):
-    for name, data in (('a.jpg', jpeg('gold')), ('Grün.jpg', jpeg('green')), ('cut.jpg', jpeg('gold')[:-200])): (tmp_path/name).write_bytes(data)
+    for name, data in (('a.jpg', photo_bytes('gold')), ('Grün.jpg', photo_bytes('green')), ('cut.jpg', photo_bytes('gold')[:-200])): (tmp_path/name).write_bytes(data)
     page.click('button[role=tab]:has-text("Many photos")')
     page.set_input_files('.pm-many input[type=file]', [str(tmp_path/o) for o in ('a.jpg', 'Grün.jpg', 'cut.jpg')])
     page.wait_for_selector('.pm-table td:has-text("dandelion")')
@@ -159,7 +158,7 @@ def test_many_photos_become_a_table_and_a_file(page, tmp_path):
     assert rows[3][0] == 'cut.jpg' and 'cut off' in rows[3][1] and page.evaluate('document.documentElement.scrollWidth <= innerWidth')
 
 def test_clipboard(page):
-    png = base64.b64encode(jpeg('green', 'PNG')).decode()
+    png = base64.b64encode(photo_bytes('green', 'PNG')).decode()
     page.evaluate("""async b => { const bytes = Uint8Array.from(atob(b), c => c.charCodeAt(0));
         await navigator.clipboard.write([new ClipboardItem({'image/png': new Blob([bytes], {type: 'image/png'})})]) }""", png)
     page.click('[aria-label="Paste from clipboard"]')
@@ -167,7 +166,7 @@ def test_clipboard(page):
 
 def test_model_of_real_photos_has_no_banner(chromium, tmp_path, monkeypatch):
     monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path/'gradio'))
-    with paged(Model(tiny_model(source='photos', classes=('daisy', 'moss')))) as url:
+    with paged(Model(example_model(source='photos', classes=('daisy', 'moss')))) as url:
         page = chromium.new_page()
         page.goto(f'{url}/ui/')
         page.wait_for_selector('h1:has-text("Daisy or moss?")')

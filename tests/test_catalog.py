@@ -2,140 +2,190 @@
 import json, os, subprocess, sys, threading
 import pytest
 from plant_mlops.core.config import PlantError, settings
-from plant_mlops.data import catalog as cat
+from plant_mlops.data.catalog import (
+    add_rows, count_by_status, list_pending, list_rows, list_stored, open_catalog, record_results, reset_rows)
+from plant_mlops.data.catalog_files import add_folder, load_file
 
 @pytest.fixture(params=['sqlite', 'postgres', 'mariadb'])
 def s(request, tmp_path):
-    if request.param == 'sqlite': yield settings(home=tmp_path)
-    else: yield settings(catalog_url=request.getfixturevalue(request.param))
+    "Settings of an empty catalog."
+    if request.param == 'sqlite': return settings(home=tmp_path)
+    return settings(catalog_url=request.getfixturevalue(request.param))
 
 @pytest.fixture
 def eng(s):
-    e = cat.open_catalog(s)
-    yield e
-    e.dispose()
+    "An empty catalog."
+    eng = open_catalog(s)
+    yield eng
+    eng.dispose()
 
-def _rows(n, label='grass'): return [dict(url_source=f'http://photos.example/{label}/{i}.jpg', label=label) for i in range(n)]
+def rows_of(n, label='grass') -> list:
+    return [dict(url_source=f'http://photos.example/{label}/{i}.jpg', label=label) for i in range(n)]
+
+def ids(rows) -> list: return [r['id'] for r in rows]
+
+# -- Adding
 
 def test_reference_script_runs_unchanged_twice(eng):
-    assert cat.load_file(eng, 'plants_data.sql')['new'] == 400
-    assert cat.load_file(eng, 'plants_data.sql')['new'] == 0
-    labels = [r['label'] for r in cat.rows(eng)]
+    assert load_file(eng, 'plants_data.sql')['new'] == 400
+    assert load_file(eng, 'plants_data.sql')['new'] == 0
+    labels = [r['label'] for r in list_rows(eng)]
     assert labels.count('dandelion') == labels.count('grass') == 200
-    assert cat.counts(eng)['new'] == 400
+    assert count_by_status(eng)['new'] == 400
 
 def test_urls_are_unique_and_case_matters(eng):
-    assert cat.add_rows(eng, _rows(3))['new'] == 3
-    assert cat.add_rows(eng, _rows(5))['new'] == 2
-    assert cat.add_rows(eng, [dict(url_source='http://photos.example/grass/A.jpg'), dict(url_source='http://photos.example/grass/a.jpg')])['new'] == 2
+    assert add_rows(eng, rows_of(3))['new'] == 3
+    assert add_rows(eng, rows_of(5))['new'] == 2
+    assert add_rows(eng, [dict(url_source=f'http://photos.example/grass/{name}.jpg') for name in 'Aa'])['new'] == 2
 
 def test_a_label_is_corrected_by_loading_it_again(eng):
-    cat.add_rows(eng, _rows(3))
-    again = [dict(r, label=o) for r, o in zip(_rows(4), ('grass', 'dandelion', '', 'grass'))]
-    assert cat.add_rows(eng, again) == dict(new=1, relabelled=1)
-    assert [r['label'] for r in cat.rows(eng)] == ['grass', 'dandelion', 'grass', 'grass']
+    add_rows(eng, rows_of(3))
+    again = [dict(r, label=label) for r, label in zip(rows_of(4), ('grass', 'dandelion', '', 'grass'))]
+    assert add_rows(eng, again) == dict(new=1, relabelled=1)
+    assert [r['label'] for r in list_rows(eng)] == ['grass', 'dandelion', 'grass', 'grass']
 
 def test_only_files_of_that_folder_are_gone(eng, tmp_path):
-    for f in ('a_/x/1.jpg', 'a_/x/2.jpg', 'A_/x/1.jpg', 'ab/x/1.jpg'):
-        (tmp_path/f).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path/f).write_bytes(b'')
-        cat.add_dir(eng, (tmp_path/f).parent.parent)
+    for name in ('a_/x/1.jpg', 'a_/x/2.jpg', 'A_/x/1.jpg', 'ab/x/1.jpg'):
+        file = tmp_path/name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b'')
+        add_folder(eng, file.parent.parent)
     (tmp_path/'a_/x/1.jpg').unlink()
-    assert cat.add_dir(eng, tmp_path/'a_') == dict(new=0, relabelled=0, gone=1)
-    assert cat.add_dir(eng, tmp_path/'a_', mirror=True)['gone'] == 1
-    assert [r['url_source'].removeprefix(tmp_path.as_uri()) for r in cat.rows(eng)] == ['/a_/x/2.jpg', '/A_/x/1.jpg', '/ab/x/1.jpg']
+    assert add_folder(eng, tmp_path/'a_') == dict(new=0, relabelled=0, gone=1)
+    assert add_folder(eng, tmp_path/'a_', mirror=True)['gone'] == 1
+    left = [r['url_source'].removeprefix(tmp_path.as_uri()) for r in list_rows(eng)]
+    assert left == ['/a_/x/2.jpg', '/A_/x/1.jpg', '/ab/x/1.jpg']
 
 def test_accents_percent_signs_and_long_urls(eng, tmp_path):
-    f = tmp_path/'données.csv'
-    long = 'http://photos.example/' + 'x' * 670
-    f.write_text(f'url_source,label\nhttp://photos.example/caf%C3%A9%20à.jpg,pâquerette 🌼\n{long},grass\n', encoding='utf-8-sig')
-    assert cat.load_file(eng, f)['new'] == 2
-    assert cat.rows(eng)[0]['label'] == 'pâquerette 🌼' and cat.rows(eng)[1]['url_source'] == long
-    with pytest.raises(PlantError, match='700'): cat.add_rows(eng, [dict(url_source='http://' + 'x' * 700)])
-    sql = tmp_path/'one.sql'
-    sql.write_text("-- a comment; with a semicolon\nINSERT INTO plants_data (url_source, label) VALUES ('http://photos.example/100%25.jpg', 'grass');\n")
-    assert cat.load_file(eng, sql)['new'] == 1
-    assert cat.rows(eng)[-1]['url_source'] == 'http://photos.example/100%25.jpg'
+    table = tmp_path/'données.csv'
+    long_url = 'http://photos.example/' + 'x' * 670
+    table.write_text(f'url_source,label\nhttp://photos.example/caf%C3%A9%20à.jpg,pâquerette 🌼\n{long_url},grass\n', encoding='utf-8-sig')
+    assert load_file(eng, table)['new'] == 2
+    first, second = list_rows(eng)
+    assert first['label'] == 'pâquerette 🌼' and second['url_source'] == long_url
+    with pytest.raises(PlantError, match='700'): add_rows(eng, [dict(url_source='http://' + 'x' * 700)])
 
-def test_a_bad_file_adds_nothing(eng, tmp_path):
-    f = tmp_path/'bad.sql'
-    f.write_text("INSERT INTO plants_data (url_source) VALUES ('http://photos.example/1');\nINSERT INTO nowhere VALUES (1);\n")
-    with pytest.raises(PlantError, match='Nothing was added'): cat.load_file(eng, f)
-    f = tmp_path/'bad.csv'
-    for text, says in [('url_source,label\nhttp://[bad/1.jpg,grass\n', 'Row 1'), ('', 'no column'), ('a,b\n1,2\n', 'no column'), ('url_source\nhttp://ok.example/1\nftp://no.example/2\n', 'Row 2')]:
-        f.write_text(text)
-        with pytest.raises(PlantError, match=says): cat.load_file(eng, f)
-    f.write_bytes('url_source,label\nhttp://x.example/é,é\n'.encode('latin-1'))
-    with pytest.raises(PlantError, match='UTF-8'): cat.load_file(eng, f)
-    assert sum(cat.counts(eng).values()) == 0
+def test_a_script_may_have_comments_and_percent_signs(eng, tmp_path):
+    script = tmp_path/'one.sql'
+    script.write_text("-- a comment; with a semicolon\n"
+                      "INSERT INTO plants_data (url_source, label) VALUES ('http://photos.example/100%25.jpg', 'grass');\n")
+    assert load_file(eng, script)['new'] == 1
+    assert list_rows(eng)[-1]['url_source'] == 'http://photos.example/100%25.jpg'
 
-def test_a_dump_with_its_own_transaction_is_whole_or_not_there(eng, tmp_path):
-    f = tmp_path/'dump.sql'
-    f.write_text("BEGIN TRANSACTION;\nINSERT INTO plants_data (url_source) VALUES ('http://photos.example/1');\nCOMMIT;\nINSERT INTO nowhere VALUES (1);\n")
-    with pytest.raises(PlantError, match='Nothing was added'): cat.load_file(eng, f)
-    assert sum(cat.counts(eng).values()) == 0
-    f.write_text("INSERT INTO plants_data (url_source, status) VALUES ('http://photos.example/1', 'stored');\n")
-    assert cat.load_file(eng, f)['new'] == 1 and cat.stored(eng) == []
-    assert cat.retry(eng) == 0 and cat.retry(eng, everything=True) == 1 and len(cat.pending(eng)) == 1
+# -- Files that are not usable
+
+@pytest.mark.parametrize('text,message', [
+    ('url_source,label\nhttp://[bad/1.jpg,grass\n', 'Row 1'), ('', 'no column'), ('a,b\n1,2\n', 'no column'),
+    ('url_source\nhttp://ok.example/1\nftp://no.example/2\n', 'Row 2')])
+def test_a_bad_table_adds_nothing(eng, tmp_path, text, message):
+    table = tmp_path/'bad.csv'
+    table.write_text(text)
+    with pytest.raises(PlantError, match=message): load_file(eng, table)
+    assert list_rows(eng) == []
+
+def test_a_table_in_another_encoding_adds_nothing(eng, tmp_path):
+    table = tmp_path/'latin.csv'
+    table.write_bytes('url_source,label\nhttp://x.example/é,é\n'.encode('latin-1'))
+    with pytest.raises(PlantError, match='UTF-8'): load_file(eng, table)
+    assert list_rows(eng) == []
+
+def test_a_bad_script_adds_nothing(eng, tmp_path):
+    script = tmp_path/'bad.sql'
+    script.write_text("INSERT INTO plants_data (url_source) VALUES ('http://photos.example/1');\nINSERT INTO nowhere VALUES (1);\n")
+    with pytest.raises(PlantError, match='Nothing was added'): load_file(eng, script)
+    assert list_rows(eng) == []
+
+def test_a_bad_dump_with_its_own_transaction_adds_nothing(eng, tmp_path):
+    script = tmp_path/'dump.sql'
+    script.write_text("BEGIN TRANSACTION;\nINSERT INTO plants_data (url_source) VALUES ('http://photos.example/1');\nCOMMIT;\n"
+                      "INSERT INTO nowhere VALUES (1);\n")
+    with pytest.raises(PlantError, match='Nothing was added'): load_file(eng, script)
+    assert list_rows(eng) == []
+
+# -- The life of a row
+
+def test_a_stored_row_without_checksum_is_only_reset_with_everything(eng, tmp_path):
+    script = tmp_path/'stored.sql'
+    script.write_text("INSERT INTO plants_data (url_source, status) VALUES ('http://photos.example/1', 'stored');\n")
+    assert load_file(eng, script)['new'] == 1 and list_stored(eng) == []
+    assert reset_rows(eng) == 0
+    assert reset_rows(eng, everything=True) == 1 and len(list_pending(eng)) == 1
 
 def test_life_of_a_row(eng):
-    cat.add_rows(eng, _rows(4))
-    a, b, c, d = cat.pending(eng)
-    cat.record(eng, [dict(id=a['id'], status='stored', sha256='ab' * 32, url_s3='s3://b/raw/x'), dict(id=b['id'], status='failed', error='HTTP 503'),
-                     dict(id=c['id'], status='rejected', error='not a photo')])
-    assert cat.counts(eng) == dict(new=1, stored=1, failed=1, rejected=1)
-    assert [r['id'] for r in cat.pending(eng)] == [b['id'], d['id']]
-    assert cat.stored(eng) == [dict(id=a['id'], url_source=a['url_source'], label='grass', sha256='ab' * 32)]
-    for _ in range(4): cat.record(eng, [dict(id=b['id'], status='failed', error='HTTP 503')])
-    assert [r['id'] for r in cat.pending(eng)] == [d['id']]
-    assert cat.retry(eng) == 2 and len(cat.pending(eng)) == 3
+    add_rows(eng, rows_of(4))
+    a, b, c, d = list_pending(eng)
+    failure = dict(id=b['id'], status='failed', error='HTTP 503')
+    record_results(eng, [dict(id=a['id'], status='stored', sha256='ab' * 32, url_s3='s3://b/raw/x'), failure,
+                         dict(id=c['id'], status='rejected', error='not a photo')])
+    assert count_by_status(eng) == dict(new=1, stored=1, failed=1, rejected=1)
+    assert ids(list_pending(eng)) == [b['id'], d['id']]
+    assert list_stored(eng) == [dict(id=a['id'], url_source=a['url_source'], label='grass', sha256='ab' * 32)]
+    for _ in range(4): record_results(eng, [failure])
+    assert ids(list_pending(eng)) == [d['id']], 'after five attempts, b is left alone'
+    assert reset_rows(eng) == 2 and len(list_pending(eng)) == 3
 
-def test_shards_meet_nowhere(eng):
-    cat.add_rows(eng, _rows(50))
-    parts = [[r['id'] for r in cat.pending(eng, (i, 3))] for i in (1, 2, 3)]
-    assert sorted(sum(parts, [])) == [r['id'] for r in cat.pending(eng)]
-    for i, r in enumerate(cat.pending(eng)): cat.record(eng, [dict(id=r['id'], status='stored', sha256=f'{i * 7919:08x}' + '0' * 56)])
-    parts = [[r['id'] for r in cat.stored(eng, (i, 3))] for i in (1, 2, 3)]
-    assert sorted(sum(parts, [])) == [r['id'] for r in cat.stored(eng)] and all(parts)
+def test_shards_share_no_row_and_miss_none(eng):
+    add_rows(eng, rows_of(50))
+    shards = [ids(list_pending(eng, (i, 3))) for i in (1, 2, 3)]
+    assert sorted(sum(shards, [])) == ids(list_pending(eng))
+    record_results(eng, [dict(id=row_id, status='stored', sha256=f'{i * 7919:08x}' + '0' * 56)
+                         for i, row_id in enumerate(ids(list_pending(eng)))])
+    shards = [ids(list_stored(eng, (i, 3))) for i in (1, 2, 3)]
+    assert sorted(sum(shards, [])) == ids(list_stored(eng)) and all(shards)
 
 def test_a_batch_is_whole_or_not_there(eng):
-    cat.add_rows(eng, _rows(2))
-    a, b = cat.pending(eng)
-    with pytest.raises(Exception): cat.record(eng, [dict(id=a['id'], status='stored', sha256='0' * 64), dict(id=b['id'], status=None)])
-    assert cat.counts(eng)['new'] == 2
+    add_rows(eng, rows_of(2))
+    a, b = list_pending(eng)
+    with pytest.raises(Exception):
+        record_results(eng, [dict(id=a['id'], status='stored', sha256='0' * 64), dict(id=b['id'], status=None)])
+    assert count_by_status(eng)['new'] == 2
+
+def test_a_result_without_checksum_keeps_the_one_before(eng):
+    add_rows(eng, rows_of(1))
+    [row_id] = ids(list_pending(eng))
+    record_results(eng, [dict(id=row_id, status='stored', sha256='ab' * 32, url_s3='s3://b/raw/x')])
+    record_results(eng, [dict(id=row_id, status='failed', error='lost')])
+    [row] = list_rows(eng)
+    assert (row['status'], row['sha256'], row['url_s3'], row['attempts']) == ('failed', 'ab' * 32, 's3://b/raw/x', 2)
+
+# -- The database
 
 def test_many_workers_open_and_write_at_once(s):
     errors = []
-    def work(k):
+    def work(i):
         try:
-            e = cat.open_catalog(s)
-            cat.add_rows(e, _rows(40))
-            for r in cat.pending(e, (k + 1, 4)): cat.record(e, [dict(id=r['id'], status='stored', sha256='0' * 64)])
-            e.dispose()
+            eng = open_catalog(s)
+            add_rows(eng, rows_of(40))
+            for r in list_pending(eng, (i, 4)): record_results(eng, [dict(id=r['id'], status='stored', sha256='0' * 64)])
+            eng.dispose()
         except Exception as e: errors.append(e)
-    ts = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for t in ts: t.start()
-    for t in ts: t.join()
+    threads = [threading.Thread(target=work, args=(i,)) for i in (1, 2, 3, 4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
     assert not errors
-    e = cat.open_catalog(s)
-    cat.record(e, [])
-    assert sum(cat.counts(e).values()) == 40
-    e.dispose()
+    eng = open_catalog(s)
+    record_results(eng, [])
+    assert sum(count_by_status(eng).values()) == 40
+    eng.dispose()
 
-def test_a_database_that_is_not_there():
-    with pytest.raises(PlantError, match='Check PLANT_CATALOG_URL') as e: cat.open_catalog(settings(catalog_url='postgresql+psycopg://me:hush@127.0.0.1:9/x'))
+def test_the_error_of_a_missing_database_hides_the_password():
+    url = 'postgresql+psycopg://me:hush@127.0.0.1:9/x'
+    with pytest.raises(PlantError, match='PLANT_CATALOG_URL') as e: open_catalog(settings(catalog_url=url))
     assert 'hush' not in str(e.value)
-    with pytest.raises(PlantError): cat.open_catalog(settings(catalog_url='nonsense'))
+    with pytest.raises(PlantError, match='PLANT_CATALOG_URL'): open_catalog(settings(catalog_url='nonsense'))
 
 @pytest.mark.timeout(600)
 def test_the_whole_main_job_on_mariadb(mariadb, tmp_path):
     "On PostgreSQL it is run by test_stack.py."
-    env = {k: v for k, v in os.environ.items() if not k.startswith('PLANT_')} | dict(PLANT_CATALOG_URL=mariadb, PLANT_EPOCHS='0', PLANT_IMAGE_SIZE='96', PLANT_PRECISION='fp32')
+    env = {k: v for k, v in os.environ.items() if not k.startswith('PLANT_')}
+    env |= dict(PLANT_CATALOG_URL=mariadb, PLANT_EPOCHS='0', PLANT_IMAGE_SIZE='96', PLANT_PRECISION='fp32')
     def plant(*args):
-        r = subprocess.run([sys.executable, '-m', 'plant_mlops', *args, '--home', tmp_path, '--json'], env=env, cwd=tmp_path, capture_output=True, text=True)
-        assert r.returncode == 0, r.stderr
-        return json.loads(r.stdout)
-    r = plant('run', '--synthetic', '40')
-    assert r['champion'] == '1' and r['prediction']['prediction'] in ('dandelion', 'grass') and not (tmp_path/'catalog.db').exists()
-    again = plant('ingest')
-    assert again['stored'] == 0 and plant('job', 'run', 'monitor')[0]['status'] == 'succeeded'
+        command = [sys.executable, '-m', 'plant_mlops', *args, '--home', tmp_path, '--json']
+        result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+    result = plant('run', '--synthetic', '40')
+    assert result['champion'] == '1' and result['prediction']['prediction'] in ('dandelion', 'grass')
+    assert not (tmp_path/'catalog.db').exists()
+    assert plant('ingest')['stored'] == 0
+    assert plant('job', 'run', 'monitor')[0]['status'] == 'succeeded'

@@ -1,25 +1,31 @@
 "Preparation and datasets: odd photos, odd labels, several workers, sudden death, two kinds of store."
 import io, json, os, random, shutil, signal, subprocess, sys, time
+from dataclasses import replace
 import numpy as np, pytest, sqlalchemy as sa
 from PIL import Image
 from plant_mlops.core.config import PlantError, settings
 from plant_mlops.data import prepare as module
-from plant_mlops.data.catalog import add_dir, add_rows, counts, open_catalog, record, retry, rows, stored
-from plant_mlops.data.dataset import FRACTIONS, build_dataset, load_dataset, load_features, load_pixels
+from plant_mlops.data.catalog import add_rows, count_by_status, open_catalog, record_results, reset_rows, list_rows, list_stored
+from plant_mlops.data.catalog_files import add_folder
+from plant_mlops.data.dataset import build_dataset, load_dataset
+from plant_mlops.data.embeddings import load_embeddings
+from plant_mlops.data.splits import FRACTIONS
 from plant_mlops.data.ingest import ingest
-from plant_mlops.data.prepare import load_fmt, prepare, prepare_photo, put_shard
-from plant_mlops.core.store import FolderStore, StoreError, address, open_store, sha256_of
-from plant_mlops.data.synthetic import LABELS, draw, photo
+from plant_mlops.data.prepare import prepare, prepare_photo
+from plant_mlops.data.quality import quality_scores
+from plant_mlops.data.shards import load_jpegs, put_shard, read_shards
+from plant_mlops.core.store import FolderStore, StoreError, checksum_in_key, open_store, sha256_of
+from plant_mlops.data.synthetic import LABELS, draw, draw_jpeg
 
 def fill(s, n, seed=0, labels=LABELS):
     "Store n drawings as ingestion would, without fetching them; gives the catalog."
     eng, store = open_catalog(s), open_store(s)
-    make = lambda i: photo(LABELS[i % 2], seed, i)
+    make = lambda i: draw_jpeg(LABELS[i % 2], seed, i)
     todo = [(f'file:///drawn/{seed}/{i}.jpg', labels[i % len(labels)], make(i)) for i in range(n)]
     add_rows(eng, [dict(url_source=u, label=l) for u, l, _ in todo])
-    ids = {r['url_source']: r['id'] for r in rows(eng)}
+    ids = {r['url_source']: r['id'] for r in list_rows(eng)}
     for _, _, data in todo: store.put(f'raw/{sha256_of(data)}', data)
-    record(eng, [dict(id=ids[u], status='stored', sha256=sha256_of(d), url_s3=store.url(f'raw/{sha256_of(d)}')) for u, _, d in todo])
+    record_results(eng, [dict(id=ids[u], status='stored', sha256=sha256_of(d), url_s3=store.url(f'raw/{sha256_of(d)}')) for u, _, d in todo])
     return eng
 
 def add(s, folder, name, data, label):
@@ -27,16 +33,16 @@ def add(s, folder, name, data, label):
     add_rows(open_catalog(s), [dict(url_source=(folder/name).as_uri(), label=label)])
 
 def outcome(r): return {k: r[k] for k in ('prepared', 'already', 'failed')}
-def shards(s): return [o.key for o in open_store(s).list('fmt/') if address(o.key)]
+def shards(s): return [o.key for o in open_store(s).list('fmt/') if checksum_in_key(o.key)]
 
 def check_whole(s, n):
     "Each stored photo is in exactly one shard, each shard is whole and has its index."
     store = open_store(s)
     keys = [o.key for o in store.list('fmt/')]
-    packed = [h for k in keys if address(k) for h in load_fmt(store, [k], ['jpeg']).sha256]
-    assert sorted(packed) == sorted({r['sha256'] for r in stored(open_catalog(s))}) and len(packed) == n
-    assert sum(map(bool, map(address, keys))) * 2 == len(keys)
-    assert len(load_fmt(store)) == n
+    packed = [h for k in keys if checksum_in_key(k) for h in read_shards(store, [k], ['jpeg']).sha256]
+    assert sorted(packed) == sorted({r['sha256'] for r in list_stored(open_catalog(s))}) and len(packed) == n
+    assert sum(map(bool, map(checksum_in_key, keys))) * 2 == len(keys)
+    assert len(read_shards(store)) == n
 
 # -- odd photos
 
@@ -58,12 +64,12 @@ odd = {'cmyk': lambda o: encode(o.convert('CMYK')), 'palette': lambda o: encode(
 def test_odd_photos_come_out_alike(kind):
     img = draw('dandelion', 3, (360, 270))
     got = prepare_photo(odd[kind](img))
-    small = Image.open(io.BytesIO(got['jpeg']))
-    assert (small.mode, small.size, got['width'], got['height']) == ('RGB', (341, 256), 360, 270)
-    other, scores = img.resize((341, 256)), module.quality([got['measured']])
+    small = Image.open(io.BytesIO(got.jpeg))
+    assert (small.mode, small.size, got.width, got.height) == ('RGB', (341, 256), 360, 270)
+    other, scores = img.resize((341, 256)), quality_scores([got.measured])
     assert (scores.grayscale[0] == 0) == (kind in ('grey', '16 bits'))
     assert np.abs(np.asarray(small.convert('L'), float) - np.asarray(other.convert('L'), float)).mean() < 8
-    assert (int(got['phash'], 16) ^ int(prepare_photo(encode(img))['phash'], 16)).bit_count() <= 10
+    assert (int(got.phash, 16) ^ int(prepare_photo(encode(img)).phash, 16)).bit_count() <= 10
 
 # -- labels and classes
 
@@ -71,7 +77,7 @@ def test_folder_with_no_photo(tmp_path):
     s = settings(home=tmp_path/'home')
     (tmp_path/'photos/grass').mkdir(parents=True)
     eng = open_catalog(s)
-    with pytest.raises(PlantError, match='holds no photo'): add_dir(eng, tmp_path/'photos')
+    with pytest.raises(PlantError, match='no photo'): add_folder(eng, tmp_path/'photos')
     assert outcome(prepare(s, progress=False)) == dict(prepared=0, already=0, failed=0)
     with pytest.raises(PlantError, match='No photo is stored'): build_dataset(s)
     with pytest.raises(PlantError, match='no dataset yet'): load_dataset(s)
@@ -79,15 +85,15 @@ def test_folder_with_no_photo(tmp_path):
 def test_one_empty_class_folder(tmp_path):
     s = settings(home=tmp_path/'home')
     for o in LABELS: (tmp_path/'photos'/o).mkdir(parents=True)
-    for i in range(3): (tmp_path/f'photos/grass/{i}.jpg').write_bytes(photo('grass', 0, i))
-    assert add_dir(open_catalog(s), tmp_path/'photos')['new'] == 3
+    for i in range(3): (tmp_path/f'photos/grass/{i}.jpg').write_bytes(draw_jpeg('grass', 0, i))
+    assert add_folder(open_catalog(s), tmp_path/'photos')['new'] == 3
     ingest(s, progress=False), prepare(s, progress=False)
     with pytest.raises(PlantError, match='needs two classes, and the photos have 1: grass'): build_dataset(s)
 
 def test_class_with_one_photo(tmp_path):
     s = settings(home=tmp_path/'home')
     fill(s, 12, labels=('grass',))
-    add(s, tmp_path, 'rose.jpg', photo('dandelion', 9, 9), 'rose')
+    add(s, tmp_path, 'rose.jpg', draw_jpeg('dandelion', 9, 9), 'rose')
     ingest(s, progress=False), prepare(s, progress=False)
     build_dataset(s)
     ds = load_dataset(s)
@@ -100,16 +106,16 @@ def test_mixed_labels(tmp_path):
     "One photo under two labels counts for neither, and is not hidden."
     s = settings(home=tmp_path/'home')
     fill(s, 20)
-    twice = photo('grass', 0, 1)
+    twice = draw_jpeg('grass', 0, 1)
     add(s, tmp_path, 'same.jpg', twice, 'grass')
-    add(s, tmp_path, 'other.jpg', photo('dandelion', 0, 2), 'grass')
+    add(s, tmp_path, 'other.jpg', draw_jpeg('dandelion', 0, 2), 'grass')
     ingest(s, progress=False)
     assert outcome(prepare(s, progress=False)) == dict(prepared=20, already=0, failed=0)
     build_dataset(s)
     ds = load_dataset(s)
     m = ds.manifest.set_index('sha256')
     assert len(m) == 20 and m.index.is_unique
-    conflict = m.loc[sha256_of(photo('dandelion', 0, 2))]
+    conflict = m.loc[sha256_of(draw_jpeg('dandelion', 0, 2))]
     assert conflict.split == 'none' and 'label_conflict' in conflict['flags']
     assert m.loc[sha256_of(twice)].split in FRACTIONS and m.loc[sha256_of(twice)]['flags'] == 'exact_duplicate'
     assert (m.split == 'none').sum() == 1 and ds.card['flags']['label_conflict'] == 1
@@ -142,11 +148,11 @@ def test_second_prepare_touches_nothing(tmp_path, monkeypatch):
 def test_thousands_prepared_already(tmp_path):
     "Finding that 10,000 photos are done takes a moment."
     s = settings(home=tmp_path/'home')
-    eng, store, one = open_catalog(s), open_store(s), prepare_photo(photo('grass', 0, 0))
+    eng, store, one = open_catalog(s), open_store(s), prepare_photo(draw_jpeg('grass', 0, 0))
     add_rows(eng, [dict(url_source=f'http://a.example/{i}', label='grass') for i in range(10_000)])
     hashes = [sha256_of(f'{i}'.encode()) for i in range(10_000)]
-    record(eng, [dict(id=r['id'], status='stored', sha256=h, url_s3='') for r, h in zip(rows(eng), hashes)])
-    for i in range(0, 10_000, 500): put_shard(store, [dict(one, sha256=h, jpeg=b'') for h in hashes[i:i+500]], 256)
+    record_results(eng, [dict(id=r['id'], status='stored', sha256=h, url_s3='') for r, h in zip(list_rows(eng), hashes)])
+    for i in range(0, 10_000, 500): put_shard(store, [replace(one, sha256=h, jpeg=b'') for h in hashes[i:i+500]], 256)
     start = time.perf_counter()
     assert outcome(prepare(s, progress=False)) == dict(prepared=0, already=10_000, failed=0)
     assert time.perf_counter() - start < 3
@@ -192,11 +198,11 @@ def test_killed_while_preparing(tmp_path):
         hit += int(p.stdout.readline()) == -signal.SIGKILL
     p.stdin.close()
     p.wait(10)
-    before = len(load_fmt(open_store(s)))
+    before = len(read_shards(open_store(s)))
     last = prepare(s, progress=False)
     assert hit >= 4 and last['prepared'] == 120 - before
     check_whole(s, 120)
-    assert counts(open_catalog(s))['stored'] == 120
+    assert count_by_status(open_catalog(s))['stored'] == 120
     assert outcome(prepare(s, progress=False)) == dict(prepared=0, already=120, failed=0)
     assert not [o for o in (s.home/'store/.tmp').glob('*@*')]
 
@@ -217,7 +223,7 @@ def test_store_that_fails_while_preparing(tmp_path, monkeypatch):
     fill(s, 20)
     put, left = FolderStore.put, [2]
     def full(self, key, *args, **kw):
-        if key.startswith('fmt') and address(key):
+        if key.startswith('fmt') and checksum_in_key(key):
             if not left[0]: raise StoreError(f'{key}: No space left on device. Make room, then run again.')
             left[0] -= 1
         return put(self, key, *args, **kw)
@@ -232,22 +238,22 @@ def test_another_store_by_mistake(tmp_path):
     s = settings(home=tmp_path/'home')
     eng = fill(s, 12)
     with pytest.raises(PlantError, match='PLANT_STORE_URL'): prepare(settings(home=s.home, store_url=str(tmp_path/'other')), progress=False)
-    assert counts(eng)['stored'] == 12
-    for r in rows(eng): record(eng, [dict(id=r['id'], status='failed', error='lost')])
-    open_store(s).delete('raw/' + rows(eng)[0]['sha256'])
+    assert count_by_status(eng)['stored'] == 12
+    for r in list_rows(eng): record_results(eng, [dict(id=r['id'], status='failed', error='lost')])
+    open_store(s).delete('raw/' + list_rows(eng)[0]['sha256'])
     r = ingest(s, progress=False)
     assert (r['stored'], r['rejected']) == (11, 1), 'the one whose file:///drawn is gone as well'
     assert outcome(prepare(s, progress=False)) == dict(prepared=11, already=0, failed=0)
 
 def test_a_mended_photo_is_fetched_again(tmp_path):
-    "Bytes that are no photo are not found again in the store when their source has been mended."
+    "Bytes that are no photo are not found again in the store when their source has been replaced."
     s = settings(home=tmp_path/'home')
-    add(s, tmp_path, 'a.jpg', photo('grass', 0, 1), 'grass')
+    add(s, tmp_path, 'a.jpg', draw_jpeg('grass', 0, 1), 'grass')
     eng, store, bad = open_catalog(s), open_store(s), b'no photo'
     store.put(f'raw/{sha256_of(bad)}', bad)
-    record(eng, [dict(id=rows(eng)[0]['id'], status='rejected', sha256=sha256_of(bad), error='damaged')])
-    retry(eng)
-    assert ingest(s, progress=False)['stored'] == 1 and rows(eng)[0]['sha256'] == sha256_of(photo('grass', 0, 1))
+    record_results(eng, [dict(id=list_rows(eng)[0]['id'], status='rejected', sha256=sha256_of(bad), error='damaged')])
+    reset_rows(eng)
+    assert ingest(s, progress=False)['stored'] == 1 and list_rows(eng)[0]['sha256'] == sha256_of(draw_jpeg('grass', 0, 1))
 
 def test_packed_anew_into_other_shards(tmp_path):
     s = settings(home=tmp_path/'home')
@@ -256,9 +262,9 @@ def test_packed_anew_into_other_shards(tmp_path):
         prepare(s, progress=False)
     version = build_dataset(s)
     shutil.rmtree(s.home/'store/fmt')
-    with pytest.raises(PlantError, match='plant-mlops prepare'): load_pixels(s, load_dataset(s).manifest)
+    with pytest.raises(PlantError, match='plant-mlops prepare'): load_jpegs(s, load_dataset(s).manifest)
     prepare(s, progress=False)
-    assert build_dataset(s) == version and len(load_pixels(s, load_dataset(s).manifest)) == 12
+    assert build_dataset(s) == version and len(load_jpegs(s, load_dataset(s).manifest)) == 12
 
 # -- two kinds of store
 
@@ -272,7 +278,7 @@ def test_same_version_anywhere(weed, tmp_path):
     assert prepare(a, progress=False)['prepared'] == 30 and prepare(b, progress=False)['prepared'] == 20
     assert build_dataset(a) == build_dataset(b)
     assert load_dataset(a).manifest.drop(columns='shard').equals(load_dataset(b).manifest.drop(columns='shard'))
-    assert load_pixels(a, load_dataset(a).manifest) == load_pixels(b, load_dataset(a).manifest.merge(load_dataset(b).manifest[['sha256', 'shard']], on='sha256', suffixes=('_a', '')))
+    assert load_jpegs(a, load_dataset(a).manifest) == load_jpegs(b, load_dataset(a).manifest.merge(load_dataset(b).manifest[['sha256', 'shard']], on='sha256', suffixes=('_a', '')))
 
 def test_s3_reads_indexes_not_pixels(weed, tmp_path, monkeypatch):
     s = weed.settings('indexes', home=tmp_path, shard_photos=10)
@@ -282,7 +288,7 @@ def test_s3_reads_indexes_not_pixels(weed, tmp_path, monkeypatch):
     get = store.get
     monkeypatch.setattr(store, 'get', lambda self, key, *a: got.append(key) or get(self, key, *a))
     assert outcome(prepare(s, progress=False)) == dict(prepared=0, already=25, failed=0)
-    assert len(got) == 3 and not any(map(address, got))
+    assert len(got) == 3 and not any(map(checksum_in_key, got))
 
 def test_growth_keeps_most_sides(tmp_path):
     "More photos move few of the old ones, and only new ones are embedded; with another backbone, all."
@@ -300,7 +306,7 @@ def test_growth_keeps_most_sides(tmp_path):
     second = load_dataset(s, build_dataset(s, embed, progress=False))
     both = first.manifest.merge(second.manifest, on='sha256')
     assert len(both) == 60 and (both.split_x != both.split_y).sum() <= 6
-    assert sum(seen) == 66 and load_features(s).shape[0] == 66
+    assert sum(seen) == 66 and load_embeddings(s).shape[0] == 66
     other = build_dataset(settings(home=s.home, arch='resnet18'), embed, progress=False)
     assert other != second.version and sum(seen) == 132 and load_dataset(s).card['embedding'] == 'resnet18 True'
     build_dataset(s, embed, progress=False)
@@ -311,7 +317,7 @@ def test_growth_keeps_most_sides(tmp_path):
 def test_real_photos(photos, tmp_path):
     "300 photos from the web: splits as promised, flags with reasons, nothing dropped."
     s = settings(home=tmp_path/'home')
-    assert add_dir(open_catalog(s), photos/'plants')['new'] == 300
+    assert add_folder(open_catalog(s), photos/'plants')['new'] == 300
     ingest(s, progress=False)
     assert outcome(prepare(s, progress=False)) == dict(prepared=300, already=0, failed=0)
     build_dataset(s)

@@ -2,7 +2,7 @@
 import json, os, re, subprocess, sys
 from pathlib import Path
 import pytest
-from conftest import copy_checkout, prose, root
+from helpers import copy_checkout, prose, root
 
 nbs = root/'nbs'
 notebooks = sorted(p for p in nbs.rglob('*.ipynb') if not any(o.startswith(('.', '_')) for o in p.relative_to(nbs).parts))
@@ -46,8 +46,18 @@ def test_quarto_gets_every_page(tmp_path):
     (bin/'quarto').chmod(0o755)
     to = tmp_path/'p'
     copy_checkout(to)
-    env = os.environ | dict(PATH=f'{bin}:{Path(sys.executable).parent}:{os.environ["PATH"]}', PYTHONPATH=str(to/'tests'))
+    env = os.environ | dict(PATH=f'{bin}:{Path(sys.executable).parent}:{os.environ["PATH"]}')
     r = subprocess.run(['nbdev-proc-nbs'], cwd=to, env=env, capture_output=True, text=True)
     assert r.returncode == 0 and not re.search(r'error|traceback', r.stdout + r.stderr, re.I), r.stdout + r.stderr
     made = {str(p.relative_to(to/'_proc')) for p in (to/'_proc').rglob('*.ipynb')}
     assert {str(p.relative_to(nbs)) for p in notebooks} <= made
+
+def test_where_does_it_live_names_what_there_is():
+    "Each row of the page: its module is exported from a notebook of the row, and its test is a file."
+    rows = [re.findall(r'[^|]+', line) for line in prose(nbs/'guides/where.ipynb').splitlines() if '](../' in line]
+    assert len(rows) > 30
+    for what, links, modules, test in rows:
+        pages = [nbs/'guides'/path for path in re.findall(r'\]\((.*?)\)', links)]
+        code = '\n'.join(''.join(c['source']) for page in pages for c in cells(page))
+        assert {m for m in re.findall(r'`(.*?)`', modules)} <= set(re.findall(r'^#\|\s*default_exp (\S+)', code, re.M)), what
+        assert (root/'tests'/f'{test.strip(" `")}.py').is_file(), what

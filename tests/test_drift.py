@@ -1,36 +1,35 @@
 "From samples of a server's inputs to a verdict on drift, in every database and store, and to a new model."
 import base64, json, os, subprocess, sys
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from uuid import uuid4
 import numpy as np, pandas as pd, pytest, sqlalchemy as sa
 from prometheus_client import generate_latest
+from helpers import input_samples, plant, plant_messages
 from plant_mlops.core.config import PlantError, settings
 from plant_mlops.core.store import open_store
-from plant_mlops.data.synthetic import HOST, LABELS, draw, photo, serve_synthetic, synthetic_rows
-from plant_mlops.registry import registry
+from plant_mlops.data.synthetic import HOST, LABELS, draw, draw_jpeg, serve_synthetic, synthetic_rows
+from plant_mlops.core.workload import Reader, workloads
+from plant_mlops.registry import evaluate, registry
 from plant_mlops.registry.model_file import linear_model
-from plant_mlops.serve.prediction_log import drain, feedback, forget_samples, open_log, predictions, recent_samples, samples
-from plant_mlops.serve.onnx_model import NoModel, load_champion
-from plant_mlops.serve.record import Spool, log_folder, make_metrics, once_every, sample_of, tell_drift, waiting
-from test_cli import plant, quick
-from tiny import jpeg, publish
+from plant_mlops.serve.prediction_log import load_log_files, feedback, delete_old_samples, open_prediction_log, predictions, read_recent_samples, samples
+from plant_mlops.serve.champion import NoModelError, load_champion
+from plant_mlops.serve.input_statistics import once_every
+from plant_mlops.serve.prediction_spool import Spool, spool_folder, waiting_files
+from plant_mlops.serve.metrics import Metrics, set_drift_metrics
+from plant_mlops.registry.example_model import photo_bytes, publish_example
 
 now = lambda: datetime.now(timezone.utc)
 KEYS = ['checked_at', 'version', 'dataset', 'n', 'reference', 'score', 'threshold', 'drifted', 'enough', 'columns', 'report']
 
 def send(s, found, version='1', at=None):
     "Leave samples as a server does."
-    spool = Spool(log_folder(s))
+    spool = Spool(spool_folder(s))
     for o in found: spool.add('samples', id=str(uuid4()), timestamp=at or now(), model=s.model, version=version, **o)
     spool.flush()
 
-def see(model, inputs):
-    "Samples of inputs, which a model answers one at a time."
-    decoded = [model.decode(o) for o in inputs]
-    return [sample_of(model.spec, x, model.run(x[None])) for x in decoded]
-
 def count(s):
-    eng = open_log(s)
+    eng = open_prediction_log(s)
     try:
         with eng.connect() as c: return c.scalar(sa.select(sa.func.count()).select_from(samples))
     finally: eng.dispose()
@@ -45,25 +44,25 @@ def test_samples_go_in_once_in_every_database(kind, request, tmp_path):
     for o in (predictions, feedback): o.create(eng) # an installation from before there were samples
     eng.dispose()
     wide = np.linspace(-1, 1, 50_000).astype('<f2') # more than MySQL's BLOB would take
-    start, spool = now() - timedelta(days=5), Spool(log_folder(s))
+    start, spool = now() - timedelta(days=5), Spool(spool_folder(s))
     for i in range(10):
         spool.add('samples', id=f's{i}', timestamp=start + timedelta(days=i), model='plants', version='2' if i == 9 else '1', stats=dict(brightness=i/7, größe=1.),
                   embedding=base64.b64encode(wide.tobytes()).decode() if i else None)
     spool.flush()
-    data = waiting(log_folder(s))[0].read_bytes()
-    eng = open_log(s)
-    assert drain(eng, log_folder(s)) == 10
-    (log_folder(s)/'01-1-x.jsonl').write_bytes(data + b'{"kind": "samples", "id": "x", "timestamp": "2026-05-01T00:00:00", "model": "m", "version": "1", "stats": {}, "embedding": "?"}\n')
-    drain(eng, log_folder(s))
+    data = waiting_files(spool_folder(s))[0].read_bytes()
+    eng = open_prediction_log(s)
+    assert load_log_files(eng, spool_folder(s)) == 10
+    (spool_folder(s)/'01-1-x.jsonl').write_bytes(data + b'{"kind": "samples", "id": "x", "timestamp": "2026-05-01T00:00:00", "model": "m", "version": "1", "stats": {}, "embedding": "?"}\n')
+    load_log_files(eng, spool_folder(s))
     since = start.replace(tzinfo=None)
-    found = recent_samples(eng, 'plants', '1', since, 100)
+    found = read_recent_samples(eng, 'plants', '1', since, 100)
     assert [o['id'] for o in found] == [f's{i}' for i in range(9)] and found[3]['stats'] == dict(brightness=3/7, größe=1.)
     assert found[0]['embedding'] is None and (np.frombuffer(found[8]['embedding'], '<f2') == wide).all()
-    some = recent_samples(eng, 'plants', '1', since, 4)
-    assert len(some) == 4 and some == recent_samples(eng, 'plants', '1', since, 4) != recent_samples(eng, 'plants', '1', since, 4, seed=1)
-    assert [o['id'] for o in recent_samples(eng, 'plants', '1', since + timedelta(days=6, hours=1), 100)] == ['s7', 's8']
-    assert forget_samples(eng, 'plants', since + timedelta(days=1, hours=1), 1000) == 2 and forget_samples(eng, 'plants', since, 3) == 5 and forget_samples(eng, 'plants', since, 3) == 0
-    assert [o['id'] for v in '12' for o in recent_samples(eng, 'plants', v, since, 100)] == ['s7', 's8', 's9']
+    some = read_recent_samples(eng, 'plants', '1', since, 4)
+    assert len(some) == 4 and some == read_recent_samples(eng, 'plants', '1', since, 4) != read_recent_samples(eng, 'plants', '1', since, 4, seed=1)
+    assert [o['id'] for o in read_recent_samples(eng, 'plants', '1', since + timedelta(days=6, hours=1), 100)] == ['s7', 's8']
+    assert delete_old_samples(eng, 'plants', since + timedelta(days=1, hours=1), 1000) == 2 and delete_old_samples(eng, 'plants', since, 3) == 5 and delete_old_samples(eng, 'plants', since, 3) == 0
+    assert [o['id'] for v in '12' for o in read_recent_samples(eng, 'plants', v, since, 100)] == ['s7', 's8', 's9']
     eng.dispose()
 
 # -- what is sampled
@@ -74,13 +73,13 @@ def test_samples_are_few():
     assert sum(due() for _ in range(1000)) == 10
 
 def test_a_verdict_shows_among_the_figures():
-    m = make_metrics('plants')
+    m = Metrics('plants')
     v = dict(checked_at='2026-05-01T12:00:00+00:00', version='1', score=.5, drifted=True, columns=dict(old=dict(score=.5, drifted=True)))
-    tell_drift(m, v, '1')
-    tell_drift(m, v | dict(score=None, drifted=False, columns=dict(new=dict(score=.1, drifted=False))), '1')
+    set_drift_metrics(m, v, '1')
+    set_drift_metrics(m, v | dict(score=None, drifted=False, columns=dict(new=dict(score=.1, drifted=False))), '1')
     text = generate_latest(m.registry).decode()
     assert 'plant_drift_score{model="plants"} NaN' in text and 'plant_drift_drifted{model="plants"} 0.0' in text and '{column="new",model="plants"} 0.1' in text and '{column="old",model="plants"} NaN' in text
-    tell_drift(m, v, '2')
+    set_drift_metrics(m, v, '2')
     text = generate_latest(m.registry).decode()
     assert 'plant_drift_score{model="plants"} NaN' in text and 'plant_drift_drifted{model="plants"} 0.0' in text and '{column="old",model="plants"} NaN' in text
 
@@ -97,7 +96,7 @@ def home(tmp_path_factory):
     add_rows(open_catalog(s), synthetic_rows(140, 42))
     with serve_synthetic() as at: ingest(s, connect_to={HOST: at}, progress=False)
     prepare(s, progress=False)
-    publish(s, dataset=build_dataset(s, progress=False))
+    publish_example(s, dataset=build_dataset(s, progress=False))
     return s.home
 
 @pytest.fixture
@@ -107,18 +106,18 @@ def s(home, tmp_path):
     shutil.copytree(home, tmp_path/'home')
     return settings(home=tmp_path/'home')
 
-drawn = lambda n: [photo(LABELS[i % 2], 7, i) for i in range(n)]
+drawn = lambda n: [draw_jpeg(LABELS[i % 2], 7, i) for i in range(n)]
 
 def test_new_photos_of_the_same_kind_are_no_drift_and_others_are(s):
     from plant_mlops.monitor.drift import drift
     model, store = load_champion(s), open_store(s)
-    send(s, see(model, drawn(80)))
+    send(s, input_samples(model, drawn(80)))
     v = drift(s)
     assert list(v) == KEYS and v['enough'] and not v['drifted'] and v['score'] < .1 and (v['n'], v['reference'], v['version']) == (80, 42, '1')
     assert set(v['columns']) == {'brightness', 'contrast', 'saturation', 'sharpness', 'warmth', 'novelty', 'embedding'}
-    assert not waiting(log_folder(s)) and count(s) == 80
+    assert not waiting_files(spool_folder(s)) and count(s) == 80
 
-    send(s, see(model, [jpeg(draw(LABELS[i % 2], (8, i)).point(lambda p: p//3)) for i in range(60)]))
+    send(s, input_samples(model, [photo_bytes(draw(LABELS[i % 2], (8, i)).point(lambda p: p//3)) for i in range(60)]))
     v = drift(s)
     assert v['drifted'] and .1 < v['score'] < 60/140 and v['score'] == max(o['score'] for o in v['columns'].values())
     assert v['columns']['brightness']['drifted'] and not v['columns']['warmth']['drifted']
@@ -132,36 +131,37 @@ def test_too_little_gives_no_verdict(s):
     v = drift(s)
     assert list(v) == KEYS and (v['enough'], v['n'], v['score'], v['drifted'], v['columns'], v['report']) == (False, 0, None, False, {}, None)
     model = load_champion(s)
-    grey = see(model, drawn(1)*50)
+    grey = input_samples(model, drawn(1)*50)
     send(s, grey) # one photo, again and again
-    send(s, see(model, drawn(40)), version='9') # of another version
-    send(s, see(model, drawn(40)), at=now() - timedelta(days=8)) # before the days in question
+    send(s, input_samples(model, drawn(40)), version='9') # of another version
+    send(s, input_samples(model, drawn(40)), at=now() - timedelta(days=8)) # before the days in question
     assert drift(s)['n'] == 1
     assert json.loads(open_store(s).get('models/plants/drift.json'))['enough'] is False
     assert not drift(s.model_copy(update=dict(drift_min=60, drift_days=30.)))['enough'] # 42 examples are too few, too
 
 def test_without_a_model_there_is_nothing_to_ask(tmp_path):
     from plant_mlops.monitor.drift import drift
-    with pytest.raises(NoModel, match='plant-mlops run'): drift(settings(home=tmp_path))
+    with pytest.raises(NoModelError, match='plant-mlops run'): drift(settings(home=tmp_path))
 
 def test_a_dataset_with_nothing_held_out(s, monkeypatch):
     from plant_mlops.monitor.drift import drift
-    read = registry.readers['image']
-    monkeypatch.setitem(registry.readers, 'image', read._replace(manifest=lambda s, d: read.manifest(s, d).assign(split='train')))
-    send(s, see(load_champion(s), drawn(40)))
+    photos = workloads(s)['photos'].reader
+    def all_train(s, dataset): return photos.manifest(s, dataset).assign(split='train')
+    monkeypatch.setitem(evaluate.readers, 'image', replace(photos, manifest=all_train))
+    send(s, input_samples(load_champion(s), drawn(40)))
     for _ in range(2): assert (v := drift(s))['reference'] == 0 and not v['enough']
 
 def test_a_model_that_does_not_know_its_data(s):
     from plant_mlops.monitor.drift import drift
-    publish(s, '2')
+    publish_example(s, '2')
     with pytest.raises(PlantError, match='does not say which data set'): drift(s)
 
 def test_the_reference_is_made_once_for_each_version(s, monkeypatch):
     from plant_mlops.monitor import drift as job
     model, store = load_champion(s), open_store(s)
-    send(s, see(model, drawn(40)))
+    send(s, input_samples(model, drawn(40)))
     first = job.drift(s)
-    monkeypatch.setitem(registry.readers, 'image', None) # nothing can be read any more
+    monkeypatch.setitem(evaluate.readers, 'image', None) # nothing can be read any more
     assert job.drift(s)['columns'] == first['columns']
     key = next(o.key for o in store.list('models/plants/drift/') if 'reference' in o.key)
     (store.root/key).write_bytes(b'damaged')
@@ -173,8 +173,8 @@ def test_what_is_old_goes(s, monkeypatch):
     from plant_mlops.monitor import drift as job
     monkeypatch.setattr(job, 'REPORTS', 2)
     model = load_champion(s)
-    send(s, see(model, drawn(40)))
-    send(s, see(model, drawn(5)), at=now() - timedelta(days=100))
+    send(s, input_samples(model, drawn(40)))
+    send(s, input_samples(model, drawn(5)), at=now() - timedelta(days=100))
     made = [job.drift(s)['report'] for _ in range(4)]
     left = [o.key for o in open_store(s).list('models/plants/drift/')]
     assert count(s) == 40 and sorted(o for o in left if o.endswith('.html')) == made[2:] and len(left) == 5
@@ -186,18 +186,18 @@ def test_a_model_of_numbers(tmp_path, monkeypatch):
     rows = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)*[1, 1000, 1e6, 1] + [0, 5, 0, 0]
     rows[:, 3] = rows[:, 3] > 0 # most of these rows are alike in it
     manifest = lambda s, dataset: pd.DataFrame(dict(id=[str(i) for i in range(200)], label='up', group=range(200), split=['train', 'test']*100))
-    monkeypatch.setitem(registry.readers, 'features', registry.Reader(manifest, lambda s, d, ids, spec: rows[[int(i) for i in ids]].astype(np.float32)))
+    monkeypatch.setitem(evaluate.readers, 'features', Reader(manifest, lambda s, d, ids, spec: rows[[int(i) for i in ids]].astype(np.float32)))
     s = settings(home=tmp_path, model='stocks')
     with monkeypatch.context() as m:
-        m.delitem(registry.readers, 'features')
-        publish(s, data=linear_model(np.ones((4, 2)), ['up', 'down'], version='0').SerializeToString(), version='0', dataset='d')
+        m.delitem(evaluate.readers, 'features')
+        publish_example(s, data=linear_model(np.ones((4, 2)), ['up', 'down'], version='0').SerializeToString(), version='0', dataset='d')
         with pytest.raises(PlantError, match='install the workload of that name'): drift(s)
-    publish(s, data=linear_model(np.ones((4, 2)), ['up', 'down'], version='1').SerializeToString(), dataset='d')
+    publish_example(s, data=linear_model(np.ones((4, 2)), ['up', 'down'], version='1').SerializeToString(), dataset='d')
     model = load_champion(s)
-    send(s, see(model, rows[200:].tolist()))
+    send(s, input_samples(model, rows[200:].tolist()))
     v = drift(s)
     assert (v['n'], v['reference'], v['drifted'], list(v['columns'])) == (100, 100, False, ['x0', 'x1', 'x2', 'x3'])
-    send(s, see(model, (rows[200:] + [0, 3000, 0, 0]).tolist()))
+    send(s, input_samples(model, (rows[200:] + [0, 3000, 0, 0]).tolist()))
     v = drift(s)
     assert [k for k, o in v['columns'].items() if o['drifted']] == ['x1']
 
@@ -206,7 +206,7 @@ def test_on_s3(weed, s):
     far = weed.settings(bucket='drift', home=s.home)
     store, there = open_store(s), open_store(far)
     for o in list(store.list('')): there.put(o.key, store.get(o.key))
-    send(far, see(load_champion(far), drawn(40)))
+    send(far, input_samples(load_champion(far), drawn(40)))
     v = drift(far)
     assert v['enough'] and json.loads(there.get('models/plants/drift.json')) == v and len(there.get(v['report'])) > 1_000_000
 
@@ -244,20 +244,20 @@ def test_evidently_tells_nobody(tmp_path):
 
 @pytest.mark.timeout(900)
 def test_retrains_only_where_there_is_drift_and_something_to_learn(tmp_path):
-    home, env = tmp_path/'home', quick | dict(PLANT_DRIFT_MIN='10')
-    assert 'plant-mlops run' in plant('drift', home=home, ok=1)
-    plant('run', '--synthetic', 80, '--json', home=home, **quick)
+    home, env = tmp_path/'home', dict(PLANT_DRIFT_MIN='10')
+    assert 'plant-mlops run' in plant_messages('drift', home=home, ok=1)
+    plant('run', '--synthetic', 80, '--json', home=home)
     s = settings(home=home, image_size=96)
     said = plant('drift', '--retrain', home=home, **env)
     assert 'Too few to say' in said and 'PLANT_DRIFT_MIN' in said
     model = load_champion(s)
-    send(s, see(model, drawn(40)))
+    send(s, input_samples(model, drawn(40)))
     said = plant('drift', '--retrain', home=home, **env)
     assert 'No drift' in said and 'file://' in said
     versions = lambda: len({o['version'] for o in json.loads(plant('history', '--json', home=home))})
 
     dark = [draw(LABELS[i % 2], (8, i)).point(lambda p: p//3) for i in range(80)]
-    send(s, see(model, [jpeg(o) for o in dark]))
+    send(s, input_samples(model, [photo_bytes(o) for o in dark]))
     v = json.loads(plant('drift', '--json', home=home, ok=5, **env))
     assert v['drifted'] and 'retrained' not in v
     v = json.loads(plant('drift', '--json', '--retrain', home=home, ok=5, **env))
@@ -266,12 +266,12 @@ def test_retrains_only_where_there_is_drift_and_something_to_learn(tmp_path):
     for i, o in enumerate(dark):
         f = tmp_path/'new'/LABELS[i % 2]/f'{i}.jpg'
         f.parent.mkdir(parents=True, exist_ok=True)
-        f.write_bytes(jpeg(o))
+        f.write_bytes(photo_bytes(o))
     plant('catalog', 'add', tmp_path/'new', home=home)
     said = plant('drift', '--retrain', home=home, ok=5, **env)
     assert 'Drift, version 1' in said and 'Version 2 was' in said and registry.model_bytes(s, '2')
     if 'was promoted' in said: assert not json.loads(plant('drift', '--json', home=home, **env))['enough'] # of the new version nothing was sampled yet
-    from plant_mlops.photos import stages
-    again = stages.retrain(settings(home=home, image_size=96, epochs=0, batch_size=8), progress=False) # whatever the gate said of version 2
+    from plant_mlops.jobs.chains import retrain
+    again = retrain(settings(home=home, image_size=96, epochs=0, batch_size=8), progress=False) # whatever the gate said of version 2
     assert not again['trained']
     with pytest.raises(PlantError, match='no version 3'): registry.model_bytes(s, '3')

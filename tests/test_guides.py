@@ -1,12 +1,11 @@
-"What the guides say: their commands are executed, in order, in a fresh copy of the project; those that need more say what."
+"The commands of the guides are executed, in order, in a fresh copy of the project; those that need more say what they need."
 import re
 import pytest
-from conftest import fences, root
-from test_readme import clone, sh
+from helpers import draw_photos, fences, quick, root, sh
 
 pytestmark = pytest.mark.timeout(900)
 guides = {f.stem: fences(f) for f in sorted((root/'nbs/guides').glob('*.ipynb'))}
-quick = 'export PLANT_EPOCHS=0 PLANT_IMAGE_SIZE=96 PLANT_BATCH_SIZE=8 PLANT_PRECISION=fp32\n'
+exports = 'export ' + ' '.join(f'{k}={v}' for k, v in quick.items())
 
 @pytest.mark.parametrize('guide', guides)
 def test_what_is_not_executed_says_what_it_needs(guide):
@@ -17,15 +16,12 @@ def test_what_is_not_executed_says_what_it_needs(guide):
 
 @pytest.fixture(scope='module')
 def own(clone):
-    "Photos of somebody's own, in three classes."
-    from plant_mlops.data.synthetic import LABELS, draw
-    for k, label in enumerate(('fern', 'ivy', 'moss')):
-        (clone/'my-photos'/label).mkdir(parents=True, exist_ok=True)
-        for i in range(20): draw(LABELS[k % 2], seed=100*k + i).save(clone/'my-photos'/label/f'{i}.jpg')
+    "A copy of the project with photos of three classes in it."
+    draw_photos(clone/'my-photos', labels=('fern', 'ivy', 'moss'))
     return clone
 
 def test_commands(own):
-    "Pages whose commands need what others leave come later; what `pipeline run` leaves, test_pipeline.py judges."
+    "Pages whose commands need what others leave come later; `pipeline run` is tested in test_pipeline.py."
     for guide in sorted(guides, key=lambda o: ['photos', 'services'].index(o) if o in ('photos', 'services') else 2):
         for kind, text in guides[guide]:
-            if kind == 'sh' and not text.startswith('plant-mlops pipeline run'): sh(f'set -e\n{quick}{text}', own)
+            if kind == 'sh' and not text.startswith('plant-mlops pipeline run'): sh(f'set -e\n{exports}\n{text}', own)

@@ -1,228 +1,260 @@
-"The jobs as a person, a workflow and a scheduler run them; killed, started twice, fed rubbish."
+"The jobs as a person, a workflow and a scheduler run them: killed, started twice, with bad parameters, on a full disk."
 import json, os, shutil, signal, sqlite3, subprocess, sys, time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 import psutil, pytest
-from conftest import photos_dir, wait_for
-from test_full_disk import disk, fill_up
+from helpers import draw_photos, fill_disk, photos_dir, plant, plant_messages, start_plant, wait_for
 from plant_mlops.core.config import PlantError, settings
 from plant_mlops.core.store import open_store
-from plant_mlops.jobs import table as table
-from plant_mlops.jobs.table import Job, chain_to
-from plant_mlops.jobs.runs import Busy, find_run, history
+from plant_mlops.core.workload import Job
+from plant_mlops.jobs.runs import JobBusyError, find_run, history
+from plant_mlops.jobs.table import chain_for, job_of, job_table
 
 pytestmark = pytest.mark.timeout(1200)
-quick = dict(PLANT_EPOCHS='0', PLANT_IMAGE_SIZE='96', PLANT_BATCH_SIZE='8', PLANT_PRECISION='fp32')
 
-def command(*args, home=None): return [Path(sys.executable).with_name('plant-mlops'), *map(str, args), *(['--home', str(home)] if home else [])]
-
-def plant(*args, home, ok=0, **env):
-    "Run `plant-mlops`; its standard output, or what it said of its failure."
-    r = subprocess.run(command(*args, home=home), capture_output=True, text=True, env=os.environ | quick | env)
-    assert r.returncode == ok, f'{args} ended with {r.returncode}:\n{r.stdout}{r.stderr}'
-    return r.stdout if not ok else r.stdout + ' '.join(r.stderr.split())
-
-def start(*args, home, **env): return subprocess.Popen(command(*args, home=home), env=os.environ | quick | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-def drawn(folder, n=20, what=('dandelion', 'grass'), grass=None):
-    "A folder of drawn photos: n of each class, or another number of grass; `what` is drawn for each."
-    from plant_mlops.data.synthetic import draw
-    for label, shown, many in zip(('dandelion', 'grass'), what, (n, grass or n)):
-        (folder/label).mkdir(parents=True)
-        for i in range(many): draw(shown, seed=i + 1000*(label == 'grass')).save(folder/label/f'{i}.jpg')
-    return folder
-
-def few(folder):
+def link_photos(folder):
     "A few of the real photos where they are here, else drawn ones."
-    if not (photos_dir/'plants').is_dir(): return drawn(folder)
+    if not (photos_dir/'plants').is_dir(): return draw_photos(folder)
     for label in ('dandelion', 'grass'):
         (folder/label).mkdir(parents=True)
         for f in sorted((photos_dir/'plants'/label).iterdir())[:25]: (folder/label/f.name).symlink_to(f)
     return folder
 
-def test_the_chain_resumed_gives_what_run_gives(tmp_path):
-    photos = few(tmp_path/'photos')
-    env = dict(PLANT_EPOCHS='1')
-    one = json.loads(plant('run', '--photos', photos, '--json', home=tmp_path/'run', **env))
-    s = settings(home=tmp_path/'jobs')
-    plant('job', 'run', '--all', '-p', 'photos', photos, home=s.home, ok=1, PLANT_ARCH='no_such_network', **env)
-    assert {r['job']: r['status'] for r in history(s)} == dict(ingest='succeeded', prepare='failed')
-    plant('job', 'run', '--resume', home=s.home, **env)
-    rows = [r for r in history(s) if r['status'] == 'succeeded'][::-1]
-    assert [r['job'] for r in rows] == [j.name for j in chain_to()] and len({r['chain'] for r in history(s)}) == 1
-    assert 'came to its end' in plant('job', 'run', '--resume', home=s.home, ok=1)
-    by = {r['job']: r['outputs'] for r in rows}
-    assert by['prepare']['dataset'] == one['dataset'] and by['promote']['promoted'] == one['promoted']
-    assert {k: by['evaluate'][k] for k in ('accuracy', 'n', 'ece')} == {k: one['evaluation'][k] for k in ('accuracy', 'n', 'ece')}
+def reports_in_mlflow(s, run_id):
+    "The suffixes of the files that a run in MLflow has of the job `train`."
     from plant_mlops.registry.tracking import mlflow_client
-    with mlflow_client(s) as c: assert {Path(o.path).suffix for o in c.list_artifacts(by['train']['run'], 'jobs/train')} == {'.ipynb', '.html'}
-    again = [json.loads(plant('job', 'run', o, '--json', home=s.home, **env))[0] for o in ('prepare', 'train')] # learns nothing twice
-    assert [r['news'] for r in again] == [[], []] and not again[1]['outputs']['trained'] and again[1]['outputs']['version'] == '1'
+    with mlflow_client(s) as c: return {Path(o.path).suffix for o in c.list_artifacts(run_id, 'jobs/train')}
 
-def registered(home):
+def test_a_resumed_chain_gives_what_run_gives(tmp_path):
+    photos, env = link_photos(tmp_path/'photos'), dict(PLANT_EPOCHS='1')
+    expected = json.loads(plant('run', '--photos', photos, '--json', home=tmp_path/'run', **env))
+    s = settings(home=tmp_path/'jobs')
+    broken = env | dict(PLANT_ARCH='no_such_network')
+    plant_messages('job', 'run', '--all', '-p', 'photos', photos, home=s.home, ok=1, **broken)
+    assert {r.job: r.status for r in history(s)} == dict(ingest='succeeded', prepare='failed')
+
+    plant('job', 'run', '--resume', home=s.home, **env)
+    runs = [r for r in history(s) if r.status == 'succeeded'][::-1]
+    assert [r.job for r in runs] == [j.name for j in chain_for(s)]
+    assert len({r.chain for r in history(s)}) == 1
+    assert 'is complete' in plant_messages('job', 'run', '--resume', home=s.home, ok=1)
+
+    outputs = {r.job: r.outputs for r in runs}
+    assert outputs['prepare']['dataset'] == expected['dataset']
+    assert outputs['promote']['promoted'] == expected['promoted']
+    for k in ('accuracy', 'n', 'ece'): assert outputs['evaluate'][k] == expected['evaluation'][k]
+    assert reports_in_mlflow(s, outputs['train']['run']) == {'.ipynb', '.html'}
+
+    again = {o: json.loads(plant('job', 'run', o, '--json', home=s.home, **env))[0] for o in ('prepare', 'train')}
+    assert [r['news'] for r in again.values()] == [[], []], 'nothing is new'
+    assert not again['train']['outputs']['trained'] and again['train']['outputs']['version'] == '1'
+
+# -- killed, and started twice
+
+def count_registered(home):
     "Versions of the model that MLflow has, finished or not."
+    query = "SELECT count(*) FROM model_version_tags WHERE key = 'sha256'"
     with suppress(sqlite3.OperationalError), sqlite3.connect(f'file:{home}/mlflow.db?mode=ro', uri=True) as c:
-        return c.execute("SELECT count(*) FROM model_version_tags WHERE key = 'sha256'").fetchone()[0]
+        return c.execute(query).fetchone()[0]
     return 0
 
-def kill(p, kernel):
+def kill(process, kernel):
     "SIGKILL to the runner and to its kernel."
-    for o in (p.pid, kernel):
-        with suppress(ProcessLookupError): os.kill(o, signal.SIGKILL)
-    p.communicate()
+    for pid in (process.pid, kernel):
+        with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
+    process.communicate()
 
-def begun(s, job, p):
-    "The row of a run that is at work."
-    row = lambda: next((r for r in history(s, job, 1) if r['status'] == 'running'), None)
-    wait_for(lambda: row() or p.poll() is not None, 60, job)
-    return row()
+def running(s, job):
+    "The run of a job that is under way, or None."
+    return next((r for r in history(s, job, 1) if r.status == 'running'), None)
+
+def wait_for_run(s, job, process):
+    "The run that a process begins; None if the process ends before."
+    wait_for(lambda: running(s, job) or process.poll() is not None, 60, job)
+    return running(s, job)
 
 def test_killed_in_each_job(tmp_path):
-    home, given, at = tmp_path/'home', dict(ingest=['-p', 'synthetic', 200]), dict(ingest=.5, prepare=3) # seconds into its work
-    s = settings(home=home)
+    s = settings(home=tmp_path/'home')
+    parameters, delay = dict(ingest=['-p', 'synthetic', 200]), dict(ingest=.5, prepare=3) # seconds into its work
     for job in ('ingest', 'prepare', 'train', 'evaluate', 'promote', 'monitor'):
-        p = start('job', 'run', job, *given.get(job, []), home=home)
-        row = begun(s, job, p)
-        assert row, f'{job} was over before it could be killed: {p.communicate()}'
-        time.sleep(at.get(job, 0))
-        if job == 'train': wait_for(lambda: registered(home), 120, 'the model') # the worst moment: registered, and not yet told
-        kill(p, row['pid'])
-        wait_for(lambda: find_run(s, row['id'])['status'] == 'killed', 10, 'the end of it')
-        plant('job', 'run', job, *given.get(job, []), home=home)
+        args = ['job', 'run', job, *parameters.get(job, [])]
+        process = start_plant(*args, home=s.home)
+        run = wait_for_run(s, job, process)
+        assert run, f'{job} ended before it could be killed: {process.communicate()}'
+        time.sleep(delay.get(job, 0))
+        if job == 'train': wait_for(lambda: count_registered(s.home), 120, 'the model') # registered, but not announced
+        kill(process, run.pid)
+        wait_for(lambda: find_run(s, run.id).status == 'killed', 10, 'the end of the run')
+        plant(*args, home=s.home)
         last, dead = history(s, job, 2)
-        assert (last['status'], dead['status'], dead['id']) == ('succeeded', 'killed', row['id'])
-    assert registered(home) == 1 and history(s, 'train', 1)[0]['news'] == ['model'] # told by the run that found it
-    assert find_run(s, 'promote')['outputs']['promoted']
+        assert (last.status, dead.status, dead.id) == ('succeeded', 'killed', run.id)
+    assert count_registered(s.home) == 1
+    assert history(s, 'train', 1)[0].news == ['model'], 'announced by the run that found it'
+    assert find_run(s, 'promote').outputs['promoted']
     from plant_mlops.registry.tracking import mlflow_client
-    with mlflow_client(s) as c: assert 'RUNNING' not in {r.info.status for e in c.search_experiments() for r in c.search_runs([e.experiment_id])}
+    with mlflow_client(s) as c:
+        statuses = {r.info.status for e in c.search_experiments() for r in c.search_runs([e.experiment_id])}
+    assert 'RUNNING' not in statuses
 
 def test_two_starts_at_once_then_sigterm(tmp_path):
-    home, s = tmp_path/'home', settings(home=tmp_path/'home')
-    plant('job', 'run', 'ingest', '-p', 'synthetic', '40', home=home), plant('job', 'run', 'prepare', home=home)
-    two = [start('job', 'run', 'train', home=home, PLANT_EPOCHS='50') for _ in range(2)]
+    s = settings(home=tmp_path/'home')
+    plant('job', 'run', 'ingest', '-p', 'synthetic', '40', home=s.home)
+    plant('job', 'run', 'prepare', home=s.home)
+    two = [start_plant('job', 'run', 'train', home=s.home, PLANT_EPOCHS='50') for _ in range(2)]
     wait_for(lambda: [p for p in two if p.poll() is not None], 120, 'one of the two')
     refused, works = sorted(two, key=lambda p: p.poll() is None)
-    row, = history(s, 'train', None)
-    said = ' '.join(refused.communicate()[1].split())
-    assert refused.returncode == 6 and f"train is running already: {row['id']}, process {row['pid']} on" in said, said
+    run, = history(s, 'train', None)
+    message = ' '.join(refused.communicate()[1].split())
+    assert refused.returncode == 6
+    assert f'train is running already: {run.id}, process {run.pid} on' in message
+
     works.send_signal(signal.SIGTERM)
     out, err = works.communicate(timeout=60)
-    row, = history(s, 'train', None)
-    assert works.returncode == 130 and 'Traceback' not in err and (row['status'], row['exit']) == ('cancelled', 130) and row['report'], (out, err)
-    wait_for(lambda: not psutil.pid_exists(row['pid']), 10, 'the end of the kernel')
+    run, = history(s, 'train', None)
+    assert works.returncode == 130 and 'Traceback' not in err, (out, err)
+    assert (run.status, run.exit) == ('cancelled', 130) and run.report
+    wait_for(lambda: not psutil.pid_exists(run.pid), 10, 'the end of the kernel')
 
 def test_shards_run_side_by_side(tmp_path):
-    photos, home = drawn(tmp_path/'photos'), tmp_path/'home'
-    two = [start('job', 'run', 'ingest', '-p', 'photos', photos, '-p', 'shard', f'{i}/2', home=home) for i in (1, 2)]
+    photos, s = draw_photos(tmp_path/'photos'), settings(home=tmp_path/'home')
+    shards = [['-p', 'photos', photos, '-p', 'shard', f'{i}/2'] for i in (1, 2)]
+    two = [start_plant('job', 'run', 'ingest', *o, home=s.home) for o in shards]
     assert [p.wait() for p in two] == [0, 0], [p.communicate() for p in two]
-    assert sum(r['outputs']['stored'] for r in history(settings(home=home))) == 40
+    assert sum(r.outputs['stored'] for r in history(s)) == 40
 
-@pytest.mark.parametrize('args, ok, says', [
-    (['job', 'run', 'trian'], 1, 'did you mean train'), (['job', 'run', 'train', '-p', 'sed', '1'], 2, 'no parameter'), (['job', 'run', 'train', '-p', 'seed', 'x'], 2, 'valid integer'),
-    (['job', 'run', '--all', '-p', 'sed', '1'], 2, 'None of ingest'), (['job', 'run', 'ingest', '-p', 'shard', '3/2'], 2, 'such as 2/4'), (['job', 'run', '--resume'], 1, '--all'),
-    (['job', 'run'], 2, 'one job, or --all'), (['job', 'run', '--resume', '--ci'], 2, 'begun with'), (['job', 'run', 'train', '-p', '--all'], 2, 'a name and a value'), (['job', 'show', 'lost'], 1, 'job history'), (['job', 'keep', 'lost.ipynb'], 1, 'not there')])
-def test_refused_before_anything_starts(tmp_path, args, ok, says):
-    assert says in plant(*args, home=tmp_path/'home', ok=ok)
-    assert not (tmp_path/'home/store').exists() and not history(settings(home=tmp_path/'home'))
-
-def test_a_notebook_that_is_missing_or_none(tmp_path, monkeypatch):
-    from plant_mlops.jobs.runner import run_job
-    bad = tmp_path/'bad.ipynb'
-    for job in (Job('gone', '', 'g', notebook=str(tmp_path/'gone.ipynb')), Job('bad', '', 'g', notebook=str(bad))):
-        bad.write_text('{}')
-        monkeypatch.setitem(table.jobs, job.name, job)
-        with pytest.raises(PlantError, match='is missing|is not a notebook'): run_job(settings(), job.name)
-
-def test_what_fails_says_why_and_keeps_its_report(tmp_path):
-    home = tmp_path/'home'
-    said = plant('job', 'run', 'train', home=home, ok=1)
-    assert 'train failed: There is no dataset yet. Run `plant-mlops dataset`. The report: file://' in said, said
-    row = find_run(settings(home=home), 'train')
-    assert (row['status'], row['exit']) == ('failed', 1) and b'There is no dataset yet' in open_store(settings(home=home)).get(row['report'])
-    urls = tmp_path/'t.csv'
-    urls.write_text('url_source,label\nfile:///nowhere/1.jpg,grass\nfile:///nowhere/2.jpg,grass\n')
-    assert '2 of 2 photos did not come' in plant('job', 'run', 'ingest', '-p', 'manifest', urls, home=home, ok=1)
-
-def test_ci_fails_when_the_gate_says_no(tmp_path):
-    photos, home = drawn(tmp_path/'photos', 35, ('dandelion', 'dandelion'), grass=7), tmp_path/'home' # nothing to learn: the commonest class is all there is
-    rows = json.loads(plant('job', 'run', 'train', '--ci', '-p', 'photos', photos, '--reports', tmp_path/'reports', '--json', home=home, ok=4).splitlines()[0])
-    assert rows[-1]['job'] == 'promote' and not rows[-1]['outputs']['promoted']
-    assert len(list((tmp_path/'reports').glob('*.ipynb'))) == len(list((tmp_path/'reports').glob('*.html'))) == 5
-    assert not (home/'store').exists() # it has a home of its own
-
-def test_scheduler_runs_what_is_due_and_stops_cleanly(tmp_path):
-    home, s = tmp_path/'home', settings(home=tmp_path/'home')
-    plant('job', 'run', 'ingest', '-p', 'synthetic', '40', home=home) # by hand: and yet the news are told
-    env = dict(PLANT_SCHEDULE_EVERY='0.5', PLANT_JOB_GRACE='0', PLANT_SCHEDULES=json.dumps(dict(ingest='', monitor='')))
-    p = start('schedule', home=home, **env)
-    wait_for(lambda: begun(s, 'train', p), 120, 'prepare, then train') # the photos' news, then the dataset's
-    its = psutil.Process(p.pid).children(recursive=True)
-    assert its
-    p.send_signal(signal.SIGTERM)
-    _, log = p.communicate(timeout=60)
-    assert p.returncode == 0 and 'prepare starts (photos)' in log and 'train starts (dataset)' in log and 'stopping: ' in log, log
-    row = find_run(s, 'train')
-    assert (row['status'], row['why']) == ('cancelled', 'dataset') and row['report'] and find_run(s, 'prepare')['report']
-    assert not psutil.wait_procs(its, 10)[1], 'something goes on'
-    from datetime import timedelta
-    from plant_mlops.jobs.scheduler import why_due
-    later = row['ended_at'] + timedelta(minutes=2)
-    assert why_due(s, table.jobs['train'], history(s), later, later) == 'retry'
-
-def test_what_makes_no_sense_to_a_scheduler(tmp_path):
-    assert 'not a cron expression' in plant('schedule', home=tmp_path/'home', ok=1, PLANT_SCHEDULES='{"train": "daily"}')
-    assert 'has to be JSON' in plant('schedule', home=tmp_path/'home', ok=1, PLANT_SCHEDULES='daily')
+def test_a_signal_before_the_first_cell(tmp_path):
+    s = settings(home=tmp_path/'home')
+    process = start_plant('job', 'run', 'monitor', '--why', 'schedule', home=s.home)
+    wait_for(lambda: psutil.Process(process.pid).children() or process.poll() is not None, 60, 'the kernel')
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Traceback' not in err, err
+    run = find_run(s, 'monitor')
+    assert (run.status, run.why, run.exit) == ('cancelled', 'schedule', 130)
 
 @pytest.mark.parametrize('database', ['postgres', 'mariadb'])
-def test_one_at_a_time_on_other_databases(database, request, tmp_path):
-    from plant_mlops.jobs import runs
+def test_one_at_a_time_on_other_databases(database, request, tmp_path, monkeypatch):
+    from plant_mlops.jobs import active_run
     s = settings(home=tmp_path, catalog_url=request.getfixturevalue(database))
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv('PLANT_CATALOG_URL', s.catalog_url), m.setenv('PLANT_HOME', str(tmp_path))
-        m.setattr(runs, '_patiently', lambda s, eng, row: runs.ask(runs._take, s, eng, row))
-        one = runs.begin('monitor')
-        with pytest.raises(Busy, match=one.id): runs.begin('monitor')
-        assert one.done(answers=3).data['outputs'] == dict(answers=3)
-        runs.begin('monitor').fail(ValueError('é' * 3))
-    assert [(r['status'], r['error']) for r in history(s)] == [('failed', 'ValueError: ééé'), ('succeeded', None)]
+    monkeypatch.setenv('PLANT_CATALOG_URL', s.catalog_url)
+    monkeypatch.setenv('PLANT_HOME', str(tmp_path))
+    monkeypatch.setattr(active_run, '_claim_patiently', active_run.claim_run) # without waiting
+    run = active_run.begin('monitor')
+    with pytest.raises(JobBusyError, match=run.id): active_run.begin('monitor')
+    assert run.done(answers=3).data['outputs'] == dict(answers=3)
+    active_run.begin('monitor').fail(ValueError('é'*3))
+    assert [(r.status, r.error) for r in history(s)] == [('failed', 'ValueError: ééé'), ('succeeded', None)]
+
+# -- refused, and failed
+
+@pytest.mark.parametrize('args, code, message', [
+    ('job run trian', 1, 'did you mean train'),
+    ('job run train -p sed 1', 2, 'no parameter'),
+    ('job run train -p seed x', 2, 'valid integer'),
+    ('job run --all -p sed 1', 2, 'None of ingest'),
+    ('job run ingest -p shard 3/2', 2, 'such as 2/4'),
+    ('job run --resume', 1, '--all'),
+    ('job run', 2, 'one job, or --all'),
+    ('job run --resume --ci', 2, '--resume'),
+    ('job run train -p --all', 2, 'a name and a value'),
+    ('job show lost', 1, 'job history'),
+    ('job keep lost.ipynb', 1, 'lost.ipynb')])
+def test_refused_before_anything_starts(tmp_path, args, code, message):
+    home = tmp_path/'home'
+    assert message in plant_messages(*args.split(), home=home, ok=code)
+    assert not (home/'store').exists() and not history(settings(home=home))
+
+@pytest.mark.parametrize('content, message', [(None, 'is missing'), ('{}', 'is not a notebook')])
+def test_a_notebook_that_cannot_be_read(tmp_path, monkeypatch, content, message):
+    from plant_mlops.jobs.runner import run_job
+    file = tmp_path/'bad.ipynb'
+    if content: file.write_text(content)
+    job = Job('bad', 'A job', 'examples', notebook=str(file), workload='photos')
+    monkeypatch.setitem(job_table(settings()).jobs, 'bad', job)
+    with pytest.raises(PlantError, match=message): run_job(settings(), 'bad')
+
+def test_a_failure_says_why_and_keeps_its_report(tmp_path):
+    s = settings(home=tmp_path/'home')
+    message = plant_messages('job', 'run', 'train', home=s.home, ok=1)
+    assert 'train failed: There is no dataset yet.' in message and 'The report: file://' in message
+    run = find_run(s, 'train')
+    assert (run.status, run.exit) == ('failed', 1)
+    assert b'There is no dataset yet' in open_store(s).get(run.report)
+
+def test_too_many_lost_photos_fail_the_job(tmp_path):
+    urls = tmp_path/'urls.csv'
+    urls.write_text('url_source,label\nfile:///nowhere/1.jpg,grass\nfile:///nowhere/2.jpg,grass\n')
+    message = plant_messages('job', 'run', 'ingest', '-p', 'manifest', urls, home=tmp_path/'home', ok=1)
+    assert '2 of 2 photos' in message
+
+def test_ci_fails_when_the_gate_says_no(tmp_path):
+    home, photos, reports = tmp_path/'home', tmp_path/'photos', tmp_path/'reports'
+    draw_photos(photos, 35, ['dandelion'])
+    draw_photos(tmp_path/'more', 7, ['grass'], seed=1000)
+    shutil.move(tmp_path/'more'/'grass', photos/'grass') # dandelions too: the most common class is all there is to learn
+    args = ['job', 'run', 'train', '--ci', '-p', 'photos', photos, '--reports', reports, '--json']
+    rows = json.loads(plant_messages(*args, home=home, ok=4).splitlines()[0])
+    assert rows[-1]['job'] == 'promote' and not rows[-1]['outputs']['promoted']
+    assert len(list(reports.glob('*.ipynb'))) == len(list(reports.glob('*.html'))) == 5
+    assert not (home/'store').exists(), 'CI has a home of its own'
 
 def test_full_disk(disk):
     home = disk/'home'
     plant('job', 'run', 'ingest', '-p', 'synthetic', '40', home=home)
-    fill_up(disk)
-    assert 'is the disk full?' in plant('job', 'run', 'prepare', home=home, ok=1)   # it cannot even begin
-    with open(disk/'filler', 'r+b') as f: f.truncate(f.seek(0, 2) - 300_000)        # room for a line in the record, and for nothing else
-    said = plant('job', 'run', 'prepare', home=home, ok=1)
-    assert 'Traceback' not in said and 'No space left' in said, said
-    kept = Path(said.split('it is in ')[1].rstrip('. \n'))
-    assert {o.suffix for o in kept.iterdir()} == {'.ipynb', '.html'}, said
-    shutil.rmtree(kept)
+    fill_disk(disk)
+    assert 'is the disk full?' in plant_messages('job', 'run', 'prepare', home=home, ok=1) # it cannot even begin
+    with open(disk/'filler', 'r+b') as f: f.truncate(f.seek(0, 2) - 300_000) # room for a line in the record, for nothing else
+    message = plant_messages('job', 'run', 'prepare', home=home, ok=1)
+    assert 'Traceback' not in message and 'No space left' in message, message
+    folder = Path(message.split('it is in ')[1].rstrip('. \n'))
+    assert {o.suffix for o in folder.iterdir()} == {'.ipynb', '.html'}, message
+    shutil.rmtree(folder)
     (disk/'filler').unlink()
     plant('job', 'run', 'prepare', home=home)
 
-def test_a_signal_before_the_first_cell(tmp_path):
-    p = start('job', 'run', 'monitor', '--why', 'schedule', home=tmp_path/'home')
-    wait_for(lambda: psutil.Process(p.pid).children() or p.poll() is not None, 60, 'the kernel')
-    p.send_signal(signal.SIGTERM)
-    _, err = p.communicate(timeout=60)
-    row = find_run(settings(home=tmp_path/'home'), 'monitor')
-    assert p.returncode == 130 and (row['status'], row['why'], row['exit']) == ('cancelled', 'schedule', 130) and 'Traceback' not in err, err
-
-def test_a_crashed_put_is_swept(tmp_path):
-    from plant_mlops.core.store import place
+def test_what_a_dead_process_left_in_the_store_is_removed(tmp_path):
+    from plant_mlops.core.process import pid_namespace_id
     s = settings(home=tmp_path)
     open_store(s).put('a', b'1')
-    with subprocess.Popen([sys.executable, '-c', '']) as p: pass
-    left = open_store(s).tmp/f'{p.pid}@{place()}@x'
+    with subprocess.Popen([sys.executable, '-c', '']) as dead: pass
+    left = open_store(s).tmp/f'{dead.pid}@{pid_namespace_id()}@x'
     left.touch()
     open_store(s)
     assert not left.exists()
 
-@pytest.mark.parametrize('new, tells', [(19, []), (20, ['dataset'])])
-def test_few_new_photos_are_no_news(tmp_path, monkeypatch, new, tells):
+# -- schedules and news
+
+def test_scheduler_runs_what_is_due_and_stops_cleanly(tmp_path):
+    from plant_mlops.jobs.scheduler import why_due
+    s = settings(home=tmp_path/'home')
+    plant('job', 'run', 'ingest', '-p', 'synthetic', '40', home=s.home) # by hand: its news count all the same
+    env = dict(PLANT_SCHEDULE_EVERY='0.5', PLANT_JOB_GRACE='0', PLANT_SCHEDULES=json.dumps(dict(ingest='', monitor='')))
+    scheduler = start_plant('schedule', home=s.home, **env)
+    wait_for(lambda: wait_for_run(s, 'train', scheduler), 120, 'prepare, then train')
+    children = psutil.Process(scheduler.pid).children(recursive=True)
+    assert children
+    scheduler.send_signal(signal.SIGTERM)
+    _, log = scheduler.communicate(timeout=60)
+    assert scheduler.returncode == 0, log
+    for line in ('prepare starts (photos)', 'train starts (dataset)', 'stopping: '): assert line in log, log
+    run = find_run(s, 'train')
+    assert (run.status, run.why) == ('cancelled', 'dataset') and run.report and find_run(s, 'prepare').report
+    assert not psutil.wait_procs(children, 10)[1], 'a child is still running'
+    later = run.ended_at + timedelta(minutes=2)
+    assert why_due(s, job_of(s, 'train'), history(s), later, later) == 'retry'
+
+@pytest.mark.parametrize('schedules, message', [('{"train": "daily"}', 'not a cron expression'), ('daily', 'JSON')])
+def test_bad_schedules_are_refused(tmp_path, schedules, message):
+    assert message in plant_messages('schedule', home=tmp_path/'home', ok=1, PLANT_SCHEDULES=schedules)
+
+@pytest.mark.parametrize('new, news', [(19, []), (20, ['dataset'])])
+def test_few_new_photos_are_no_news(tmp_path, monkeypatch, new, news):
+    from plant_mlops.jobs.active_run import find_news
+    from plant_mlops.jobs.runs import open_runs
+    from plant_mlops.photos import workload
     from plant_mlops.registry import registry
-    from plant_mlops.jobs import runs
-    from plant_mlops.photos import stages
-    monkeypatch.setattr(stages, 'new_photos', lambda s: new)
+    s = settings(home=tmp_path)
+    monkeypatch.setattr(workload, 'new_photos', lambda s: new)
     monkeypatch.setattr(registry, 'versions', lambda s: [dict(version='1')])
-    with runs.open_runs(s := settings(home=tmp_path)) as eng: assert runs._news(eng, s, table.jobs['prepare'], dict(dataset='v2')) == tells
+    with open_runs(s) as engine: assert find_news(engine, s, job_of(s, 'prepare'), dict(dataset='v2')) == news

@@ -5,17 +5,12 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 import pytest, yaml
-from conftest import free_port, root, stop, wait_for
+from helpers import EXPORTED, free_port, require, root, stop, wait_for
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
 DOCKER = root/'docker'
 PROM, AM, BOARDS = DOCKER/'prometheus', DOCKER/'alertmanager'/'alertmanager.yml', DOCKER/'grafana'/'dashboards'
 NAMES = ('service', 'model', 'data', 'jobs')
-
-def program(*names):
-    "The first of some programs that is installed; skips the test where none is."
-    if not (found := next(filter(None, map(shutil.which, names)), None)): pytest.skip(f'{names[0]} is not installed')
-    return found
 
 def said_by(*command):
     "What a program prints; fails with it where the program does."
@@ -27,21 +22,21 @@ def rules(alerts=True): return [r for f in sorted(PROM.glob('rules/*.yml')) for 
 
 # What is valid by itself
 
-def test_prometheus_config(): assert 'SUCCESS' in said_by(program('promtool'), 'check', 'config', str(PROM/'prometheus.yml'))
+def test_prometheus_config(): assert 'SUCCESS' in said_by(require('promtool'), 'check', 'config', str(PROM/'prometheus.yml'))
 
 @pytest.mark.parametrize('file', sorted(PROM.glob('tests/*.yml')), ids=lambda p: p.stem)
-def test_rules(file): said_by(program('promtool'), 'test', 'rules', str(file))
+def test_rules(file): said_by(require('promtool'), 'test', 'rules', str(file))
 
-def test_alertmanager_config(): assert 'SUCCESS' in said_by(program('amtool'), 'check-config', str(AM))
+def test_alertmanager_config(): assert 'SUCCESS' in said_by(require('amtool'), 'check-config', str(AM))
 
 @pytest.mark.parametrize('kind', ['webhook_configs', 'slack_configs', 'email_configs'])
 def test_receivers_to_choose(kind, tmp_path):
-    amtool = program('amtool')
+    amtool = require('amtool')
     version = subprocess.run([amtool, '--version'], capture_output=True, text=True)
     old = tuple(map(int, re.search(r'version (\d+)\.(\d+)', version.stdout + version.stderr).groups())) < (0, 26)
-    if kind == 'webhook_configs' and old: pytest.skip('url_file came with Alertmanager 0.26')
     text, n = re.subn(rf'# ({kind}:)', r'\1', AM.read_text())
     assert n >= 2
+    if old: text = text.replace('url_file: ', 'url: http://localhost/#') # url_file came with Alertmanager 0.26
     (tmp_path/'am.yml').write_text(text)
     said_by(amtool, 'check-config', str(tmp_path/'am.yml'))
 
@@ -50,20 +45,20 @@ def test_receivers_to_choose(kind, tmp_path):
     ('ticket', dict(alertname='AvailabilityBudgetBurn', severity='ticket', window='3d')), ('ticket', dict(alertname='JobFailed', severity='ticket', job='train')),
     ('ticket', dict(alertname='SomethingNew')), ('heartbeat', dict(alertname='Watchdog', severity='none'))])
 def test_routes(receiver, labels):
-    said_by(program('amtool'), 'config', 'routes', 'test', f'--config.file={AM}', f'--verify.receivers={receiver}', *(f'{k}={v}' for k, v in labels.items()))
+    said_by(require('amtool'), 'config', 'routes', 'test', f'--config.file={AM}', f'--verify.receivers={receiver}', *(f'{k}={v}' for k, v in labels.items()))
 
 # What alerts say, and whether they were tried
 
 def test_a_job_is_late_after_two_runs_of_its_schedule_and_two_hours():
     from datetime import datetime, timedelta
     from plant_mlops.core.config import settings
-    from plant_mlops.jobs.table import jobs, schedule_of
+    from plant_mlops.jobs.table import job_table, schedule_of
     from plant_mlops.jobs.scheduler import next_time
     def due(cron):
         first = next_time(cron, datetime(2026, 1, 1))
         return (next_time(cron, first + timedelta(seconds=1)) - first).total_seconds()*2 + 7200
     said = {r['labels']['job']: eval(re.fullmatch(r'vector\((.*)\)', r['expr'])[1]) for r in rules(alerts=False) if r['record'] == 'plant:job_due:seconds'}
-    assert said == {j.name: due(schedule_of(settings(), j)) for j in jobs.values() if j.schedule}
+    assert said == {j.name: due(schedule_of(settings(), j)) for j in job_table(settings()).jobs.values() if j.schedule}
 
 def kebab(name): return re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '-', name).lower()
 
@@ -116,19 +111,14 @@ def faults(expr, labels_of):
     there = set().union(*(v for v in known.values() if v))
     return out + [f'no metric of it has the label {k}' for k in by - there if all(known.values())]
 
-EXPORTER = dict(plant_photos=['status'], plant_photos_stored_timestamp_seconds=[], plant_dataset_photos=['label', 'split'], plant_dataset_timestamp_seconds=['dataset'],
-                plant_job_running=['job'], plant_job_runs=['job', 'status'], plant_job_failed=['job'], plant_job_last_start_timestamp_seconds=['job'],
-                plant_job_last_success_timestamp_seconds=['job'], plant_job_seconds=['job'], plant_champion_info=['model', 'version', 'dataset'],
-                **{f'plant_champion_{k}': ['model'] for k in ('timestamp_seconds', 'accuracy', 'accuracy_low', 'ece')}, plant_exporter_ok=['part'])
-
 def suffixes(kind): return dict(counter=('_total',), histogram=('_bucket', '_sum', '_count')).get(kind, ('',))
 
 @cache
 def exported():
     "Metric → its labels, by the code that exports them, and the rules that record them."
-    from plant_mlops.serve.record import make_metrics
-    target, out = {'instance', 'job'}, {k: {*v, 'instance', 'job'} for k, v in EXPORTER.items()}
-    for m in make_metrics().known.values():
+    from plant_mlops.serve.metrics import Metrics
+    target, out = {'instance', 'job'}, {k: {*v, 'instance', 'job'} for k, v in EXPORTED.items()}
+    for m in Metrics().collectors.values():
         for end in suffixes(m._type): out[m._name + end] = {*m._labelnames, *target, *(['le'] if end == '_bucket' else [])}
     for r in rules(alerts=False): out[r['record']] = out.get(r['record'], set()) | {*r.get('labels', {})} | named(r['expr'])[1]
     return out | dict(up=target, ALERTS={'alertname', 'alertstate', 'severity', 'area', *target})
@@ -164,9 +154,9 @@ def test_board_is_complete(name):
         assert {t['datasource']['uid'] for t in p['targets']} | {p['datasource']['uid']} <= sources, p['title']
 
 def test_boards_are_what_the_code_makes(tmp_path):
-    pytest.importorskip('grafana_foundation_sdk')
+    require('grafana-foundation-sdk')
     from plant_mlops.monitor.boards import write_boards
-    for p in write_boards(tmp_path): assert p.read_bytes() == (BOARDS/p.name).read_bytes(), f'{p.name} is old: write the boards anew'
+    for p in write_boards(tmp_path): assert p.read_bytes() == (BOARDS/p.name).read_bytes(), f'{p.name} is old: run `make export`'
 
 # All of it at work
 
@@ -185,8 +175,8 @@ def serve(page):
 
 def api_page():
     "The API's own figures, with some use at every look."
-    from plant_mlops.serve.record import make_metrics
-    m = make_metrics('plants')
+    from plant_mlops.serve.metrics import Metrics
+    m = Metrics('plants')
     def page():
         for route, method, status in (('/predict', 'POST', 200), ('/predict', 'POST', 200), ('/predict', 'POST', 429), ('/predict/batch', 'POST', 500), ('/ready', 'GET', 503), ('/metrics', 'GET', 200)):
             m.requests.labels(route, method, status).inc()
@@ -210,7 +200,7 @@ def exporter_page():
     "Made-up figures of data and jobs."
     r, values = CollectorRegistry(), dict(status='new stored failed rejected', label='grass dandelion', split='train valid test', job='ingest train monitor',
                                           model='plants', version='3', dataset='41a8af589c1e', part='catalog dataset jobs champion')
-    for name, labels in EXPORTER.items():
+    for name, labels in EXPORTED.items():
         g, sets = Gauge(name, name, labels, registry=r), [{}]
         for k in labels: sets = [o | {k: v} for o in sets for v in ('succeeded failed' if (name, k) == ('plant_job_runs', 'status') else values[k]).split()]
         for o in sets: (g.labels(**o) if o else g).set(time.time() - 3600 if name.endswith('timestamp_seconds') else .9 if 'accuracy' in name else 1)
@@ -238,7 +228,7 @@ def quick_config(folder, places):
 @pytest.fixture(scope='module')
 def prom(tmp_path_factory):
     "A function that asks a real Prometheus, and the address of a real Alertmanager."
-    names, folder = (program('prometheus'), program('alertmanager', 'prometheus-alertmanager')), tmp_path_factory.mktemp('prom')
+    names, folder = (require('prometheus'), require('alertmanager')), tmp_path_factory.mktemp('prom')
     servers = dict(api=serve(api_page()), jobs=serve(exporter_page()))
     places = {k: f'127.0.0.1:{v.server_port}' for k, v in servers.items()} | dict(prometheus=f'127.0.0.1:{free_port()}', alertmanager=f'127.0.0.1:{free_port()}')
     quick_config(folder, places)
@@ -304,7 +294,7 @@ def test_an_alert_arrives(prom):
 def test_one_cause_is_one_notification(tmp_path):
     "Which alerts a real Alertmanager holds back while another says why."
     address = f'127.0.0.1:{free_port()}'
-    p = start(program('alertmanager', 'prometheus-alertmanager'), f'--config.file={AM}', f'--storage.path={tmp_path}', f'--web.listen-address={address}', '--cluster.listen-address=', url=f'http://{address}/-/ready')
+    p = start(require('alertmanager'), f'--config.file={AM}', f'--storage.path={tmp_path}', f'--web.listen-address={address}', '--cluster.listen-address=', url=f'http://{address}/-/ready')
     def post(*alerts):
         body = json.dumps([dict(labels=dict(zip(('alertname', 'severity', 'area', 'job'), o.split()))) for o in alerts]).encode()
         urllib.request.urlopen(urllib.request.Request(f'http://{address}/api/v2/alerts', body, {'Content-Type': 'application/json'}), timeout=5)
@@ -337,7 +327,7 @@ def test_a_bad_rule_is_found(expr): assert faults(expr, labels_in_code)
 
 @pytest.mark.parametrize('old,new', [('== 0 # also', '== 7 # also'), ('for: 2m', 'for: 1h'), ('severity: page', 'severity: ticket'), ('sum(up{job="api"} or vector(0)) == 0', 'vector(1)')])
 def test_a_changed_rule_is_found(old, new, tmp_path):
-    promtool = program('promtool')
+    promtool = require('promtool')
     shutil.copytree(PROM, tmp_path/'p')
     file = tmp_path/'p'/'rules'/'api.yml'
     assert old in file.read_text()

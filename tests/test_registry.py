@@ -2,10 +2,11 @@
 import json, multiprocessing, os, random, shutil, signal, subprocess, sys
 import numpy as np, onnx, pandas as pd
 import pytest
-from conftest import free_port, wait_for
+from helpers import free_port, wait_for
 from plant_mlops.core.config import PlantError, settings
 from plant_mlops.core.store import FolderStore, open_store
-from plant_mlops.registry import registry
+from plant_mlops.core.workload import Reader, workloads
+from plant_mlops.registry import evaluate, registry, release
 from plant_mlops.registry.model_file import linear_model, read_metadata
 from plant_mlops.registry.tracking import experiment_id, mlflow_client
 
@@ -13,16 +14,18 @@ names = ['dandelion', 'grass']
 good = np.array([[2, -2], [0, 0]], np.float32)
 key = 'models/plants/champion.json'
 
-# Points in the plane stand in for photos; what is registered, judged and delivered is the same.
+# Points in the plane stand in for photos; registration, evaluation and delivery are the same.
 def points(): return np.random.default_rng(0).normal(size=(80, 2)).astype(np.float32)
 def manifest(s, dataset):
-    return pd.DataFrame(dict(id=[str(i) for i in range(80)], label=np.where(points()[:, 0] > 0, 'dandelion', 'grass'), group=range(80), split=['test', 'train']*40))
+    labels = np.where(points()[:, 0] > 0, 'dandelion', 'grass')
+    return pd.DataFrame(dict(id=[str(i) for i in range(80)], label=labels, group=range(80), split=['test', 'train']*40))
 def inputs(s, dataset, ids, spec): return points()[[int(i) for i in ids]]
 
-reader = registry.readers['features'] = registry.Reader(manifest, inputs) # for the processes that import this file
+reader = Reader(manifest, inputs)
+evaluate.readers['features'] = reader # for the processes that import this file
 
 @pytest.fixture(autouse=True)
-def _own_reader(monkeypatch): monkeypatch.setitem(registry.readers, 'features', reader)
+def reader_of_points(monkeypatch): monkeypatch.setitem(evaluate.readers, 'features', reader)
 
 def model_file(path, weights=good):
     onnx.save(linear_model(weights, names, provenance=dict(dataset='d', source='synthetic', arch='linear')), path)
@@ -40,7 +43,7 @@ def consistent(s, version):
     "Alias, pointer, file and history all name this version."
     p = pointer(s)
     data = open_store(s).get(p['key'], sha256=p['sha256'])
-    assert alias(s) == p['version'] == read_metadata(data)['version'] == registry.history(s)[0]['version'] == version
+    assert alias(s) == p['version'] == read_metadata(data)['version'] == release.history(s)[0]['version'] == version
     assert data == registry.model_bytes(s, version)
 
 processes = multiprocessing.get_context('forkserver')
@@ -71,7 +74,7 @@ def s(template):
                 if k.startswith('champion/'): c.delete_model_version_tag('plants', v.version, k)
     shutil.rmtree(s.home/'store', ignore_errors=True)
     with mlflow_client(s) as c: c.set_registered_model_alias('plants', 'champion', '1')
-    registry.sync(s)
+    release.sync_champion(s)
     return s
 
 @pytest.fixture(scope='module')
@@ -80,8 +83,10 @@ def server(tmp_path_factory):
     folder, port = tmp_path_factory.mktemp('mlflow'), free_port()
     env = dict(os.environ, MLFLOW_DISABLE_TELEMETRY='true', MLFLOW_SERVER_ENABLE_JOB_EXECUTION='false')
     cmd = [sys.executable, '-m', 'mlflow', 'server', '--host', '127.0.0.1', '--port', str(port), '--workers', '1',
-           '--backend-store-uri', f'sqlite:///{folder}/mlflow.db', '--artifacts-destination', str(folder/'artifacts'), '--serve-artifacts']
-    with open(folder/'log', 'wb') as log: p = subprocess.Popen(cmd, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+           '--backend-store-uri', f'sqlite:///{folder}/mlflow.db', '--serve-artifacts',
+           '--artifacts-destination', str(folder/'artifacts')]
+    with open(folder/'log', 'wb') as log:
+        p = subprocess.Popen(cmd, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     import httpx
     url = f'http://127.0.0.1:{port}'
     try:
@@ -96,14 +101,18 @@ def life(s, tmp_path):
     "Register, refuse, promote, go back."
     run = new_run(s)
     a, b, bad = (registry.register(s, run, model_file(tmp_path/'m.onnx', w)) for w in (good, good*1.1, -good))
-    assert registry.promote(s, a)['reason'].startswith('the first model')
-    assert not registry.promote(s, bad)['promoted']
+    assert release.promote(s, a)['reason'].startswith('first model')
+    assert not release.promote(s, bad)['promoted']
     consistent(s, a)
-    assert registry.promote(s, b) | dict(gate=None) == dict(promoted=True, version=b, previous=a, gate=None, reason="not worse: 40 of 40 right against the champion's 40")
+    outcome = release.promote(s, b)
+    gate = outcome.pop('gate')
+    assert (gate['passed'], gate['champion'], gate['n'], gate['left_out'], gate['lost']) == (True, a, 40, 0, 0)
+    assert outcome.pop('reason') == gate['reason'] and 'not worse' in gate['reason']
+    assert outcome == dict(promoted=True, version=b, previous=a)
     consistent(s, b)
-    assert registry.rollback(s)['version'] == a
+    assert release.rollback(s)['version'] == a
     consistent(s, a)
-    assert [h['version'] for h in registry.history(s)] == [a, b, a]
+    assert [h['version'] for h in release.history(s)] == [a, b, a]
     return b
 
 def test_on_a_real_mlflow_server(server, tmp_path):
@@ -122,30 +131,32 @@ def test_on_a_real_mlflow_server(server, tmp_path):
 def test_on_a_real_s3(weed, template, tmp_path):
     "Delivery to S3, with its conditional put."
     s = weed.settings('registry', home=template.home, tracking_uri=template.tracking_uri)
-    registry.promote(s, 1, force=True)
-    registry.promote(s, 2, force=True)
+    release.promote(s, 1, force=True)
+    release.promote(s, 2, force=True)
     consistent(s, '2')
     open_store(s).delete(key)
-    registry.sync(s)
+    release.sync_champion(s)
     consistent(s, '2')
 
 def die(*a): os.kill(os.getpid(), signal.SIGKILL)
 
 def promote_and_die(home, where):
     "Promote version 2, killed at one point on the way."
-    put, sync, publish = FolderStore.put, registry.sync, registry._publish
+    put, sync, upload = FolderStore.put, release.sync_champion, release._upload_to_store
     def at_pointer(self, k, *a, **kw):
         if k == key and where == 'before_the_pointer': die()
         put(self, k, *a, **kw)
         if k == key: die()
-    if where == 'before_the_alias': registry._publish = lambda s, store, v: die() if str(v.version) == '2' else publish(s, store, v)
-    elif where == 'after_the_alias': registry.sync = lambda s, reason='': die() if reason else sync(s)
+    def at_upload(s, store, v): return die() if str(v.version) == '2' else upload(s, store, v)
+    def at_sync(s, reason=''): return die() if reason else sync(s)
+    if where == 'before_the_alias': release._upload_to_store = at_upload
+    elif where == 'after_the_alias': release.sync_champion = at_sync
     else: FolderStore.put = at_pointer
-    registry.promote(settings(home=home), 2)
+    release.promote(settings(home=home), 2)
 
 @pytest.mark.parametrize('where', ['before_the_alias', 'after_the_alias', 'before_the_pointer', 'after_the_pointer'])
 def test_killed_promotion_is_finished_by_the_next(s, where):
-    "SIGKILL between the steps: what is served stays whole, and the next command mends the rest."
+    "SIGKILL between the steps: what is served stays whole, and the next command finishes the rest."
     p = start(promote_and_die, s.home, where)
     p.join(120)
     assert p.exitcode == -signal.SIGKILL
@@ -153,17 +164,19 @@ def test_killed_promotion_is_finished_by_the_next(s, where):
     open_store(s).get(served['key'], sha256=served['sha256'])
     assert served['version'] == ('2' if where == 'after_the_pointer' else '1')
     if where == 'before_the_alias': assert alias(s) == '1'
-    else: consistent(s, '2') if registry.sync(s) else None
-    registry.promote(s, 2)
+    else:
+        release.sync_champion(s)
+        consistent(s, '2')
+    release.promote(s, 2)
     consistent(s, '2')
-    assert [h['version'] for h in registry.history(s)] == ['2', '1']
-    assert registry.rollback(s)['version'] == '1'
+    assert [h['version'] for h in release.history(s)] == ['2', '1']
+    assert release.rollback(s)['version'] == '1'
     consistent(s, '1')
 
 def promote_often(home, i, gun):
     rng = random.Random(i)
     gun.wait()
-    for _ in range(6): registry.promote(settings(home=home), rng.choice([1, 2, 3]), force=True)
+    for _ in range(6): release.promote(settings(home=home), rng.choice([1, 2, 3]), force=True)
 
 def test_promotions_at_the_same_time(s):
     "Three processes promote at once, again and again; alias, pointer, file and history agree in the end."
@@ -180,10 +193,10 @@ def test_a_slow_promotion_does_not_undo_a_later_one(s, monkeypatch):
     def slow(self, k, *a, **kw):
         if k == key and not overtaken:
             overtaken.append(1)
-            registry.promote(s, 3, force=True)
+            release.promote(s, 3, force=True)
         return put(self, k, *a, **kw)
     monkeypatch.setattr(FolderStore, 'put', slow)
-    assert registry.promote(s, 2, force=True)['promoted'] is False
+    assert release.promote(s, 2, force=True)['promoted'] is False
     consistent(s, '3')
 
 def test_another_record_with_the_same_numbers(s, tmp_path):
@@ -192,18 +205,19 @@ def test_another_record_with_the_same_numbers(s, tmp_path):
     other = settings(home=tmp_path/'other', store_url=s.store_url)
     other.home.mkdir()
     registry.register(other, new_run(other), model_file(tmp_path/'m.onnx', good*3))
-    registry.promote(other, 1, force=True)
+    release.promote(other, 1, force=True)
     assert pointer(s)['sha256'] != was['sha256']
     assert open_store(s).get(was['key'], sha256=was['sha256'])
 
 def test_store_that_does_not_answer(s):
     "Nothing moves while the store cannot be reached."
-    away = settings(home=s.home, store_url='s3://plants', s3_endpoint_url=f'http://127.0.0.1:{free_port()}', s3_access_key='a', s3_secret_key='b')
-    with pytest.raises(PlantError, match='run again'): registry.promote(away, 2)
+    away = settings(home=s.home, store_url='s3://plants', s3_endpoint_url=f'http://127.0.0.1:{free_port()}',
+                    s3_access_key='a', s3_secret_key='b')
+    with pytest.raises(PlantError, match='run again'): release.promote(away, 2)
     consistent(s, '1')
 
 def test_store_that_fails_half_way(s, monkeypatch):
-    "A full disk at the pointer: the error is told, the old model is served, and the next run finishes."
+    "A full disk at the pointer: the error is reported, the old model is served, and the next run finishes."
     from plant_mlops.core.store import StoreError
     put = FolderStore.put
     def full(self, k, *a, **kw):
@@ -211,16 +225,16 @@ def test_store_that_fails_half_way(s, monkeypatch):
         return put(self, k, *a, **kw)
     with monkeypatch.context() as m:
         m.setattr(FolderStore, 'put', full)
-        with pytest.raises(PlantError, match='No space left'): registry.promote(s, 2)
+        with pytest.raises(PlantError, match='No space left'): release.promote(s, 2)
     assert pointer(s)['version'] == '1'
-    registry.sync(s)
+    release.sync_champion(s)
     consistent(s, '2')
 
 def test_mlflow_that_does_not_answer(s, monkeypatch):
     "The message names the server and what to check."
     monkeypatch.setenv('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')
     away = settings(home=s.home, tracking_uri=f'http://user:secret@127.0.0.1:{free_port()}')
-    for f in (registry.promote, registry.rollback, registry.evaluate, registry.history, registry.champion):
+    for f in (release.promote, release.rollback, evaluate.evaluate, release.history, registry.champion):
         with pytest.raises(PlantError, match='MLFLOW_TRACKING_URI') as e: f(away)
         assert 'secret' not in str(e.value)
 
@@ -228,10 +242,11 @@ def test_photos_are_read_as_users_send_them(tmp_path):
     "The reader of photos decodes raw bytes exactly as serving does."
     from plant_mlops.data.photo import to_pixels
     from plant_mlops.core.store import sha256_of
-    from plant_mlops.data.synthetic import photo
+    from plant_mlops.data.synthetic import draw_jpeg
     s = settings(home=tmp_path)
-    jpegs = [photo('grass', 0, i) for i in range(3)]
+    jpegs = [draw_jpeg('grass', 0, i) for i in range(3)]
     ids = [sha256_of(j) for j in jpegs]
     for i, j in zip(ids, jpegs): open_store(s).put(f'raw/{i}', j)
-    x = registry.readers['image'].inputs(s, '', ids, dict(kind='image', shape=[None, 96, 96, 3], resize=dict(side=128, size=96)))
+    spec = dict(kind='image', shape=[None, 96, 96, 3], resize=dict(side=128, size=96))
+    x = workloads(s)['photos'].reader.inputs(s, '', ids, spec)
     assert x.dtype == np.uint8 and np.array_equal(x, np.stack([to_pixels(j, 96, side=128) for j in jpegs]))

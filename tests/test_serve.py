@@ -2,48 +2,81 @@
 import contextlib, json, os, random, signal, socket, struct, subprocess, sys, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import httpx, pytest, uvicorn
+import httpx, numpy as np, psutil, pytest
 from fastapi.testclient import TestClient
 from PIL import Image
-from conftest import free_port, stop, wait_for
+from helpers import cli, free_port, programs, running, stop, wait_for
 from plant_mlops.core.config import settings
 from plant_mlops.core.store import StoreError
+from plant_mlops.registry.example_model import example_model, photo_bytes, publish_example
 from plant_mlops.registry.model_file import linear_model
-from plant_mlops.serve.api import Live, create_app
-from plant_mlops.serve.server import listen
-from plant_mlops.serve.onnx_model import Model, NoModel, load_champion, predict_files
-from tiny import jpeg, publish, tiny_model
+from plant_mlops.serve.api import create_app
+from plant_mlops.serve.champion import NoModelError, load_champion
+from plant_mlops.serve.live_model import LiveModel
+from plant_mlops.serve.onnx_model import Model, predict_files
+from plant_mlops.serve.sockets import listen
 
-cli = [sys.executable, '-m', 'plant_mlops.cli.main'] if not (Path(sys.executable).parent/'plant-mlops').exists() else [str(Path(sys.executable).parent/'plant-mlops')]
+# -- Photos, good and bad
 
-def halves():
-    "Yellow on the left, green on the right: where it is cut and turned can be seen."
+def two_halves():
+    "Yellow on the left, green on the right, so that a wrong crop or rotation changes the pixels."
     im = Image.new('RGB', (400, 200), 'green')
     im.paste('gold', (0, 0, 260, 200))
     return im
 
-def huge_png(side=50_000):
-    "The header of a photo of 2.5 thousand million pixels, and hardly anything else."
-    chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b'')
+def png_chunk(kind, data):
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
 
-def turned():
+def huge_png(side=50_000):
+    "The header of a photo of 2.5 thousand million pixels, and almost nothing else."
+    header = png_chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0))
+    pixels = png_chunk(b'IDAT', zlib.compress(bytes(1000)))
+    return b'\x89PNG\r\n\x1a\n' + header + pixels + png_chunk(b'IEND', b'')
+
+def sideways():
     "A photo on its side whose EXIF says so."
-    im = halves().rotate(90, expand=True)
     exif = Image.Exif()
     exif[0x0112] = 6
-    return jpeg(im, exif=exif)
+    return photo_bytes(two_halves().rotate(90, expand=True), exif=exif)
 
 gold = Image.new('RGB', (320, 240), 'gold')
-good = {'plain.jpg': jpeg(), 'Löwenzahn im März (1).jpg': jpeg(), 'photo.png': jpeg(format='PNG'), 'photo.webp': jpeg(format='WEBP'), 'photo.bmp': jpeg(format='BMP'),
-        'photo.tiff': jpeg(format='TIFF'), 'moving.gif': jpeg(format='GIF', save_all=True, append_images=[Image.new('RGB', (320, 240), 'green')]*3),
-        'cmyk.jpg': jpeg(gold.convert('CMYK')), 'palette.png': jpeg(gold.quantize(16), 'PNG'), 'alpha.png': jpeg(gold.convert('RGBA'), 'PNG'),
-        'tiny.png': jpeg(gold.resize((3, 2)), 'PNG'), 'no-extension': jpeg(), 'wrong.txt': jpeg(), 'sideways.jpg': turned()}
-bad = {'truncated.jpg': jpeg()[:-300], 'empty.jpg': b'', 'page.jpg': b'<!doctype html><html>404', 'huge.png': huge_png(), 'random.jpg': random.Random(0).randbytes(5000),
-       'half-png.png': jpeg(format='PNG')[:60], 'strip.png': jpeg(gold.resize((2000, 2)), 'PNG'), 'script.svg': b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'nul.jpg': bytes(2000)}
+green_frames = [Image.new('RGB', (320, 240), 'green')]*3
+good = {
+    'plain.jpg': photo_bytes(),
+    'Löwenzahn im März (1).jpg': photo_bytes(),
+    'no-extension': photo_bytes(),
+    'wrong.txt': photo_bytes(),
+    'photo.png': photo_bytes(format='PNG'),
+    'photo.webp': photo_bytes(format='WEBP'),
+    'photo.bmp': photo_bytes(format='BMP'),
+    'photo.tiff': photo_bytes(format='TIFF'),
+    'moving.gif': photo_bytes(format='GIF', save_all=True, append_images=green_frames),
+    'cmyk.jpg': photo_bytes(gold.convert('CMYK')),
+    'palette.png': photo_bytes(gold.quantize(16), 'PNG'),
+    'alpha.png': photo_bytes(gold.convert('RGBA'), 'PNG'),
+    'tiny.png': photo_bytes(gold.resize((3, 2)), 'PNG'),
+    'sideways.jpg': sideways(),
+}
+bad = {
+    'truncated.jpg': photo_bytes()[:-300],
+    'empty.jpg': b'',
+    'page.jpg': b'<!doctype html><html>404',
+    'huge.png': huge_png(),
+    'random.jpg': random.Random(0).randbytes(5000),
+    'half-png.png': photo_bytes(format='PNG')[:60],
+    'nul.jpg': bytes(2000),
+    'strip.png': photo_bytes(gold.resize((2000, 2)), 'PNG'),
+    'script.svg': b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+}
+
+def scratched(rng, data, changes=20) -> bytes:
+    "A file with some bytes changed, cut off somewhere."
+    data = bytearray(data)
+    for _ in range(rng.randrange(1, changes)): data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data[:rng.randrange(1, len(data) + 1)])
 
 @pytest.fixture(scope='module')
-def model(): return Model(tiny_model())
+def model(): return Model(example_model())
 
 @pytest.fixture
 def client(model):
@@ -52,140 +85,157 @@ def client(model):
 def test_files_good_and_bad(model, tmp_path):
     files = good | bad
     for name, data in files.items(): (tmp_path/name).write_bytes(data)
-    rows = list(predict_files(model, [tmp_path/o for o in files], batch=5))
+    rows = list(predict_files(model, [tmp_path/name for name in files], batch_size=5))
     assert [Path(r['file']).name for r in rows] == list(files)
     assert {Path(r['file']).name for r in rows if 'error' in r} == set(bad)
     assert all(r['prediction'] == 'dandelion' for r in rows if 'prediction' in r)
     assert all(not r['error'][0].islower() and r['error'].endswith('.') for r in rows if 'error' in r)
 
-def test_what_cannot_be_read_is_told(model, tmp_path):
-    rows = list(predict_files(model, [tmp_path/'none.jpg', tmp_path, '/dev/zero'], max_bytes=1000))
-    assert ['No such file' in rows[0]['error'], 'directory' in rows[1]['error'], 'Larger than' in rows[2]['error']] == [True]*3
+def test_a_file_that_cannot_be_read_has_an_error(model, tmp_path):
+    missing, folder, endless = predict_files(model, [tmp_path/'none.jpg', tmp_path, '/dev/zero'], max_bytes=1000)
+    assert 'No such file' in missing['error'] and 'directory' in folder['error'] and 'Larger than' in endless['error']
 
-def test_deep_grey_is_scaled_not_cut(model):
-    im = Image.fromarray(__import__('numpy').full((240, 320), 40_000, 'uint16'))
-    x = model.decode(jpeg(im, 'PNG'))
+def test_16_bit_grey_is_scaled_and_not_cut(model):
+    x = model.decode(photo_bytes(Image.fromarray(np.full((240, 320), 40_000, 'uint16')), 'PNG'))
     assert 150 < x.mean() < 160
 
-def test_sideways_is_seen_upright(model):
-    import numpy as np
-    assert np.abs(model.decode(turned()).astype(int) - model.decode(jpeg(halves()))).mean() < 2
+def test_a_photo_on_its_side_is_decoded_upright(model):
+    difference = model.decode(sideways()).astype(int) - model.decode(photo_bytes(two_halves()))
+    assert np.abs(difference).mean() < 2
+
+# -- Requests, good and bad
 
 @pytest.mark.parametrize('name', good)
-def test_http_good(client, name):
+def test_a_good_photo_is_answered(client, name):
     r = client.post('/predict', files={'file': (name, good[name])})
     assert (r.status_code, r.json()['prediction'], r.json()['file']) == (200, 'dandelion', name)
     assert client.post('/predict', content=good[name]).json()['prediction'] == 'dandelion'
 
 @pytest.mark.parametrize('name', bad)
-def test_http_bad(client, name):
-    for r in (client.post('/predict', files={'file': (name, bad[name])}), client.post('/predict', content=bad[name], headers={'content-type': 'image/jpeg'})):
+def test_a_bad_photo_is_refused_with_a_sentence(client, name):
+    in_form = client.post('/predict', files={'file': (name, bad[name])})
+    bare = client.post('/predict', content=bad[name], headers={'content-type': 'image/jpeg'})
+    for r in (in_form, bare):
         assert r.status_code in (400, 415, 422) and r.headers['content-type'] == 'application/problem+json'
         assert r.json()['detail'].endswith('.')
 
 def test_scratched_photos_never_break_the_server(client):
-    rng, seen = random.Random(1), set()
-    for i in range(400):
-        data = bytearray(rng.choice(list(good.values())))
-        for _ in range(rng.randrange(1, 20)): data[rng.randrange(len(data))] = rng.randrange(256)
-        seen.add(client.post('/predict', content=bytes(data[:rng.randrange(1, len(data) + 1)])).status_code)
-    assert seen <= {200, 415, 422}
+    rng, photos = random.Random(1), list(good.values())
+    statuses = {client.post('/predict', content=scratched(rng, rng.choice(photos))).status_code for _ in range(400)}
+    assert statuses <= {200, 415, 422}
 
-@pytest.mark.parametrize('headers,body', [
-    ({'content-type': 'multipart/form-data; boundary=x'}, b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\n'),
-    ({'content-type': 'multipart/form-data; boundary=x'}, b'--x--\r\n'), ({'content-type': 'multipart/form-data; boundary='}, b'x'),
-    ({'content-type': 'multipart/form-data'}, jpeg()), ({'content-type': 'multipart/form-data; boundary=x'}, b'\xff' * 500),
-    ({'content-type': 'multipart/form-data; boundary=x'}, b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\ntext\r\n--x--\r\n'),
-    ({'content-type': 'multipart/form-data; boundary=x'}, b'--x\r\nContent-Disposition: form-data; filename="a"\r\n\r\ntext\r\n--x--\r\n')])
-def test_broken_forms(client, headers, body):
-    r = client.post('/predict', content=body, headers=headers)
+form_type = 'multipart/form-data; boundary=x'
+def form_part(fields): return f'--x\r\nContent-Disposition: form-data; {fields}\r\n\r\n'.encode()
+
+@pytest.mark.parametrize('content_type, body', [
+    (form_type, form_part('name="file"; filename="a.jpg"')),               # nothing in it, and no end
+    (form_type, b'--x--\r\n'),                                             # empty
+    (form_type, b'\xff'*500),                                              # not a form
+    (form_type, form_part('name="file"') + b'text\r\n--x--\r\n'),          # a value, not a file
+    (form_type, form_part('filename="a"') + b'text\r\n--x--\r\n'),         # no name
+    ('multipart/form-data; boundary=', b'x'), ('multipart/form-data', photo_bytes())])
+def test_a_broken_form_is_refused(client, content_type, body):
+    r = client.post('/predict', content=body, headers={'content-type': content_type})
     assert r.status_code == 400 and r.json()['detail']
 
-def test_two_thousand_malformed_bodies(tmp_path):
-    "Photos scratched, cut and grown, in forms and bare: no failure inside, and no memory kept."
-    publish(settings(home=tmp_path))
+def memory_of_children(pid) -> float:
+    "Memory of all processes that a process has started, directly or not, in MB."
+    total = 0
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess): total += child.memory_info().rss
+    return total/1e6
+
+def test_two_thousand_malformed_bodies_leave_no_memory_behind(tmp_path):
+    "Photos scratched, cut and repeated, in forms and bare: no server error, and the workers do not grow."
+    publish_example(settings(home=tmp_path))
     port, rng = free_port(), random.Random(2)
-    corpus = [o for o in {**good, **bad}.values() if o]
-    def body():
-        data = bytearray(rng.choice(corpus))
-        for _ in range(rng.randrange(1, 30)): data[rng.randrange(len(data))] = rng.randrange(256)
-        return bytes(data[:rng.randrange(1, len(data) + 1)]) * rng.choice([1, 1, 1, 3])
-    p = subprocess.Popen([*cli, 'serve', '--home', str(tmp_path), '--port', str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    memory = lambda: int(next(o for o in open(f'/proc/{p.pid}/status') if o.startswith('VmRSS')).split()[1]) / 1024
+    corpus = [data for data in (good | bad).values() if data]
+    def malformed(): return scratched(rng, rng.choice(corpus), changes=30) * rng.choice([1, 1, 1, 20])
+    serve = [*cli, 'serve', '--home', str(tmp_path), '--port', str(port)]
+    p = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         with httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=30) as c, ThreadPoolExecutor(4) as pool:
-            wait_for(lambda: c.get('/ready').status_code == 200)
-            def send(data): return (c.post('/predict', files={'file': data}) if len(data) % 2 else c.post('/predict', content=data)).status_code
-            seen = set(pool.map(send, [body() for _ in range(1000)]))
-            before = memory()
-            seen |= set(pool.map(send, [body() for _ in range(1000)]))
-            assert seen <= {200, 400, 415, 422} and memory() < before + 25 and c.post('/predict', content=jpeg()).status_code == 200
+            wait_for(lambda: c.get('/ready').status_code == 200 and c.get('/ui/').status_code == 200)
+            def send(data):
+                if len(data) % 2: return c.post('/predict', files={'file': data}).status_code
+                return c.post('/predict', content=data).status_code
+            statuses = set(pool.map(send, [malformed() for _ in range(1000)]))
+            before = memory_of_children(p.pid)
+            statuses |= set(pool.map(send, [malformed() for _ in range(1000)]))
+            assert statuses <= {200, 400, 415, 422}
+            growth = memory_of_children(p.pid) - before
+            assert growth < 25, f'{growth:.0f} MB' # the second thousand bodies have about 50 MB
+            assert c.post('/predict', content=photo_bytes()).status_code == 200
     finally: stop(p)
 
 @pytest.mark.parametrize('kind', ['photos', 'numbers'])
-def test_fuzzed_by_its_own_description(kind, model, tmp_path):
+def test_fuzzing_by_the_openapi_description_finds_no_server_error(kind, model, tmp_path):
     numbers = linear_model([[2, 0], [0, 1], [-1, 1]], ['up', 'down'], version='1').SerializeToString()
-    with running(create_app(settings(home=tmp_path, token='hush'), model if kind == 'photos' else Model(numbers))) as c:
-        r = subprocess.run([Path(sys.executable).parent/'st', 'run', str(c.base_url.join('/openapi.json')), '--checks=not_a_server_error', '--max-examples=50', '--seed=1',
-                            '--no-color', '-H', 'Authorization: Bearer hush'], capture_output=True, text=True, cwd=tmp_path)
+    served = model if kind == 'photos' else Model(numbers)
+    with running(create_app(settings(home=tmp_path, token='hush'), served)) as c:
+        command = [programs/'st', 'run', str(c.base_url.join('/openapi.json')), '--checks=not_a_server_error',
+                   '--max-examples=50', '--seed=1', '--no-color', '-H', 'Authorization: Bearer hush']
+        r = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-500:]
 
-def test_openapi_describes_what_is_sent_and_answered(client):
+def test_openapi_describes_requests_and_answers(client):
     doc = client.get('/openapi.json').json()
     post = doc['paths']['/predict']['post']
     assert {'multipart/form-data', 'image/*', 'application/json'} <= set(post['requestBody']['content'])
     assert {'200', '400', '413', '415', '422', '503'} <= set(post['responses'])
     assert doc['components']['schemas']['Answer']['example']
 
-def test_a_failure_inside_tells_nothing_about_the_inside(model):
+def test_a_server_error_reveals_nothing_of_the_inside(model):
     app = create_app(settings(), model)
     app.add_api_route('/boom', lambda: 1 / 0)
     with TestClient(app, raise_server_exceptions=False) as c: r = c.get('/boom')
     assert (r.status_code, r.headers['content-type']) == (500, 'application/problem+json') and 'zero' not in r.text
 
-# the store, and the copy that is kept
-
-def test_from_s3_and_without_it(weed, tmp_path):
-    s = weed.settings('serving', home=tmp_path)
-    with pytest.raises(NoModel): load_champion(s)
-    publish(s, '7')
-    assert load_champion(s).version == '7'
-    publish(settings(home=tmp_path), '8')
-    assert load_champion(settings(home=tmp_path)).version == '8'
-    with frozen(weed):
-        away = s.model_copy(update=dict(s3_timeout=.5))
-        start = time.monotonic()
-        m = load_champion(away)
-        assert m.version == '7' and m.origin['note'], 'what was kept of another store is another model'
-        assert time.monotonic() - start < 20
-        with pytest.raises(StoreError): load_champion(away.model_copy(update=dict(home=tmp_path/'elsewhere')))
+# -- The store, and the local copy
 
 @contextlib.contextmanager
 def frozen(weed):
-    "A store that is there and never answers."
+    "A store that accepts connections and never answers."
     os.kill(weed.p.pid, signal.SIGSTOP)
     try: yield
     finally: os.kill(weed.p.pid, signal.SIGCONT)
 
-def test_health_while_the_store_never_answers(tmp_path):
-    with listen('127.0.0.1', 0) as silent:
-        s = settings(home=tmp_path, store_url='s3://plants', s3_endpoint_url='http://127.0.0.1:%d' % silent.getsockname()[1], s3_access_key='a', s3_secret_key='b', s3_timeout=1)
-        with running(create_app(s)) as c:
-            t = time.monotonic()
-            assert c.get('/health').json()['ready'] is False
-            r = c.post('/predict', content=jpeg())
-            assert r.status_code == 503 and r.headers['retry-after']
-            assert time.monotonic() - t < 1
+def test_a_model_from_s3_is_loaded_from_its_copy_while_s3_is_away(weed, tmp_path):
+    s = weed.settings('serving', home=tmp_path)
+    with pytest.raises(NoModelError): load_champion(s)
+    publish_example(s, '7')
+    assert load_champion(s).version == '7'
+    publish_example(settings(home=tmp_path), '8')
+    assert load_champion(settings(home=tmp_path)).version == '8'
+    with frozen(weed):
+        away = s.model_copy(update=dict(s3_timeout=.5))
+        start = time.monotonic()
+        champion = load_champion(away)
+        assert champion.version == '7' and champion.pointer['note'], 'version 8 is a copy from another store'
+        assert time.monotonic() - start < 20
+        with pytest.raises(StoreError): load_champion(away.model_copy(update=dict(home=tmp_path/'elsewhere')))
 
-def test_no_room_for_a_copy(tmp_path):
+def test_health_answers_while_the_store_never_does(tmp_path):
+    with listen('127.0.0.1', 0) as silent:
+        url = f'http://127.0.0.1:{silent.getsockname()[1]}'
+        s3 = dict(store_url='s3://plants', s3_endpoint_url=url, s3_access_key='a', s3_secret_key='b', s3_timeout=1)
+        s = settings(home=tmp_path, **s3)
+        with running(create_app(s)) as c:
+            start = time.monotonic()
+            assert c.get('/health').json()['ready'] is False
+            r = c.post('/predict', content=photo_bytes())
+            assert r.status_code == 503 and r.headers['retry-after']
+            assert time.monotonic() - start < 1
+
+def test_a_model_is_loaded_where_no_copy_can_be_kept(tmp_path):
     s = settings(home=tmp_path)
-    publish(s, '1')
-    (tmp_path/'cache').write_text('in the way')
+    publish_example(s, '1')
+    (tmp_path/'cache').write_text('a file where the folder should be')
     assert load_champion(s).version == '1'
 
-def test_damaged_copy_is_fetched_again(tmp_path):
+def test_a_damaged_copy_is_fetched_again(tmp_path):
     s = settings(home=tmp_path)
-    publish(s, '1')
+    publish_example(s, '1')
     load_champion(s)
     copy, = (tmp_path/'cache/models').glob('*.onnx')
     copy.write_bytes(copy.read_bytes()[:-50])
@@ -194,14 +244,14 @@ def test_damaged_copy_is_fetched_again(tmp_path):
 
 def test_few_copies_are_kept(tmp_path):
     s = settings(home=tmp_path)
-    for v in '123456':
-        publish(s, v)
+    for version in '123456':
+        publish_example(s, version)
         load_champion(s)
     assert len(list((tmp_path/'cache/models').glob('*.onnx'))) == 3
 
-# following what is in production
+# -- Following what is published
 
-crashing = """
+crashing_graph = """
 <ir_version: 8, opset_import: ["": 13]>
 crash (uint8[N,64,64,3] images) => (float[N,2] probabilities) <int64[2] shape = {7, 11}> {
     pixels = Cast<to=1>(images)
@@ -210,142 +260,155 @@ crash (uint8[N,64,64,3] images) => (float[N,2] probabilities) <int64[2] shape = 
 """
 
 def crashing_model():
-    "Opens, and fails on every input."
+    "A model file that can be opened, and fails on every input."
     from onnx import helper, parser
-    model = parser.parse_model(crashing.strip())
-    meta = dict(classes=['dandelion', 'grass'], input=dict(kind='image', shape=[None, 64, 64, 3], resize=dict(side=64, size=64)))
+    model = parser.parse_model(crashing_graph.strip())
+    spec = dict(kind='image', shape=[None, 64, 64, 3], resize=dict(side=64, size=64))
+    meta = dict(classes=['dandelion', 'grass'], input=spec)
     helper.set_model_props(model, {k: json.dumps(v) for k, v in meta.items()})
     return model.SerializeToString()
 
-@pytest.mark.parametrize('why, bad', [('not a usable ONNX file', lambda: dict(data=tiny_model()[:300])), ('checksum', lambda: dict(sha256='0'*64)),
-    ('answers in shape', lambda: dict(data=tiny_model(classes=['a', 'b', 'c']))), ('golden input', lambda: dict(data=crashing_model())),
-    ('no such object', lambda: dict(key='gone.onnx', sha256='1'*64))])
+@pytest.mark.parametrize('why, bad', [
+    ('not a usable ONNX file', lambda: dict(data=example_model()[:300])),
+    ('checksum', lambda: dict(sha256='0'*64)),
+    ('answers in shape', lambda: dict(data=example_model(classes=['a', 'b', 'c']))),
+    ('golden input', lambda: dict(data=crashing_model())),
+    ('no such object', lambda: dict(key='missing.onnx', sha256='1'*64))])
 def test_a_broken_model_is_refused_and_the_old_one_serves(tmp_path, why, bad):
     s = settings(home=tmp_path)
-    publish(s, '1')
-    live = Live(s)
-    assert live.look() and live.model.version == '1' and live.error is None
-    publish(s, '2', **bad())
-    assert not live.look() and live.model.version == '1' and why in str(live.error)
+    publish_example(s, '1')
+    live = LiveModel(s)
+    assert live.refresh() and live.model.version == '1' and live.error is None
+    publish_example(s, '2', **bad())
+    assert not live.refresh() and live.model.version == '1' and why in str(live.error)
     assert load_champion(s).version == '1', 'a server that starts now serves it too'
-    publish(s, '3')
-    assert live.look() and live.model.version == '3' and live.error is None
+    publish_example(s, '3')
+    assert live.refresh() and live.model.version == '3' and live.error is None
 
-def test_models_change_under_load(tmp_path):
-    "No request fails, and each is answered by one version, whole: odd versions call gold a dandelion, even ones call it grass."
+def test_models_change_under_load_and_each_answer_is_of_one_version(tmp_path):
+    "Odd versions call gold a dandelion, even ones call it grass."
     s = settings(home=tmp_path, reload_every=.05, token='hush')
-    kinds = [('grass', 'dandelion'), ('dandelion', 'grass')]
-    publish(s, '1')
-    seen, failed, end = set(), [], threading.Event()
-    def client(url):
+    classes = [('grass', 'dandelion'), ('dandelion', 'grass')]
+    publish_example(s, '1')
+    versions, failed, end = set(), [], threading.Event()
+    def keep_asking(url):
         with httpx.Client(base_url=url, timeout=20) as c:
             while not end.is_set():
-                r = c.post('/predict', content=jpeg('gold'))
+                r = c.post('/predict', content=photo_bytes('gold'))
                 answer = r.json()
-                if r.status_code != 200 or answer['prediction'] != kinds[int(answer['model_version']) % 2][0]: failed.append(answer)
-                seen.add(answer.get('model_version'))
+                expected = classes[int(answer['model_version']) % 2][0] if r.status_code == 200 else None
+                if answer.get('prediction') != expected: failed.append(answer)
+                versions.add(answer.get('model_version'))
     with running(create_app(s)) as c, ThreadPoolExecutor(4) as pool:
-        for _ in range(4): pool.submit(client, str(c.base_url))
+        for _ in range(4): pool.submit(keep_asking, str(c.base_url))
         for v in range(2, 40):
-            publish(s, str(v), data=tiny_model(classes=kinds[v % 2], version=str(v)))
-            if v % 3 == 0: assert c.post('/reload', headers={'Authorization': 'Bearer hush'}).json()['model_version'] == str(v)
+            publish_example(s, str(v), data=example_model(classes=classes[v % 2], version=str(v)))
+            if v % 3 == 0:
+                r = c.post('/reload', headers={'Authorization': 'Bearer hush'})
+                assert r.json()['model_version'] == str(v)
             time.sleep(.1)
         end.set()
-    assert not failed and len(seen) > 20
+    assert not failed and None not in versions and len(versions) > 20
 
-def test_a_store_that_stops_under_way(weed, tmp_path):
+def test_a_store_that_stops_while_the_server_runs(weed, tmp_path):
     s = weed.settings('under-way', home=tmp_path, s3_timeout=.3, reload_every=.1)
-    publish(s, '1')
+    publish_example(s, '1')
     with running(create_app(s)) as c:
         wait_for(lambda: c.get('/health').json()['ready'], 20)
         with frozen(weed):
             wait_for(lambda: c.get('/health').json()['detail'], 30)
-            assert c.post('/predict', content=jpeg('gold')).json()['model_version'] == '1'
+            assert c.post('/predict', content=photo_bytes('gold')).json()['model_version'] == '1'
             assert 'cannot be used' in c.get('/model/info').json()['serving']['error']
         wait_for(lambda: c.get('/health').json()['detail'] is None, 30)
-        publish(s, '2')
+        publish_example(s, '2')
         wait_for(lambda: c.get('/health').json()['model_version'] == '2', 20)
 
-# a real server
+# -- A real server
 
-@contextlib.contextmanager
-def running(app, sock=None):
-    "An app in a thread, on a free port or a socket."
-    with sock or listen('127.0.0.1', 0) as sock:
-        server = uvicorn.Server(uvicorn.Config(app, log_level='error'))
-        t = threading.Thread(target=server.run, kwargs=dict(sockets=[sock]))
-        t.start()
-        try:
-            wait_for(lambda: server.started)
-            with httpx.Client(base_url='http://127.0.0.1:%d' % sock.getsockname()[1], timeout=20) as c: yield c
-        finally:
-            server.should_exit = True
-            t.join(20)
+def test_many_requests_at_once_each_get_their_own_answer(model):
+    labels = dict(gold='dandelion', green='grass')
+    colours = [random.Random(i).choice(list(labels)) for i in range(200)]
+    with running(create_app(settings(), model)) as c, ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda colour: c.post('/predict', content=photo_bytes(colour)).json(), colours))
+    assert [a['prediction'] for a in answers] == [labels[colour] for colour in colours]
+    assert len({a['id'] for a in answers}) == 200
 
-def test_many_at_once_get_their_own_answer(model):
-    with running(create_app(settings(), model)) as c:
-        colours = [random.Random(i).choice(['gold', 'green']) for i in range(200)]
-        with ThreadPoolExecutor(32) as pool: said = list(pool.map(lambda o: c.post('/predict', content=jpeg(o)).json(), colours))
-    assert [o['prediction'] for o in said] == [{'gold': 'dandelion', 'green': 'grass'}[o] for o in colours]
-    assert len({o['id'] for o in said}) == 200
-
-def test_slow_answers_do_not_hold_up_the_rest(model, monkeypatch):
-    monkeypatch.setattr(Model, 'predict', lambda *_: time.sleep(1) or [dict(prediction='grass', probability=1., probabilities={}, novelty=0., model_version='1')])
-    with running(create_app(settings(), model)) as c, ThreadPoolExecutor(8) as pool:
-        slow = [pool.submit(c.post, '/predict', content=jpeg()) for _ in range(4)]
-        time.sleep(.2)
-        t = time.monotonic()
+def test_slow_predictions_do_not_hold_up_other_requests(model, monkeypatch):
+    run = Model.run
+    def slow_run(self, batch):
+        time.sleep(1)
+        return run(self, batch)
+    monkeypatch.setattr(Model, 'run', slow_run)
+    with running(create_app(settings(), model)) as c, ThreadPoolExecutor(4) as pool:
+        start = time.monotonic()
+        slow = [pool.submit(c.post, '/predict', content=photo_bytes()) for _ in range(4)]
+        time.sleep(.3)
+        asked = time.monotonic()
         assert c.get('/health').status_code == 200
-        assert time.monotonic() - t < .5
-        assert {o.result().status_code for o in slow} == {200}
+        assert time.monotonic() - asked < .5
+        assert {future.result().status_code for future in slow} == {200}
+        assert time.monotonic() - start > 1, 'the predictions were slow'
 
-def test_endless_body_is_cut_short(model):
+def test_an_endless_body_is_cut_short(model):
     sent = 0
-    def endless():
+    def endless_body():
         nonlocal sent
         while sent < 500_000_000:
             sent += 65_536
             yield bytes(65_536)
     with running(create_app(settings(ingest_max_bytes=1_000_000), model)) as c:
-        for kind in ('image/jpeg', 'multipart/form-data; boundary=x'):
-            with contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError): assert c.post('/predict', content=endless(), headers={'content-type': kind}).status_code in (400, 413)
+        for kind in ('image/jpeg', form_type):
+            with contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError):
+                r = c.post('/predict', content=endless_body(), headers={'content-type': kind})
+                assert r.status_code in (400, 413)
         assert sent < 100_000_000
         assert c.get('/health').json()['ready']
 
-def test_clients_that_go_away(model):
+def test_clients_that_disconnect_do_no_harm(model):
+    request = b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc'
     with running(create_app(settings(), model)) as c:
         for _ in range(20):
-            with socket.create_connection((c.base_url.host, c.base_url.port)) as o: o.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc')
-        assert c.post('/predict', content=jpeg()).status_code == 200
+            with socket.create_connection((c.base_url.host, c.base_url.port)) as connection: connection.sendall(request)
+        assert c.post('/predict', content=photo_bytes()).status_code == 200
 
-def test_command_serves_waits_for_a_model_and_stops(tmp_path):
+def test_the_command_waits_for_a_model_serves_and_stops(tmp_path):
     port, s = free_port(), settings(home=tmp_path)
-    p = subprocess.Popen([*cli, 'serve', '--home', str(tmp_path), '--port', str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    serve = [*cli, 'serve', '--home', str(tmp_path), '--port', str(port)]
+    p = subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         with httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=20) as c:
             wait_for(lambda: c.get('/health').json()['status'] == 'ok')
-            assert c.post('/predict', content=jpeg()).status_code == 503
-            publish(s, '4')
+            assert c.post('/predict', content=photo_bytes()).status_code == 503
+            publish_example(s, '4')
             wait_for(lambda: c.get('/health').json()['ready'], 20)
-            assert c.post('/predict', content=jpeg()).json()['model_version'] == '4'
+            assert c.post('/predict', content=photo_bytes()).json()['model_version'] == '4'
             assert c.get('/ui/').status_code == 200
-        second = subprocess.run([*cli, 'serve', '--home', str(tmp_path), '--port', str(port)], capture_output=True, text=True)
-        assert second.returncode == 1 and 'PLANT_PORT' in second.stdout + second.stderr and 'Traceback' not in second.stderr
+        second = subprocess.run(serve, capture_output=True, text=True)
+        assert second.returncode == 1 and 'PLANT_PORT' in second.stdout + second.stderr
+        assert 'Traceback' not in second.stderr
         p.send_signal(signal.SIGTERM)
-        said = p.communicate(timeout=30)[0]
-        assert f'http://127.0.0.1:{port}' in said and 'Traceback' not in said
+        output = p.communicate(timeout=30)[0]
+        assert f'http://127.0.0.1:{port}' in output and 'Traceback' not in output
     finally: stop(p)
 
-# what one prediction costs
+# -- What one prediction costs
 
-def test_one_prediction_is_quick_and_small(tmp_path):
-    "CPU time is judged, since a busy machine lets any process wait; on an idle one it takes no longer than that."
-    publish(settings(home=tmp_path), '1')
-    (tmp_path/'photo.jpg').write_bytes(jpeg())
-    code = ('import os, sys; from plant_mlops.cli.main import app; sys.argv = ["plant-mlops", "predict", "--home", sys.argv[1], sys.argv[2], "--json"]\n'
-            'try: app()\n'
-            'finally: print(sum(os.times()[:2]), next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1], file=sys.stderr)')
-    r = subprocess.run([sys.executable, '-c', code, str(tmp_path), str(tmp_path/'photo.jpg')], capture_output=True, text=True, check=True)
+measured_predict = """
+import os, sys
+from plant_mlops.cli.main import app
+sys.argv = ['plant-mlops', 'predict', '--home', sys.argv[1], sys.argv[2], '--json']
+try: app()
+finally:
+    peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))
+    print(sum(os.times()[:2]), peak.split()[1], file=sys.stderr)
+"""
+
+def test_one_prediction_takes_little_time_and_memory(tmp_path):
+    "CPU time is measured, because on a busy machine any process waits."
+    publish_example(settings(home=tmp_path), '1')
+    (tmp_path/'photo.jpg').write_bytes(photo_bytes())
+    command = [sys.executable, '-c', measured_predict, str(tmp_path), str(tmp_path/'photo.jpg')]
+    r = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, memory = map(float, r.stderr.split()[-2:])
     assert json.loads(r.stdout)['prediction'] == 'dandelion'
     assert seconds < 2 and memory < 250_000, f'{seconds:.1f} s, {memory/1000:.0f} MB'

@@ -2,14 +2,13 @@
 import contextlib, os, signal, threading, time
 from concurrent.futures import ThreadPoolExecutor
 import httpx, psutil, pytest
-from conftest import wait_for
+from helpers import metric, require, serving, wait_for
 from plant_mlops.core.config import settings
 from plant_mlops.core.store import open_store
 from plant_mlops.registry.model_file import linear_model
-from test_monitor import figure, serving
-from tiny import jpeg, publish, tiny_model
+from plant_mlops.registry.example_model import example_model, photo_bytes, publish_example
 
-gold, key = jpeg('gold'), {'Authorization': 'Bearer hush'}
+gold, key = photo_bytes('gold'), {'Authorization': 'Bearer hush'}
 
 def _answers(p):
     "Whether a process shares the figures, as those do that answer."
@@ -23,7 +22,7 @@ def workers(p):
 def crew(tmp_path):
     "A server of two processes: its settings, its process, a client."
     s = settings(home=tmp_path/'home')
-    publish(s, '1')
+    publish_example(s, '1')
     with serving(s, token='hush', workers=2, reload_every=600) as (p, c):
         wait_for(lambda: len(workers(p)) == 2)
         yield s, p, c
@@ -49,54 +48,53 @@ class Load:
         for o in self.all: o.result()
 
 @pytest.mark.timeout(180)
-def test_reload_every_second_for_a_minute_under_load(crew):
+def test_sixty_reloads_under_load(crew):
     s, p, c = crew
     served = []
     with Load(str(c.base_url)) as load:
         for i in range(2, 62):
-            tick = time.monotonic()
-            publish(s, str(i))
+            publish_example(s, str(i))
             assert c.post('/reload', headers=key).json()['model_version'] == str(i)
             served.append((time.monotonic(), i))
-            time.sleep(max(0, 1 - (time.monotonic() - tick)))
+            wait_for(lambda: load.said and load.said[-1][1] == i, 10, f'an answer of version {i}')
     assert not load.failed and len(load.said) > 600
     wrong = [(at, v) for at, v in load.said if v < max([i for t, i in served if t < at], default=1)]
     assert not wrong, f'{len(wrong)} of {len(load.said)} answers came from a version that had been replaced'
-    assert len({v for _, v in load.said}) >= 60
+    assert {v for _, v in load.said} >= set(range(2, 62))
 
 def test_figures_of_all_processes_are_one(crew):
     s, p, c = crew
-    with ThreadPoolExecutor(8) as pool: list(pool.map(lambda _: httpx.post(f'{c.base_url}/predict', content=jpeg('gold')), range(60)))
-    seen = {figure(c.get('/metrics').text, 'plant_predictions_total', variant='champion') for _ in range(6)}
+    with ThreadPoolExecutor(8) as pool: list(pool.map(lambda _: httpx.post(f'{c.base_url}/predict', content=photo_bytes('gold')), range(60)))
+    seen = {metric(c.get('/metrics').text, 'plant_predictions_total', variant='champion') for _ in range(6)}
     assert seen == {60.}
     text = c.get('/metrics').text
-    assert figure(text, 'plant_serving', variant='champion', version='1') == 1 and figure(text, 'plant_in_flight') == 1
+    assert metric(text, 'plant_serving', variant='champion', version='1') == 1 and metric(text, 'plant_in_flight') == 1
 
 def test_two_models_in_two_processes(tmp_path):
     s = settings(home=tmp_path/'home')
     other, sums = s.model_copy(update=dict(model='sums')), lambda v: linear_model([[2, 0], [0, 1]], ['up', 'down'], version=v).SerializeToString()
-    publish(s, '1')
-    publish(other, '1', data=sums('1'))
+    publish_example(s, '1')
+    publish_example(other, '1', data=sums('1'))
     with serving(s, token='hush', workers=2, reload_every=600, models='sums') as (p, c):
         wait_for(lambda: len(workers(p)) == 2 and c.get('/models/sums/ready').is_success)
-        publish(other, '2', data=sums('2'))
+        publish_example(other, '2', data=sums('2'))
         assert c.post('/models/sums/reload', headers=key).json()['model_version'] == '2'
         assert {httpx.post(f'{c.base_url}/models/sums/predict', json=dict(features=[1, 0])).json()['model_version'] for _ in range(20)} == {'2'}
         text = c.get('/metrics').text
-        assert [figure(text, 'plant_predictions_total', model=o) for o in ('sums', 'plants')] == [20, 0] and figure(text, 'plant_serving', model='sums', version='2') == 1
-        assert figure(text, 'plant_requests_total', route='/models/sums/predict') == 20
+        assert [metric(text, 'plant_predictions_total', model=o) for o in ('sums', 'plants')] == [20, 0] and metric(text, 'plant_serving', model='sums', version='2') == 1
+        assert metric(text, 'plant_requests_total', route='/models/sums/predict') == 20
 
 def test_a_process_that_dies_is_replaced(crew):
     s, p, c = crew
     first = workers(p)
-    c.post('/predict', content=jpeg('gold'))
+    c.post('/predict', content=photo_bytes('gold'))
     os.kill(victim := min(first), signal.SIGKILL)
     wait_for(lambda: len(workers(p) - first) == 1 and victim not in workers(p))
     wait_for(lambda: all(httpx.get(f'{c.base_url}/ready').is_success for _ in range(10)))
-    publish(s, '2')
+    publish_example(s, '2')
     assert httpx.post(f'{c.base_url}/reload', headers=key, timeout=30).json()['model_version'] == '2'
-    assert {httpx.post(f'{c.base_url}/predict', content=jpeg('gold')).json()['model_version'] for _ in range(20)} == {'2'}
-    assert figure(httpx.get(f'{c.base_url}/metrics').text, 'plant_predictions_total') == 21
+    assert {httpx.post(f'{c.base_url}/predict', content=photo_bytes('gold')).json()['model_version'] for _ in range(20)} == {'2'}
+    assert metric(httpx.get(f'{c.base_url}/metrics').text, 'plant_predictions_total') == 21
     assert any('another takes its place' in o for o in p.said)
 
 def test_nobody_outlives_a_server_that_was_killed(crew):
@@ -108,7 +106,7 @@ def test_nobody_outlives_a_server_that_was_killed(crew):
     assert not alive
 
 def test_the_page_comes_through_and_comes_back(crew):
-    pytest.importorskip('gradio', reason='gradio (the extra `app`) is not installed')
+    require('gradio')
     s, p, c = crew
     wait_for(lambda: c.get('/ui/').is_success)
     assert 'plant_mlops' in c.get('/ui', follow_redirects=True).text
@@ -118,26 +116,26 @@ def test_the_page_comes_through_and_comes_back(crew):
         return c.get('/ui/').status_code == 503
     page, = pages()
     wait_for(none_there, what='the end of the page')
-    assert c.post('/predict', content=jpeg('gold')).is_success
+    assert c.post('/predict', content=photo_bytes('gold')).is_success
     wait_for(lambda: c.get('/ui/').is_success and pages() - {page}, what='another page')
 
 def test_a_trial_reaches_every_process_and_ends(crew):
     s, p, c = crew
-    publish(s, '2', alias='challenger', share=.3, started_at='monday', data=tiny_model(version='2'))
+    publish_example(s, '2', alias='challenger', share=.3, started_at='monday', data=example_model(version='2'))
     c.post('/reload', headers=key)
-    def ask(i, **kw): return httpx.post(f'{c.base_url}/predict', content=jpeg('gold'), headers={'X-Client-ID': f'client {i}'}).json()
+    def ask(i, **kw): return httpx.post(f'{c.base_url}/predict', content=photo_bytes('gold'), headers={'X-Client-ID': f'client {i}'}).json()
     with ThreadPoolExecutor(4) as pool: first, again = (list(pool.map(ask, range(200))) for _ in range(2))
     assert [o['variant'] for o in first] == [o['variant'] for o in again]
     share = sum(o['variant'] == 'challenger' for o in first)/200
     assert .18 < share < .42 and all((o['variant'], o['model_version']) in (('champion', '1'), ('challenger', '2')) for o in first)
     text = c.get('/metrics').text
-    assert figure(text, 'plant_predictions_total', variant='challenger', version='2') == 400*share
-    assert figure(text, 'plant_stage_seconds_count', stage='infer', variant='challenger') == 400*share
-    publish(s, '3', alias='challenger', share=.3, started_at='tuesday', data=tiny_model()[:300])
+    assert metric(text, 'plant_predictions_total', variant='challenger', version='2') == 400*share
+    assert metric(text, 'plant_stage_seconds_count', stage='infer', variant='challenger') == 400*share
+    publish_example(s, '3', alias='challenger', share=.3, started_at='tuesday', data=example_model()[:300])
     c.post('/reload', headers=key)
-    assert figure(c.get('/metrics').text, 'plant_model_error', variant='challenger') == 1
+    assert metric(c.get('/metrics').text, 'plant_model_error', variant='challenger') == 1
     assert {o['variant'] for o in map(ask, range(30))} == {'champion'}
     open_store(s).delete('models/plants/challenger.json')
     c.post('/reload', headers=key)
     text = c.get('/metrics').text
-    assert figure(text, 'plant_model_error', variant='challenger') == figure(text, 'plant_serving', variant='challenger') == 0
+    assert metric(text, 'plant_model_error', variant='challenger') == metric(text, 'plant_serving', variant='challenger') == 0

@@ -1,19 +1,13 @@
 "The workflows: what linters say of them, what all of them promise, what their scripts do, and a run of the one that tests."
 import json, os, re, shutil, subprocess, sys
-from pathlib import Path
 import pytest, yaml
-from conftest import checkout_files, copy_checkout, root
+from helpers import checkout_files, copy_checkout, require, root, search_path
 
-path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
 pytestmark = pytest.mark.skipif(not (root/'.github/workflows').is_dir(), reason='no .github here')
-
-def tool(name):
-    "A program's path; its test is skipped where it is not installed."
-    return shutil.which(name, path=path) or pytest.skip(f'{name} is not installed')
 
 def run(*cmd, cwd=root, **env):
     "Exit code and all that was said."
-    env = {k: v for k, v in os.environ.items() if not k.startswith('PYTEST_')} | dict(PATH=path, NO_COLOR='1') | env
+    env = {k: v for k, v in os.environ.items() if not k.startswith('PYTEST_')} | dict(PATH=search_path, NO_COLOR='1') | env
     r = subprocess.run(list(map(str, cmd)), cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return r.returncode, r.stdout
 
@@ -24,22 +18,22 @@ def step(file, name): return next(s for s in steps(yaml.safe_load((root/'.github
 # Each gives what is wrong in a folder: nothing, if all is well.
 
 def actionlint(at):
-    tool('shellcheck') # without it, actionlint says nothing of scripts
-    code, said = run(tool('actionlint'), cwd=at)
+    require('shellcheck') # without it, actionlint says nothing of scripts
+    code, said = run(require('actionlint'), cwd=at)
     return said if code else ''
 
 def zizmor(at):
-    code, said = run(tool('zizmor'), '--quiet', '--offline', '--persona', 'auditor', '.github', cwd=at)
+    code, said = run(require('zizmor'), '--quiet', '--offline', '--persona', 'auditor', '.github', cwd=at)
     return said if code else ''
 
 def schema(at):
     w, a = found(at)
-    r = [run(tool('check-jsonschema'), '--builtin-schema', f'vendor.{k}', *f, cwd=at)
+    r = [run(require('check-jsonschema'), '--builtin-schema', f'vendor.{k}', *f, cwd=at)
          for k, f in (('github-workflows', w), ('github-actions', a), ('dependabot', [at/'.github/dependabot.yml']))]
     return ''.join(said for code, said in r if code)
 
 def pins(at):
-    "Others' actions are named by commit, with the release beside it, and everywhere by the same."
+    "Actions of other repositories are pinned by commit, with the release in a comment, and to the same one everywhere."
     bad, seen = [], {}
     for f in sum(found(at), []):
         for uses, _, note in re.findall(r'^\s*(?:- )?uses:\s*(\S+)(\s+#\s*(\S+))?', f.read_text(), re.M):
@@ -136,7 +130,7 @@ def test_a_deployment_names_every_image_by_its_digest(tmp_path):
 
 def secrets(at, *files):
     "What looks like a key or a password. Pictures in notebooks look random, and tests have passwords: only what has a form of its own counts."
-    code, said = run(tool('detect-secrets'), 'scan', *(x for o in ('Base64HighEntropyString', 'HexHighEntropyString', 'KeywordDetector') for x in ('--disable-plugin', o)),
+    code, said = run(require('detect-secrets'), 'scan', *(x for o in ('Base64HighEntropyString', 'HexHighEntropyString', 'KeywordDetector') for x in ('--disable-plugin', o)),
                      '--exclude-secrets', '^(password|secret)$', *files, cwd=at)
     assert code == 0, said
     return json.loads(said[said.index('{'):])['results']
@@ -146,10 +140,11 @@ def test_no_secrets(tmp_path):
     (tmp_path/'settings.py').write_text('key = "AKIA' + 'Z7Q2M4X6B8N3V5C1"\n')
     assert secrets(tmp_path, '--all-files', '.')
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_tests_run_as_a_workflow(tmp_path):
     "Both jobs of test.yml by act, on this machine and with this environment: whether notebooks are in step, then .ci/run with one notebook."
-    act, to = tool('act'), tmp_path/'checkout'
+    act, to = require('act'), tmp_path/'checkout'
     copy_checkout(to)
     for cmd in ('init --quiet', 'add --all', '-c user.name=test -c user.email=test@localhost commit --quiet --no-verify -m all', 'remote add origin https://github.com/some/plants.git'):
         code, said = run('git', *cmd.split(), cwd=to)
@@ -163,6 +158,6 @@ def test_the_tests_run_as_a_workflow(tmp_path):
     python = f'{sys.version_info.major}.{sys.version_info.minor}'
     (temp := tmp_path/'temp').mkdir() # of the tests' own: pytest closes the usual one to all other users, and a database of this run may be in it
     code, said = run(act, 'push', '-W', '.github/workflows/test.yml', '--matrix', f'python:{python}', '-P', 'ubuntu-latest=-self-hosted', '--local-repository', f'{setup}={stub.parent}',
-                     '--env', 'PYTEST_ADDOPTS=tests/test_notebooks.py -k 00_config', '--env', f'PYTEST_DEBUG_TEMPROOT={temp}', cwd=to, HOME=str(tmp_path/'home'), XDG_CACHE_HOME=str(tmp_path/'cache'))
+                     '--env', 'PYTEST_ADDOPTS=tests/test_notebooks.py -k 00_config', '--env', f'PYTEST_DEBUG_TEMPROOT={temp}', '--env', 'REQUIRE_COMPONENTS=0', cwd=to, HOME=str(tmp_path/'home'), XDG_CACHE_HOME=str(tmp_path/'cache'))
     assert code == 0, said[-5000:]
     assert said.count('Job succeeded') == 2 and '3 passed' in said and '1 passed' in said, said[-5000:]

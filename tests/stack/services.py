@@ -6,7 +6,7 @@ import json, os, re, shlex, shutil, subprocess, sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
 import psutil
-from conftest import root, wait_for
+from helpers import root, wait_for
 
 bin = Path(sys.executable).parent
 path = f'{bin}:{os.environ["PATH"]}:/usr/sbin'

