@@ -22,7 +22,7 @@ setup(
     classifiers=['Programming Language :: Python :: 3 :: Only', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=[cfg['lib_name'], cfg['lib_name'] + '.*']),
-    package_data={cfg['lib_name']: ['**/*.sql', '**/*.ipynb', '**/*.j2', '**/*.css', '**/*.js', '**/*.html', '**/*.svg']},
+    package_data={cfg['lib_name']: ['**/*.sql', '**/*.ipynb', '**/*.j2', '**/*.yaml', '**/*.css', '**/*.js', '**/*.html', '**/*.svg']},
     install_requires=lines('requirements'),
     extras_require={o: lines(f'{o}_requirements') for o in extras},
     entry_points={'console_scripts': lines('console_scripts'), 'plant_mlops.workloads': lines('workloads'),

@@ -1,9 +1,9 @@
 "Fixtures: real servers on loopback and on free ports, each stopped by its own process id; and what the run lacked."
-import os, signal, subprocess
+import os, re, signal, subprocess
 from collections import Counter
 from pathlib import Path
 import pytest
-from helpers import (borrow_venv, copy_checkout, find_program, free_port, missing, photos_dir, require, root,
+from helpers import (SLOW_FILES, SLOW_NOTEBOOKS, TOGETHER, borrow_venv, copy_checkout, find_program, free_port, missing, photos_dir, require, root,
                      stop, wait_for)
 
 # -- What was skipped, for want of what
@@ -194,19 +194,11 @@ def _mariadb(tmp_path_factory):
 
 # -- Which tests run together, in which order, and which are slow
 
-# Files whose tests share something expensive (a server, a trained model, an environment): one worker runs them.
-# The tests of other files are spread over the workers one by one.
-TOGETHER = {'test_ab', 'test_airflow', 'test_app_browser', 'test_base_install', 'test_catalog', 'test_dashboard', 'test_drift', 'test_guides',
-            'test_kubernetes', 'test_load', 'test_monitoring', 'test_quantize', 'test_recipe', 'test_registry', 'test_serve', 'test_store'}
-
-# Files that take long, the longest first, so that no worker is left with one of them at the end. `make test-fast` leaves them out;
-# elsewhere, single tests have the marker `slow`.
-SLOW_FILES = ('test_stack', 'test_guides', 'test_airflow', 'test_readme', 'test_jobs', 'test_drift', 'test_recipe', 'test_pipeline', 'test_registry',
-              'test_dashboard', 'test_app_browser', 'test_full_disk', 'test_ingest', 'test_workers', 'test_monitor', 'test_quantize', 'test_cli',
-              'test_base_install', 'test_load', 'test_ab', 'test_export')
-
-# Notebooks that take more than a few seconds: they train, or start servers and kernels.
-SLOW_NOTEBOOKS = ()
+def is_slow_notebook(item) -> bool:
+    "Whether a test runs one of them, or one of the folder `model`, which import PyTorch."
+    if not item.name.startswith('test_notebook['): return False
+    name = re.sub(r'\d+_', '', item.name.removeprefix('test_notebook[').removesuffix('.ipynb]'))
+    return name in SLOW_NOTEBOOKS or name.startswith('model/')
 
 # What takes seconds to start.
 SLOW_FIXTURES = {'airflow', 'base', 'checkov', 'chromium', 'clone', 'mariadb', 'postgres', 'prom'}
@@ -215,7 +207,7 @@ def is_slow(item) -> bool:
     "Whether a test belongs to a slow file, or uses what is slow to start."
     if item.path.stem in SLOW_FILES or SLOW_FIXTURES & {*item.fixturenames}: return True
     if '[mariadb' in item.name or '[postgres' in item.name: return True
-    return item.path.stem == 'test_notebooks' and any(f'[{name}.ipynb]' in item.name for name in SLOW_NOTEBOOKS)
+    return is_slow_notebook(item)
 
 def pytest_collection_modifyitems(items):
     for item in items:

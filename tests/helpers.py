@@ -313,3 +313,23 @@ EXPORTED = dict(
     plant_champion_info=['model', 'version', 'dataset'], plant_champion_timestamp_seconds=['model'],
     plant_champion_accuracy=['model'], plant_champion_accuracy_low=['model'], plant_champion_ece=['model'],
     plant_exporter_ok=['part'])
+
+# -- Which tests run together, in which order, and which are slow
+
+# Files whose tests share something expensive (a server, a trained model, an environment): one worker runs them.
+# The tests of other files are spread over the workers one by one.
+TOGETHER = {'test_ab', 'test_airflow', 'test_app_browser', 'test_base_install', 'test_catalog', 'test_dashboard', 'test_drift', 'test_guides',
+            'test_kubernetes', 'test_load', 'test_monitoring', 'test_quantize', 'test_recipe', 'test_registry', 'test_serve', 'test_store'}
+
+# Files that take long, the longest first, so that no worker is left with one of them at the end. `make test-fast` leaves them out;
+# elsewhere, single tests have the marker `slow`.
+SLOW_FILES = ('test_stack', 'test_guides', 'test_airflow', 'test_readme', 'test_jobs', 'test_drift', 'test_recipe', 'test_pipeline', 'test_registry',
+              'test_dashboard', 'test_app_browser', 'test_full_disk', 'test_ingest', 'test_workers', 'test_monitor', 'test_quantize', 'test_cli',
+              'test_base_install', 'test_load', 'test_ab', 'test_export')
+
+# Notebooks that take more than a few seconds, named without their numbers: they train, or start servers and kernels.
+SLOW_NOTEBOOKS = {'apps/data', 'apps/mistakes', 'apps/models', 'apps/try_it', 'cli/pipeline', 'data/dataset', 'data/ingest', 'data/prepare',
+                  'data/synthetic', 'guides/one_photo', 'guides/workload', 'jobs/active_run', 'jobs/chains', 'jobs/reports', 'jobs/runner',
+                  'jobs/scheduler', 'monitor/drift', 'monitor/drift_report', 'photos/example_home', 'photos/main', 'photos/stages',
+                  'photos/workload', 'registry/evaluate', 'registry/gate', 'registry/release', 'serve/page', 'serve/server', 'serve/workers',
+                  'stocks/forecast', 'stocks/page', 'stocks/train', 'stocks/workload'}

@@ -31,7 +31,7 @@ def versions(tmp_path_factory):
 
 def test_from_start_to_verdict(versions):
     s = versions
-    assert 'No challenger' in command(s, 'ab', 'status')[1]
+    assert 'no challenger' in command(s, 'ab', 'status')[1]
     with serving(s, token='hush', workers=2, reload_every=.2) as (p, c):
         code, said = command(s, 'ab', 'start', '--challenger', '2', '--share', '0.5')
         assert code == 0 and 'Version 2 answers for 50%' in said

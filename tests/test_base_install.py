@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from helpers import copy_checkout, missing, root
 
-PATHS = ['plant_mlops', 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md',
-         'nbs/jobs/notebooks', 'nbs/photos/jobs', 'nbs/stocks/jobs', 'nbs/apps/dashboard.ipynb'] # plant_mlops links to these
+LINKED = ['nbs/jobs/notebooks', 'nbs/photos/jobs', 'nbs/stocks/jobs', 'nbs/apps/dashboard.ipynb'] # from plant_mlops
+PATHS = ['plant_mlops', 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md', *LINKED]
 
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):

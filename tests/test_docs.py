@@ -39,6 +39,8 @@ def test_alerts_lead_to_their_section():
         for r in (r for g in yaml.safe_load(f.read_text())['groups'] for r in g['rules'] if 'alert' in r):
             assert r['annotations']['runbook_url'].rpartition('#')[2] in there, f"{r['alert']} is not on the page: execute guides/alerts.ipynb"
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_quarto_gets_every_page(tmp_path):
     "What nbdev makes of the notebooks for Quarto, which itself is not needed for that."
     (bin := tmp_path/'bin').mkdir()

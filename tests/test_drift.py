@@ -123,7 +123,7 @@ def test_new_photos_of_the_same_kind_are_no_drift_and_others_are(s):
     assert v['columns']['brightness']['drifted'] and not v['columns']['warmth']['drifted']
     assert json.loads(store.get('models/plants/drift.json')) == v == json.loads(store.get(v['report'].replace('.html', '.json')))
     html = store.get(v['report']).decode()
-    assert all(o in html for o in ('Dataset Drift is detected', 'share that changed, at the least', 'brightness', 'embedding 3'))
+    assert all(text in html for text in ('Drift in', 'lower\nbound', 'brightness', 'embedding 3')) and html.count('<svg') > 6
     assert abs(datetime.fromisoformat(v['checked_at']) - now()) < timedelta(minutes=5)
 
 def test_too_little_gives_no_verdict(s):
@@ -208,7 +208,7 @@ def test_on_s3(weed, s):
     for o in list(store.list('')): there.put(o.key, store.get(o.key))
     send(far, input_samples(load_champion(far), drawn(40)))
     v = drift(far)
-    assert v['enough'] and json.loads(there.get('models/plants/drift.json')) == v and len(there.get(v['report'])) > 1_000_000
+    assert v['enough'] and json.loads(there.get('models/plants/drift.json')) == v and b'<svg' in there.get(v['report'])
 
 def test_chance_alone_is_seldom_a_share():
     from plant_mlops.monitor.drift import changed_share
@@ -216,29 +216,6 @@ def test_chance_alone_is_seldom_a_share():
     for m, n in ((90, 30), (90, 120), (1000, 500)):
         share = lambda: max(changed_share(*np.split(rng.normal(size=m + n), [m]), columns=14) for _ in range(14))
         assert sum(share() > 0 for _ in range(100)) <= 12 and sum(share() > .1 for _ in range(20)) == 0
-
-_quiet = '''
-import socket, sys
-asked = []
-class Closed(socket.socket):
-    def connect(self, at): asked.append(at); raise OSError('closed')
-    connect_ex = connect
-socket.socket = Closed
-socket.getaddrinfo = lambda *a, **k: asked.append(a) or (_ for _ in ()).throw(OSError('closed'))
-import numpy as np, pandas as pd
-from plant_mlops.monitor.drift import judge
-rng = np.random.default_rng(0)
-t = lambda n: pd.DataFrame(dict(a=rng.normal(size=n), b=1.))
-columns, report = judge(t(60), t(50))
-report.get_html_str(as_iframe=False)
-assert columns['b'] == dict(score=0., drifted=False)
-assert not asked, asked
-'''
-
-def test_evidently_tells_nobody(tmp_path):
-    r = subprocess.run([sys.executable, '-c', _quiet], capture_output=True, text=True, env=os.environ | dict(HOME=str(tmp_path), XDG_CONFIG_HOME=str(tmp_path)))
-    assert r.returncode == 0, r.stderr
-    assert not [o for o in tmp_path.rglob('*') if 'evidently' in o.name]
 
 # -- the command, and what follows from it
 
@@ -249,7 +226,7 @@ def test_retrains_only_where_there_is_drift_and_something_to_learn(tmp_path):
     plant('run', '--synthetic', 80, '--json', home=home)
     s = settings(home=home, image_size=96)
     said = plant('drift', '--retrain', home=home, **env)
-    assert 'Too few to say' in said and 'PLANT_DRIFT_MIN' in said
+    assert 'Too few' in said and 'PLANT_DRIFT_MIN' in said
     model = load_champion(s)
     send(s, input_samples(model, drawn(40)))
     said = plant('drift', '--retrain', home=home, **env)

@@ -325,6 +325,7 @@ def test_a_bad_panel_is_found(prom, expr, why): assert why in trouble(prom, expr
 @pytest.mark.parametrize('expr', ['plant_requests{status="200"} > 0', 'sum by (team) (plant_serving)', 'plant_job_failed{name="train"}', 'plant:predict_errors:ratio2h > 1'])
 def test_a_bad_rule_is_found(expr): assert faults(expr, labels_in_code)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('old,new', [('== 0 # also', '== 7 # also'), ('for: 2m', 'for: 1h'), ('severity: page', 'severity: ticket'), ('sum(up{job="api"} or vector(0)) == 0', 'vector(1)')])
 def test_a_changed_rule_is_found(old, new, tmp_path):
     promtool = require('promtool')

@@ -2,7 +2,7 @@
 import filecmp, os, re, subprocess
 import nbdev.test, pytest
 from fastcore.nbio import read_nb
-from helpers import borrow_venv, copy_checkout, notebook_paths, root, search_path
+from helpers import SLOW_NOTEBOOKS, borrow_venv, copy_checkout, notebook_paths, root, search_path
 
 nbs = root/'nbs'
 
@@ -85,6 +85,10 @@ def test_a_stale_output_is_found():
     assert not differences(saved, notebook('ingest   10 2 * * *  12 s, in /tmp/other/home\n', **{'image/png': 'bbbb', 'text/plain': '<Figure size 9x9>'}))
     assert differences(saved, notebook('ingest   –   3.1 s, in /tmp/x1/home\n', **{'image/png': 'aaaa'}))
     assert differences(saved, notebook('ingest   0 22 * * *   3.1 s, in /tmp/x1/home\n', **{'text/plain': 'no picture'}))
+
+def test_every_notebook_that_is_called_slow_exists():
+    names = {re.sub(r'\d+_', '', str(p.relative_to(nbs).with_suffix(''))) for p in notebooks}
+    assert not SLOW_NOTEBOOKS - names
 
 # -- In step
 

@@ -1,8 +1,8 @@
 "A server of several processes: one model, one set of figures, one page; and what happens when one of them dies."
-import contextlib, os, signal, threading, time
+import contextlib, os, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 import httpx, psutil, pytest
-from helpers import metric, require, serving, wait_for
+from helpers import logged, metric, require, serving, wait_for
 from plant_mlops.core.config import settings
 from plant_mlops.core.store import open_store
 from plant_mlops.registry.model_file import linear_model
@@ -10,13 +10,19 @@ from plant_mlops.registry.example_model import example_model, photo_bytes, publi
 
 gold, key = photo_bytes('gold'), {'Authorization': 'Bearer hush'}
 
-def _answers(p):
-    "Whether a process shares the figures, as those do that answer."
-    with contextlib.suppress(psutil.Error): return any('/figures/' in m.path for m in p.memory_maps())
+def _is_worker(process):
+    "Whether a process shares its metrics, as workers do."
+    with contextlib.suppress(psutil.Error): return any('/metrics/' in m.path for m in process.memory_maps())
 
 def workers(p):
-    "Process ids of those that answer."
-    return {o.pid for o in psutil.Process(p.pid).children() if _answers(o)}
+    "Process ids of the workers, which are children of the fork server."
+    return {child.pid for child in psutil.Process(p.pid).children(recursive=True) if _is_worker(child)}
+
+def pages(p):
+    "Process ids of the page: the child that listens on a port of its own."
+    def listens(child):
+        with contextlib.suppress(psutil.Error): return any(c.status == psutil.CONN_LISTEN for c in child.net_connections('inet'))
+    return {child.pid for child in psutil.Process(p.pid).children() if listens(child)}
 
 @pytest.fixture
 def crew(tmp_path):
@@ -95,7 +101,7 @@ def test_a_process_that_dies_is_replaced(crew):
     assert httpx.post(f'{c.base_url}/reload', headers=key, timeout=30).json()['model_version'] == '2'
     assert {httpx.post(f'{c.base_url}/predict', content=photo_bytes('gold')).json()['model_version'] for _ in range(20)} == {'2'}
     assert metric(httpx.get(f'{c.base_url}/metrics').text, 'plant_predictions_total') == 21
-    assert any('another takes its place' in o for o in p.said)
+    assert any('is replaced' in line for line in p.said)
 
 def test_nobody_outlives_a_server_that_was_killed(crew):
     s, p, c = crew
@@ -110,14 +116,13 @@ def test_the_page_comes_through_and_comes_back(crew):
     s, p, c = crew
     wait_for(lambda: c.get('/ui/').is_success)
     assert 'plant_mlops' in c.get('/ui', follow_redirects=True).text
-    pages = lambda: {o.pid for o in psutil.Process(p.pid).children() if 'spawn_main' in ' '.join(o.cmdline())} - workers(p)
-    def none_there(): # a request that comes while the next page starts waits for it, so this may take more than one try
-        for o in pages(): os.kill(o, signal.SIGKILL)
+    def is_away(): # a request that comes while the next page starts waits for it, so this may take more than one try
+        for pid in pages(p): os.kill(pid, signal.SIGKILL)
         return c.get('/ui/').status_code == 503
-    page, = pages()
-    wait_for(none_there, what='the end of the page')
+    page, = pages(p)
+    wait_for(is_away, what='the end of the page')
     assert c.post('/predict', content=photo_bytes('gold')).is_success
-    wait_for(lambda: c.get('/ui/').is_success and pages() - {page}, what='another page')
+    wait_for(lambda: c.get('/ui/').is_success and pages(p) - {page}, what='another page')
 
 def test_a_trial_reaches_every_process_and_ends(crew):
     s, p, c = crew
@@ -139,3 +144,29 @@ def test_a_trial_reaches_every_process_and_ends(crew):
     c.post('/reload', headers=key)
     text = c.get('/metrics').text
     assert metric(text, 'plant_model_error', variant='challenger') == metric(text, 'plant_serving', variant='challenger') == 0
+
+def test_reloads_at_the_same_moment_all_succeed(crew):
+    s, p, c = crew
+    publish_example(s, '2')
+    def reload(_): return httpx.post(f'{c.base_url}/reload', headers=key, timeout=20).json()['model_version']
+    with ThreadPoolExecutor(8) as pool: assert set(pool.map(reload, range(8))) == {'2'}
+
+def test_the_supervisor_is_small(crew):
+    s, p, c = crew
+    c.post('/predict', content=gold)
+    assert psutil.Process(p.pid).memory_info().rss < 60e6
+    code = 'import sys, plant_mlops.serve.server; print(*sorted({m.split(".")[0] for m in sys.modules}))'
+    imported = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {'fastapi', 'gradio', 'numpy', 'onnxruntime', 'PIL', 'prometheus_client', 'sqlalchemy'} & set(imported)
+
+def test_predictions_are_written_though_the_writer_was_killed(crew):
+    s, p, c = crew
+    c.post('/predict', content=gold)
+    wait_for(lambda: len(logged(s)) == 1)
+    servers = pages(p)
+    for child in psutil.Process(p.pid).children():
+        with contextlib.suppress(psutil.Error):
+            if 'spawn_main' in ' '.join(child.cmdline()) and child.pid not in servers: child.kill()
+    c.post('/predict', content=gold)
+    wait_for(lambda: len(logged(s)) == 2)
+    assert any('prediction writer ended' in line for line in p.said)

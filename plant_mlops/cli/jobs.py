@@ -6,7 +6,7 @@
 __all__ = ['app', 'job_app', 'run_record', 'outcome_text', 'print_run', 'job_list', 'job_run', 'job_history', 'job_show',
            'job_keep', 'schedule', 'job_cronjobs']
 
-# %% ../../nbs/cli/02_jobs.ipynb #681432e2
+# %% ../../nbs/cli/02_jobs.ipynb #61c04b07
 import json, webbrowser
 from inspect import formatannotation
 from pathlib import Path
@@ -15,8 +15,12 @@ import typer
 from .options import HomeOption, JsonOption, PairsCommand, new_app, read_pairs
 from .output import console, escaped, print_line, print_result, print_table
 from ..core.config import PlantError, Settings, settings
+from ..core.store import open_store
+from ..jobs.parameters import parameters_of
+from ..jobs.run_notes import format_value
+from ..jobs.table import job_of, job_table, jobs_for, schedule_of
 
-# %% ../../nbs/cli/02_jobs.ipynb #14548487
+# %% ../../nbs/cli/02_jobs.ipynb #117f4011
 app = new_app()
 job_app = new_app('Jobs: notebooks that run by themselves.')
 app.add_typer(job_app, name='job')
@@ -36,7 +40,6 @@ def outcome_text(
 ) -> str:
     "The outputs of a run that succeeded, the error of another."
     if run.status != 'succeeded': return run.error or ''
-    from plant_mlops.jobs.run_notes import format_value
     outputs = {name: value for name, value in run.outputs.items() if name not in ('run', 'seconds')}
     shown = [f'{name} {format_value(value)}' for name, value in outputs.items() if value not in (None, '', 0, False)]
     return ', '.join(shown)
@@ -55,7 +58,6 @@ def _format_minute(time) -> str: return f'{time:%Y-%m-%d %H:%M}' if time else ''
 def job_list(home: HomeOption = None, as_json: JsonOption = False):
     "List the jobs, when they run, and how they last ended."
     from plant_mlops.jobs.runs import newest_runs
-    from plant_mlops.jobs.table import jobs_for, schedule_of
     s = settings(home=home)
     runs = newest_runs(s)
     rows = []
@@ -67,7 +69,7 @@ def job_list(home: HomeOption = None, as_json: JsonOption = False):
     if as_json: print(json.dumps(rows))
     else: print_table(rows)
 
-# %% ../../nbs/cli/02_jobs.ipynb #067ac643
+# %% ../../nbs/cli/02_jobs.ipynb #544e65ff
 def _check_selection(name: str | None, everything: bool, resume: bool, due: bool, ci: bool, has_parameters: bool):
     "Raise `BadParameter` where options contradict each other."
     if (name is not None) + everything + resume != 1:
@@ -129,7 +131,6 @@ def job_history(
 ):
     "List runs, newest first."
     from plant_mlops.jobs.runs import history
-    from plant_mlops.jobs.table import job_of
     s = settings(home=home)
     runs = history(s, name and job_of(s, name).name, limit)
     if as_json:
@@ -142,13 +143,11 @@ def job_history(
 # %% ../../nbs/cli/02_jobs.ipynb #730e3f51
 def _parameter_rows(job) -> list: # `Job` of the table
     "The parameters of a job as rows of a table."
-    from plant_mlops.jobs.parameters import parameters_of
     return [dict(parameter=name, type=formatannotation(p.type), default=repr(p.default), what=p.description)
             for name, p in parameters_of(job).items()]
 
 def _report_url(s: Settings, key: str) -> str:
     "A report's URL that a browser on this machine can open."
-    from plant_mlops.core.store import open_store
     store = open_store(s)
     if store.url(key).startswith('file:'): return store.url(key)
     file = s.home/'reports'/Path(key).name
@@ -156,7 +155,7 @@ def _report_url(s: Settings, key: str) -> str:
     file.write_bytes(store.get(key))
     return file.as_uri()
 
-# %% ../../nbs/cli/02_jobs.ipynb #de7299a8
+# %% ../../nbs/cli/02_jobs.ipynb #08c91a41
 @job_app.command('show')
 def job_show(
     name: Annotated[str, typer.Argument(help='A run, or a job: its newest run')],
@@ -166,7 +165,6 @@ def job_show(
 ):
     "Show the parameters of a job, its newest run and the report."
     from plant_mlops.jobs.runs import find_run, history
-    from plant_mlops.jobs.table import job_table
     s = settings(home=home)
     jobs = job_table(s).jobs
     if name in jobs and not as_json: print_table(_parameter_rows(jobs[name]), 'It has no parameters.')
@@ -204,7 +202,7 @@ def schedule(home: HomeOption = None):
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(levelname)s %(message)s')
     run_scheduler(settings(home=home))
 
-# %% ../../nbs/cli/02_jobs.ipynb #7e2d796f
+# %% ../../nbs/cli/02_jobs.ipynb #5dded885
 @job_app.command('cronjobs')
 def job_cronjobs(
     image: Annotated[str, typer.Option(

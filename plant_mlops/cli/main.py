@@ -13,6 +13,7 @@ from importlib import import_module
 import typer
 from typer.core import TyperGroup
 from .options import new_app
+from .output import escaped, print_line
 
 # %% ../../nbs/cli/12_main.ipynb #1c5fa8c9
 COMMANDS = { # name of a command → module of this folder
@@ -22,7 +23,7 @@ COMMANDS = { # name of a command → module of this folder
     'schedule': 'jobs', 'exporter': 'monitor', 'config': 'status', 'status': 'status', 'drift': 'monitor',
     'catalog': 'catalog', 'ab': 'release', 'job': 'jobs', 'store': 'store', 'pipeline': 'pipeline'}
 
-# %% ../../nbs/cli/12_main.ipynb #7e9f7810
+# %% ../../nbs/cli/12_main.ipynb #45f3dded
 @cache
 def load_commands(
     module: str, # name of a module of this folder
@@ -45,14 +46,14 @@ class LazyGroup(TyperGroup):
 
     def list_commands(self, ctx): return list(self.commands)
 
-# %% ../../nbs/cli/12_main.ipynb #258bbe66
+# %% ../../nbs/cli/12_main.ipynb #b47522fb
 app = new_app('From photo URLs to a model in production.', name='plant-mlops', cls=LazyGroup,
               pretty_exceptions_enable=False, add_completion=False)
 
 @app.callback()
 def no_options(): pass # makes Typer build a group, though no command is registered
 
-# %% ../../nbs/cli/12_main.ipynb #e1138b92
+# %% ../../nbs/cli/12_main.ipynb #9b7cb487
 _EXTRAS = dict( # package → extra of plant_mlops that installs it; any other is in `train`
     gradio='app', voila='dashboard', ipywidgets='dashboard', ipykernel='jobs', evidently='jobs', papermill='jobs',
     psutil='jobs', nbconvert='jobs', apscheduler='jobs', kfp='kubeflow')
@@ -66,7 +67,6 @@ def missing_package_message(
 
 def _exit_with_error(message: str, code: int = 1):
     "Print an error, and exit."
-    from plant_mlops.cli.output import escaped, print_line
     print_line(f'[bold red]error[/] {escaped(message)}', to_stderr=True)
     sys.exit(code)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'drift', 'exporter']
 
-# %% ../../nbs/cli/10_monitor.ipynb #16dfc48a
+# %% ../../nbs/cli/10_monitor.ipynb #e5f4e127
 from typing import Annotated
 import typer
 from .options import HomeOption, HostOption, JsonOption, PortOption, new_app
@@ -32,7 +32,7 @@ def _print_verdict(
                  for name, column in columns])
     print_line(f'The report: {escaped(open_store(s).url(result["report"]))}')
 
-# %% ../../nbs/cli/10_monitor.ipynb #e23f8ad1
+# %% ../../nbs/cli/10_monitor.ipynb #ecbbef2c
 app = new_app()
 
 @app.command()
@@ -56,7 +56,7 @@ def drift(
     if as_json: print_json(result)
     if result['drifted']: raise typer.Exit(5)
 
-# %% ../../nbs/cli/10_monitor.ipynb #e2258aa8
+# %% ../../nbs/cli/10_monitor.ipynb #c32a717f
 @app.command()
 def exporter(host: HostOption = None, port: PortOption = None, home: HomeOption = None):
     "Serve metrics for Prometheus: photos, jobs and the model in production."

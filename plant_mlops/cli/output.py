@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['console', 'print_line', 'escaped', 'print_json', 'print_result', 'new_table', 'print_table']
 
-# %% ../../nbs/cli/00_output.ipynb #071b1a34
+# %% ../../nbs/cli/00_output.ipynb #97f4084c
 import json, sys
 from functools import cache
 
-# %% ../../nbs/cli/00_output.ipynb #e371c626
+# %% ../../nbs/cli/00_output.ipynb #74326c10
 @cache
 def console(
     to_stderr: bool = False, # standard error, else standard output
@@ -17,7 +17,8 @@ def console(
     "The console that commands print to. Where it is not a terminal, tables are 160 columns wide."
     from rich.console import Console
     is_terminal = (sys.stderr if to_stderr else sys.stdout).isatty()
-    return Console(stderr=to_stderr, width=None if is_terminal else 160)
+    width = None if is_terminal else 160
+    return Console(stderr=to_stderr, width=width, force_jupyter=False)
 
 def print_line(
     line: str, # in rich's markup
@@ -26,7 +27,7 @@ def print_line(
     "Print a line without wrapping it."
     console(to_stderr).print(line, highlight=False, soft_wrap=True)
 
-# %% ../../nbs/cli/00_output.ipynb #490fe772
+# %% ../../nbs/cli/00_output.ipynb #898d6749
 def escaped(
     value, # anything
 ) -> str: # rich's markup
@@ -34,7 +35,7 @@ def escaped(
     from rich.markup import escape
     return escape(str(value))
 
-# %% ../../nbs/cli/00_output.ipynb #4101ed4d
+# %% ../../nbs/cli/00_output.ipynb #b4fd45ae
 def print_json(
     value, # dict or list; what JSON does not know becomes text
 ):
@@ -52,7 +53,7 @@ def print_result(
     for name, value in result.items():
         if value is not None: console().print(f'[bold]{name:>14}[/]  {escaped(value)}', highlight=False)
 
-# %% ../../nbs/cli/00_output.ipynb #ffb1cd1a
+# %% ../../nbs/cli/00_output.ipynb #1d95d7fe
 def new_table(
     *columns: str, # headings
 ): # rich's Table

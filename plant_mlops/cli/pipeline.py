@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['app', 'pipeline_app', 'ShardsOption', 'pipeline_compile', 'pipeline_run']
 
-# %% ../../nbs/cli/11_pipeline.ipynb #7a7098d7
+# %% ../../nbs/cli/11_pipeline.ipynb #fdb160ec
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .options import HomeOption, JsonOption, PairsCommand, new_app, read_pairs
 from .output import escaped, print_json, print_line
 from ..core.config import settings
+from ..jobs.table import chain_for
 
 # %% ../../nbs/cli/11_pipeline.ipynb #9fdb40e1
 app = new_app()
@@ -19,7 +20,7 @@ pipeline_app = new_app('The jobs as a pipeline of Kubeflow.')
 app.add_typer(pipeline_app, name='pipeline')
 ShardsOption = Annotated[int, typer.Option('--shards', help='Parts that ingestion is divided into', min=1)]
 
-# %% ../../nbs/cli/11_pipeline.ipynb #a7907e60
+# %% ../../nbs/cli/11_pipeline.ipynb #45fec9da
 def _split_options(options: list | None) -> dict: # name → text behind the equals sign
     "The values of `--env` or `--secret`."
     pairs = [option.partition('=') for option in options or []]
@@ -36,7 +37,7 @@ def _gpu_needs(
     def is_training(job): return any(asset.rpartition('-')[2] == 'model' for asset in job.produces)
     return {job.name: dict(gpu=gpu) for job in jobs if is_training(job)}
 
-# %% ../../nbs/cli/11_pipeline.ipynb #edae8223
+# %% ../../nbs/cli/11_pipeline.ipynb #bfc40051
 @pipeline_app.command('compile')
 def pipeline_compile(
     file: Annotated[Path, typer.Argument(help='YAML file to write')],
@@ -49,7 +50,6 @@ def pipeline_compile(
 ):
     "Write the pipeline of the configured model as a YAML file for Kubeflow."
     variables, secrets = _split_options(env), _split_options(secret)
-    from plant_mlops.jobs.table import chain_for
     from plant_mlops.targets.kubeflow import StepOptions, compile_pipeline
     s = settings()
     secrets = {name: text.split(',') for name, text in secrets.items()}
@@ -57,7 +57,7 @@ def pipeline_compile(
     compile_pipeline(s, file, options, shards)
     print_line(f'{escaped(file)} is written. Upload it to Kubeflow, or try it here: plant-mlops pipeline run')
 
-# %% ../../nbs/cli/11_pipeline.ipynb #e50fa6f9
+# %% ../../nbs/cli/11_pipeline.ipynb #54becf90
 def _print_step(step: str, status: str):
     "Print how a step ended."
     mark = '[green]✓[/]' if status == 'success' else '[red]✗[/]'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'run']
 
-# %% ../../nbs/cli/03_run.ipynb #9dd6bb84
+# %% ../../nbs/cli/03_run.ipynb #319528df
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -13,11 +13,12 @@ from .jobs import print_run
 from .options import HomeOption, JsonOption, PairsCommand, SeedOption, new_app, read_pairs
 from .output import console, escaped, print_line, print_result
 from ..core.config import Settings, settings
+from ..core.workload import workload_of
+from ..serve.onnx_model import predicted_label
 
 # %% ../../nbs/cli/03_run.ipynb #2902f54a
 def _print_figures(prediction: dict | None, evaluation: dict, examples: str, is_synthetic: bool):
     "Print the prediction of the model in production, and the accuracy of the new version."
-    from plant_mlops.serve.onnx_model import predicted_label
     note = f' [yellow](synthetic {examples})[/]' if is_synthetic else ''
     if prediction:
         name, label = escaped(Path(prediction['file']).name), escaped(predicted_label(prediction))
@@ -32,7 +33,7 @@ def _home_option(home: Path | None) -> str: # as given on the command line
     "The option that the next command needs, too."
     return f' --home {home}' if home else ''
 
-# %% ../../nbs/cli/03_run.ipynb #8ded65e2
+# %% ../../nbs/cli/03_run.ipynb #af4c1a39
 def _print_photos_run(result: dict, home: Path | None):
     "Print the result of `run` for photos, and the next commands."
     _print_figures(result['prediction'], result['evaluation'], 'photos', result['source'] == 'synthetic')
@@ -79,7 +80,6 @@ def run(
     as_json: JsonOption = False,
 ):
     "Ingest, prepare, train, evaluate, register, promote, and predict."
-    from plant_mlops.core.workload import workload_of
     s = settings(home=home, seed=seed)
     configured = workload_of(s)
     workload = workload or configured.name

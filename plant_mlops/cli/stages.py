@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['app', 'ingest', 'prepare', 'dataset', 'train', 'evaluate', 'cross_validate', 'predict']
 
-# %% ../../nbs/cli/04_stages.ipynb #7312b6b8
+# %% ../../nbs/cli/04_stages.ipynb #12ace361
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .options import HomeOption, JsonOption, SeedOption, ShardOption, VersionOption, new_app, read_shard
 from .output import escaped, print_json, print_line, print_result
 from ..core.config import settings
+from ..serve.champion import load_champion
+from ..serve.onnx_model import predict_files, predicted_label
 
 # %% ../../nbs/cli/04_stages.ipynb #58d9bcff
 app = new_app()
@@ -24,7 +26,7 @@ def ingest(shard: ShardOption = '1/1', home: HomeOption = None, as_json: JsonOpt
     print_result(result, as_json)
     if result.get('failed') or result.get('rejected') or result.get('skipped'): raise typer.Exit(3)
 
-# %% ../../nbs/cli/04_stages.ipynb #ac8df9a4
+# %% ../../nbs/cli/04_stages.ipynb #5bcd0d6a
 @app.command()
 def prepare(shard: ShardOption = '1/1', home: HomeOption = None, as_json: JsonOption = False):
     "Decode, check and pack photos that are not prepared yet."
@@ -33,7 +35,7 @@ def prepare(shard: ShardOption = '1/1', home: HomeOption = None, as_json: JsonOp
     print_result(result, as_json)
     if result.get('failed'): raise typer.Exit(3)
 
-# %% ../../nbs/cli/04_stages.ipynb #0126fdde
+# %% ../../nbs/cli/04_stages.ipynb #3edac97a
 @app.command()
 def dataset(home: HomeOption = None, as_json: JsonOption = False):
     "Make a version of the dataset: groups, splits and a card."
@@ -53,7 +55,7 @@ def train(
     s = settings(home=home, seed=seed, epochs=epochs, arch=arch)
     print_result(stages.train(s, progress=not as_json), as_json)
 
-# %% ../../nbs/cli/04_stages.ipynb #73cd6b0c
+# %% ../../nbs/cli/04_stages.ipynb #5c19fc84
 @app.command()
 def evaluate(version: VersionOption = None, home: HomeOption = None, as_json: JsonOption = False):
     "Metrics of a model on its test photos."
@@ -64,7 +66,7 @@ def evaluate(version: VersionOption = None, home: HomeOption = None, as_json: Js
     sync_champion(s) # publishes them with the version in production
     print_result(metrics, as_json)
 
-# %% ../../nbs/cli/04_stages.ipynb #c6557b3e
+# %% ../../nbs/cli/04_stages.ipynb #a4275746
 def _read_seeds(text: str | None, default: int) -> list: # of int
     "The value of `--seeds`."
     try: return [int(seed) for seed in text.split(',')] if text else [default]
@@ -88,7 +90,6 @@ def cross_validate(
 # %% ../../nbs/cli/04_stages.ipynb #bc79701a
 def _print_prediction(answer: dict, model): # `Model`
     "Print the prediction for a file, or why there is none."
-    from plant_mlops.serve.onnx_model import predicted_label
     file = escaped(answer['file'])
     if 'error' in answer:
         print_line(f'[red]{file}[/]: {escaped(answer["error"])}', to_stderr=True)
@@ -106,8 +107,6 @@ def predict(
     home: HomeOption = None, as_json: JsonOption = False,
 ):
     "Predict the class of photos."
-    from plant_mlops.serve.champion import load_champion
-    from plant_mlops.serve.onnx_model import predict_files
     s = settings(home=home)
     model = load_champion(s)
     has_errors = False

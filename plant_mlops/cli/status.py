@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['app', 'status', 'config']
 
-# %% ../../nbs/cli/09_status.ipynb #ba354717
+# %% ../../nbs/cli/09_status.ipynb #8a04b9e9
 from .options import HomeOption, JsonOption, new_app
 from .output import console, escaped, new_table, print_json, print_line, print_result
 from ..core.config import describe_settings, find_unknown_variables, settings
+from ..monitor.status import status as read_status
 
-# %% ../../nbs/cli/09_status.ipynb #d99eae7d
+# %% ../../nbs/cli/09_status.ipynb #fbd57658
 app = new_app()
 
 @app.command()
 def status(home: HomeOption = None, as_json: JsonOption = False):
     "Show what is in production, its data and its metrics."
-    from plant_mlops.monitor.status import status as read_status
     print_result(read_status(settings(home=home)), as_json)
 
 # %% ../../nbs/cli/09_status.ipynb #67b21fda

@@ -18,7 +18,7 @@ from .config import PlantError, Settings, split_commas, settings
 # %% ../../nbs/core/01_workload.ipynb #ab72b2bf
 @dataclass(frozen=True)
 class Reader:
-    "How the examples of a data set are split_commas and read."
+    "How the examples of a data set are listed and read."
     manifest: Callable # (s, dataset) → DataFrame with id, label, group, and split: train, valid, test or none
     inputs: Callable # (s, dataset, ids, input metadata) → array [N, …] for the model
     stable_groups: bool = False # whether a group has the same name in every data set, such as a day
@@ -171,14 +171,14 @@ def _load(
         raise PlantError(f'Several workloads are the default: {", ".join(defaults)}. Remove all but one.')
     return {w.name: w for w in sorted(valid.values(), key=lambda w: not w.default)}
 
-# %% ../../nbs/core/01_workload.ipynb #61413ce1
+# %% ../../nbs/core/01_workload.ipynb #40d9b40c
 def workloads(
     s: Settings | None = None, # None: those of the environment
 ) -> dict: # name → `Workload`, the default one first
     "All workloads; raises `PlantError` where one cannot be used."
     return _load((s or settings()).workloads)
 
-# %% ../../nbs/core/01_workload.ipynb #3078a770
+# %% ../../nbs/core/01_workload.ipynb #8fa126aa
 def workload_of(
     s: Settings, # `model` among them
 ) -> Workload:
