@@ -252,9 +252,9 @@ def test_bad_schedules_are_refused(tmp_path, schedules, message):
 def test_few_new_photos_are_no_news(tmp_path, monkeypatch, new, news):
     from plant_mlops.jobs.active_run import find_news
     from plant_mlops.jobs.runs import open_runs
-    from plant_mlops.photos import workload
+    from plant_mlops.photos import stages
     from plant_mlops.registry import registry
     s = settings(home=tmp_path)
-    monkeypatch.setattr(workload, 'new_photos', lambda s: new)
+    monkeypatch.setattr(stages, 'new_photos', lambda s: new)
     monkeypatch.setattr(registry, 'versions', lambda s: [dict(version='1')])
     with open_runs(s) as engine: assert find_news(engine, s, job_of(s, 'prepare'), dict(dataset='v2')) == news

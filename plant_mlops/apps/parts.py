@@ -17,7 +17,7 @@ import fastcore.xml as X
 from PIL import Image
 from ..serve.presentation import CARD_CSS, message_html
 
-# %% ../../nbs/apps/00_parts.ipynb #c7ca1972
+# %% ../../nbs/apps/00_parts.ipynb #52915be5
 def to_html(
     *parts, # fastcore's tags, or text, which is escaped
 ) -> str: # HTML
@@ -46,7 +46,7 @@ def note_card(
     "A card with a message."
     return X.Safe(message_html(text, kind))
 
-# %% ../../nbs/apps/00_parts.ipynb #39dc1a12
+# %% ../../nbs/apps/00_parts.ipynb #4df46f10
 def heading(
     title: str, # of a part
     *paragraphs, # below it; None is left out
@@ -72,7 +72,7 @@ def html_table(
     body = [X.Tr(*cells(row)) for row in rows]
     return X.Div(X.Table(X.Thead(head), X.Tbody(*body), cls='pm-table'), cls='pm-scroll')
 
-# %% ../../nbs/apps/00_parts.ipynb #a957620c
+# %% ../../nbs/apps/00_parts.ipynb #e51ce61c
 class Tile(NamedTuple):
     "A figure with a label."
     label: str
@@ -89,14 +89,14 @@ def tile_row(
         return X.Div(X.Span(tile.label, cls='pm-small'), value, X.Span(tile.detail, cls='pm-small'))
     return X.Div(*map(render, tiles), cls='pm-tiles')
 
-# %% ../../nbs/apps/00_parts.ipynb #bf79ebac
+# %% ../../nbs/apps/00_parts.ipynb #08d8af70
 def format_share(
     share: float, # 0 … 1
 ) -> str:
     "A share in percent."
     return f'{100*share:.1f} %'
 
-# %% ../../nbs/apps/00_parts.ipynb #b0f23b31
+# %% ../../nbs/apps/00_parts.ipynb #70a651b4
 _UNITS = ((86_400, 'day'), (3600, 'hour'), (60, 'minute'), (1, 'second')) # seconds of each
 
 def format_duration(
@@ -167,7 +167,7 @@ def new_axes(
     for label in (ax.xaxis.label, ax.yaxis.label): label.set(size=9, color=_INK)
     return ax
 
-# %% ../../nbs/apps/00_parts.ipynb #d75e6c66
+# %% ../../nbs/apps/00_parts.ipynb #5bcf910a
 _savefig_lock = Lock() # matplotlib's rcParams belong to the whole process
 
 def svg_figure(

@@ -33,7 +33,7 @@ def split_shard(
     i, n = shard
     return [(i + n*j, n*m) for j in range(m)]
 
-# %% ../../nbs/data/10_ingest.ipynb #24bc40a1
+# %% ../../nbs/data/10_ingest.ipynb #09857cfc
 def ingest_process_count(
     s: Settings, # settings
     n_rows: int, # to ingest
@@ -64,8 +64,9 @@ def worker_main(
         with suppress(OSError): connection.send(message) # the parent may be gone
 
     thread_id = threading.main_thread().ident
-    threading.Thread(target=_interrupt_on_message, args=(connection, thread_id), daemon=True).start()
+    watcher = threading.Thread(target=_interrupt_on_message, args=(connection, thread_id), daemon=True)
     with suppress(KeyboardInterrupt):
+        watcher.start()
         try: last_message = ingest_shard(*job, on_recorded=send)['skipped']
         except PlantError as e: last_message = e
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -120,7 +121,7 @@ class Worker:
         "Ask the process to record what it has, and end."
         self._send('stop')
 
-# %% ../../nbs/data/10_ingest.ipynb #924c8327
+# %% ../../nbs/data/10_ingest.ipynb #0a4af6cd
 def _stop_workers(
     workers: list, # of `Worker`
 ):

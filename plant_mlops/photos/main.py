@@ -6,7 +6,7 @@
 __all__ = ['run_stage', 'describe_counts', 'describe_catalog', 'describe_dataset', 'describe_training', 'predict_test_photo',
            'run', 'retrain_photos']
 
-# %% ../../nbs/photos/01_main.ipynb #1e523464
+# %% ../../nbs/photos/01_main.ipynb #a8e2c988
 import re, time
 from functools import partial
 from pathlib import Path
@@ -62,7 +62,7 @@ def describe_training(
     "The new version, and the precision of its file."
     return f"version {figures['version']} of {model}, {figures['precision']}: {figures['why']}"
 
-# %% ../../nbs/photos/01_main.ipynb #6327e785
+# %% ../../nbs/photos/01_main.ipynb #5d0c7065
 def predict_test_photo(
     s: Settings, # store and home among them
     version: str, # of the dataset

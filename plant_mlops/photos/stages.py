@@ -13,7 +13,12 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from ..core.config import PlantError, Settings
+from ..core.database import call_with_retry
 from ..core.workload import workload_of
+from ..data.catalog import add_rows, count_by_status, list_pending, list_rows, open_catalog
+from ..data.catalog_files import add_folder, load_file
+from ..data.ingest import ingest as ingest_photos
+from ..data.synthetic import HOST, serve_synthetic, synthetic_rows
 
 # %% ../../nbs/photos/00_stages.ipynb #569126c8
 def _drawn_rows(
@@ -21,7 +26,6 @@ def _drawn_rows(
     n: int, # photos to draw
 ) -> list: # rows to add; none where the catalog holds other photos
     "Drawn photos for a catalog that has no others: always the same ones, whatever the seed of training."
-    from plant_mlops.data.synthetic import HOST, synthetic_rows
     has_others = any(f'://{HOST}/' not in r['url_source'] for r in rows)
     return [] if has_others else synthetic_rows(n, 42)
 
@@ -34,9 +38,6 @@ def load_catalog(
     mirror: bool = False, # remove the rows of photos that are no longer in the folder
 ) -> dict: # rows in all, those that are new, and those relabelled or gone
     "Add photos to the catalog: a folder, a file, or drawn ones if there are none at all."
-    from plant_mlops.core.database import call_with_retry
-    from plant_mlops.data.catalog import add_rows, count_by_status, list_rows, open_catalog
-    from plant_mlops.data.catalog_files import add_folder, load_file
     engine, added = call_with_retry(open_catalog, s), dict(new=0)
     if photos: added = call_with_retry(add_folder, engine, photos, mirror)
     elif manifest: added = call_with_retry(load_file, engine, manifest)
@@ -52,10 +53,6 @@ def ingest(
     progress: bool = True, # show a bar
 ) -> dict: # photos stored, failed, rejected and skipped, and seconds
     "Fetch the photos that are due; drawn ones from a server on this machine."
-    from plant_mlops.core.database import call_with_retry
-    from plant_mlops.data.catalog import list_pending, open_catalog
-    from plant_mlops.data.ingest import ingest as ingest_photos
-    from plant_mlops.data.synthetic import HOST, serve_synthetic
     due = call_with_retry(list_pending, call_with_retry(open_catalog, s), shard, s.ingest_attempts)
     has_drawn = any(f'://{HOST}/' in r['url_source'] for r in due)
     if not has_drawn: return ingest_photos(s, shard, progress=progress)

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['assets', 'jobs', 'workload', 'photo_manifest', 'photo_inputs', 'catalog_counts']
 
-# %% ../../nbs/photos/02_workload.ipynb #239af2f5
+# %% ../../nbs/photos/02_workload.ipynb #0ac6345e
 import json
 from importlib import resources
 from ..core.config import PlantError, Settings
+from ..core.store import open_store, sha256_of
 from ..core.workload import Asset, Job, Reader, Workload
-from .main import retrain_photos
-from .stages import new_photos
 
 # %% ../../nbs/photos/02_workload.ipynb #10158419
 def photo_manifest(
@@ -31,7 +30,6 @@ def photo_inputs(
     "Photos as the model takes them."
     import numpy as np
     from concurrent.futures import ThreadPoolExecutor
-    from plant_mlops.core.store import open_store
     from plant_mlops.data.photo import PhotoLimits, decode_for_model
     store, limits = open_store(s), PhotoLimits(max_pixels=s.photo_max_pixels)
     def read(i): return decode_for_model(store.get(f'raw/{i}'), spec, limits)
@@ -41,7 +39,6 @@ def photo_inputs(
 def _photos_state(s: Settings) -> str:
     "A checksum of the stored photos and their labels; '' where there are none."
     from plant_mlops.core.database import call_with_retry
-    from plant_mlops.core.store import sha256_of
     from plant_mlops.data.catalog import list_stored, open_catalog
     engine = call_with_retry(open_catalog, s)
     try: rows = call_with_retry(list_stored, engine)
@@ -57,6 +54,7 @@ def _dataset_state(s: Settings) -> str:
 
 def _has_enough_new_photos(s: Settings) -> bool:
     "Whether a training is worth it."
+    from plant_mlops.photos.stages import new_photos
     from plant_mlops.registry.registry import versions
     return not versions(s) or new_photos(s) >= s.retrain_photos
 
@@ -65,7 +63,7 @@ def _evaluation_state(s: Settings) -> str:
     from plant_mlops.registry.registry import versions
     return next((v['version'] for v in versions(s) if v['metrics']), '')
 
-# %% ../../nbs/photos/02_workload.ipynb #fa8a3ca3
+# %% ../../nbs/photos/02_workload.ipynb #2415243f
 def catalog_counts(
     s: Settings, # catalog_url among them
 ) -> dict | None: # status → rows; None where no database library is installed
@@ -74,6 +72,11 @@ def catalog_counts(
     except ModuleNotFoundError: return None
     from plant_mlops.core.database import call_with_retry
     return call_with_retry(count_by_status, call_with_retry(open_catalog, s))
+
+def _retrain(s: Settings, progress: bool) -> dict:
+    "See `retrain_photos`."
+    from plant_mlops.photos.main import retrain_photos
+    return retrain_photos(s, progress)
 
 # %% ../../nbs/photos/02_workload.ipynb #8fb5e746
 assets = dict(
@@ -95,5 +98,5 @@ jobs = (
 workload = Workload(
     'photos', 'Which class a photo shows', Reader(photo_manifest, photo_inputs, kind='image'), assets, jobs,
     folder=resources.files('plant_mlops')/'photos'/'jobs', default=True, promote_after='evaluation', examples='photos',
-    catalog=catalog_counts, retrain=retrain_photos,
+    catalog=catalog_counts, retrain=_retrain,
     ci_settings=dict(image_size=160, epochs=1), ci_parameters=dict(synthetic=80))

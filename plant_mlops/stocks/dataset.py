@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 from ..core.config import PlantError, Settings
 from ..core.store import NotFound, open_store, sha256_of
-from .data import COLUMNS, load_or_generate_data, split_data
+from .data import DAY_COLUMNS, load_or_generate_data, split_data
 from .features import FEATURES, compute_features, label_days
 
 # %% ../../nbs/stocks/02_dataset.ipynb #ebb644e2
 def examples_of(
-    df: pd.DataFrame, # of `COLUMNS`, sorted by share and day
+    df: pd.DataFrame, # of `DAY_COLUMNS`, sorted by share and day
 ) -> pd.DataFrame: # id, group, label, split, then `FEATURES`; by day
     "Examples made of days; raises `PlantError` where they are too few to be split."
     days = label_days(df)
@@ -39,7 +39,7 @@ class StockDataset(NamedTuple):
     version: str
     card: dict # version, source, path, days, shares, first, last, splits, created
     examples: pd.DataFrame # as of `examples_of`
-    days: pd.DataFrame # of `COLUMNS`
+    days: pd.DataFrame # of `DAY_COLUMNS`
 
     def __repr__(self):
         card, shares = self.card, ', '.join(self.card['shares'][:5])
@@ -48,7 +48,7 @@ class StockDataset(NamedTuple):
 
 def _make_stock_card(
     version: str, # of the dataset
-    days: pd.DataFrame, # of `COLUMNS`
+    days: pd.DataFrame, # of `DAY_COLUMNS`
     examples: pd.DataFrame, # as of `examples_of`
     **more, # what else the card says: source, path …
 ) -> dict: # can be written as JSON
@@ -65,16 +65,16 @@ ROOT = 'stocks' # of the keys in the store
 
 def save_stock_dataset(
     s: Settings, # settings
-    days: pd.DataFrame, # of `COLUMNS`, sorted by share and day
+    days: pd.DataFrame, # of `DAY_COLUMNS`, sorted by share and day
     request: dict | None = None, # parameters of `ingest`
     **more, # of the card: source, path …
 ) -> dict: # its card
     "Make a version of these days, unless it exists, and make it the newest one."
     store, examples = open_store(s), examples_of(days)
-    version = sha256_of(days[COLUMNS].to_csv(index=False).encode() + ' '.join(examples.id).encode())[:12]
+    version = sha256_of(days[DAY_COLUMNS].to_csv(index=False).encode() + ' '.join(examples.id).encode())[:12]
     folder = f'{ROOT}/{version}'
     if not store.stat(f'{folder}/card.json'):
-        store.put(f'{folder}/days.parquet', days[COLUMNS].to_parquet(index=False))
+        store.put(f'{folder}/days.parquet', days[DAY_COLUMNS].to_parquet(index=False))
         store.put(f'{folder}/examples.parquet', examples.to_parquet(index=False))
         card = _make_stock_card(version, days, examples, **more)
         store.put(f'{folder}/card.json', json.dumps(card, indent=1).encode())
@@ -96,7 +96,7 @@ def load_stock_card(
         raise PlantError(f'There is no dataset {version!r} of stocks in {store}. '
                          '`plant-mlops job history stocks-ingest` lists those that were made.') from None
 
-# %% ../../nbs/stocks/02_dataset.ipynb #77579a7b
+# %% ../../nbs/stocks/02_dataset.ipynb #638b0e08
 def load_stock_dataset(
     s: Settings, # settings
     version: str = 'latest', # of the dataset
@@ -123,7 +123,7 @@ def _complete_request(
     given = dict(path=path, days=days, signal=signal)
     return FIRST_REQUEST | last | {name: value for name, value in given.items() if value not in (None, '')}
 
-# %% ../../nbs/stocks/02_dataset.ipynb #b9d63acf
+# %% ../../nbs/stocks/02_dataset.ipynb #87a58557
 def ingest(
     s: Settings, # settings
     path: str = '', # CSV or Parquet file; 'synthetic': generated days; '': as the last time

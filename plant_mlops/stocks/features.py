@@ -85,9 +85,9 @@ def _share_features(
         'Gap': days.Open/close.shift() - 1}
     return pd.DataFrame(features)[FEATURES]
 
-# %% ../../nbs/stocks/01_features.ipynb #41d2123c
+# %% ../../nbs/stocks/01_features.ipynb #f78aa0b8
 def compute_features(
-    df: pd.DataFrame, # of `stocks.data.COLUMNS`, sorted by share and day
+    df: pd.DataFrame, # of `stocks.data.DAY_COLUMNS`, sorted by share and day
 ) -> pd.DataFrame: # float of `FEATURES`, a row for each row; missing where a share has too few days before it
     "The 22 indicators of each day, from that day and those before it."
     of_shares = [_share_features(days) for _, days in df.groupby('Ticker', sort=False)]
@@ -97,15 +97,15 @@ def compute_features(
 DIRECTIONS = ['DOWN', 'UP'] # 0 and 1
 
 def next_day_rises(
-    df: pd.DataFrame, # of `stocks.data.COLUMNS`, sorted by share and day
+    df: pd.DataFrame, # of `stocks.data.DAY_COLUMNS`, sorted by share and day
 ) -> pd.Series: # 1. where the next day of the share closes higher, 0. where not; missing where there is none
     "Whether the next day closes higher."
     next_close = df.groupby('Ticker').Close.shift(-1)
     return (next_close > df.Close).astype(float).mask(next_close.isna())
 
-# %% ../../nbs/stocks/01_features.ipynb #1932d219
+# %% ../../nbs/stocks/01_features.ipynb #c7d7b375
 def label_days(
-    df: pd.DataFrame, # of `stocks.data.COLUMNS`, sorted by share and day
+    df: pd.DataFrame, # of `stocks.data.DAY_COLUMNS`, sorted by share and day
 ) -> pd.DataFrame: # Date, Ticker, `FEATURES` and label (`UP` or `DOWN`), of the days that have them all
     "Days to train on; raises `PlantError` where no share has enough days."
     label = next_day_rises(df).map({0.: 'DOWN', 1.: 'UP'}).rename('label')

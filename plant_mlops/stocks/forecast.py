@@ -40,7 +40,7 @@ def new_classifier(
     if kind in CLASSIFIERS: return CLASSIFIERS[kind](seed)
     raise PlantError(f'There is no model {kind!r}. It is one of {", ".join(CLASSIFIERS)}.')
 
-# %% ../../nbs/stocks/03_forecast.ipynb #1ec4f408
+# %% ../../nbs/stocks/03_forecast.ipynb #63099b4a
 def to_inputs(
     examples: pd.DataFrame, # as of `dataset.examples_of`
 ) -> np.ndarray: # float32 [N, 22], as a model file takes them
@@ -53,7 +53,7 @@ def to_targets(
     "The labels of examples as numbers."
     return (examples.label == DIRECTIONS[1]).to_numpy(int)
 
-# %% ../../nbs/stocks/03_forecast.ipynb #917e1685
+# %% ../../nbs/stocks/03_forecast.ipynb #6799f86f
 def fit_classifier(
     examples: pd.DataFrame, # as of `dataset.examples_of`
     kind: str = 'random_forest', # of `CLASSIFIERS`
@@ -93,7 +93,7 @@ def interval_by_day(
     low, high = wilson_interval(round(accuracy*days), days)
     return dict(accuracy_low=low, accuracy_high=high, days=days)
 
-# %% ../../nbs/stocks/03_forecast.ipynb #60a4c593
+# %% ../../nbs/stocks/03_forecast.ipynb #9f186978
 def forecast_metrics(
     model: Pipeline, # of `fit_classifier`
     past: pd.DataFrame, # that it was trained on

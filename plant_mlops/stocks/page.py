@@ -70,7 +70,7 @@ def _production_part(
     plots = svg_figure(plot_baselines(metrics), 'Test split'), svg_figure(walk, 'Periods before it')
     yield X.Div(*plots, cls='pm-plots')
 
-# %% ../../nbs/stocks/05_page.ipynb #9822cd6f
+# %% ../../nbs/stocks/05_page.ipynb #f8426178
 def _next_day_part(
     s: Settings, # settings
     dataset: StockDataset, # with the days
@@ -85,7 +85,7 @@ def _next_day_part(
     yield heading('The next day', 'What the model predicts for the day after the last one of each share.')
     yield html_table(rows[:20], ('probability',))
 
-# %% ../../nbs/stocks/05_page.ipynb #599857b9
+# %% ../../nbs/stocks/05_page.ipynb #b70fa2af
 def _version_row(record: dict) -> dict:
     "A registered version as a row of the table."
     metrics = record['metrics']

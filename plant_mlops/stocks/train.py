@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOLERANCE', 'to_onnx', 'training_recipe', 'train', 'load_walk', 'evaluate_with_baselines']
 
-# %% ../../nbs/stocks/04_train.ipynb #f32981bd
+# %% ../../nbs/stocks/04_train.ipynb #1df286fc
 import io, tempfile
 from pathlib import Path
 import numpy as np
