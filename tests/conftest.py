@@ -9,6 +9,7 @@ from helpers import (SLOW_FILES, SLOW_NOTEBOOKS, TOGETHER, borrow_venv, copy_che
 # -- What was skipped, for want of what
 
 def pytest_configure(config):
+    config.addinivalue_line('markers', 'xdist_group(name): tests that one worker runs')  # known without pytest-xdist, too
     config.addinivalue_line('markers', 'slow: takes more than a few seconds; `make test-fast` leaves it out')
     config.addinivalue_line('markers', 'needs(*components): skip the test where one is not installed; see COMPONENTS in helpers.py')
 

@@ -30,7 +30,7 @@ class Airflow:
     def __init__(self, venv, folder, db, **env):
         self.venv, self.folder, self.ps, self.url = venv, folder, [], f'http://127.0.0.1:{(port := free_port())}'
         (folder/'dags').mkdir()
-        (folder/'dags/plants.py').write_text('from plant_mlops.targets.airflow import dags; globals().update(dags(retries=0))  # airflow\n')
+        (folder/'dags/plants.py').write_text('from plant_mlops.targets.airflow import dags; globals().update(dags(retries=0))\n')
         secret = 'only for this test, and long enough for every library: 64 bytes'
         o = dict(core__executor='LocalExecutor', core__parallelism=2, core__load_examples=False, core__simple_auth_manager_all_admins=True, core__fernet_key='',
                  core__execution_api_server_url=f'{self.url}/execution/', core__hostname_callable='socket.gethostname',

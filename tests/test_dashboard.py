@@ -242,7 +242,7 @@ def test_requests_from_elsewhere_are_refused(tmp_path):
     with dashboard(tmp_path) as (url, _):
         page = httpx.get(url, timeout=60)
         assert page.status_code == 200 and "frame-ancestors 'self'" in page.headers['content-security-policy']
-        assert 'board.add_section' not in page.text, 'the page shows its source'
+        assert 'board.new_section' not in page.text, 'the page shows its source'
         assert httpx.get(url, headers=dict(Host='evil.example')).status_code == 403
         assert httpx.get(f'{url}/voila/files/dashboard.ipynb').status_code == 403
         kernel = re.search(r'"kernelId": "([\w-]+)"', page.text)[1]

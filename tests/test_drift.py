@@ -211,7 +211,7 @@ def test_on_s3(weed, s):
     assert v['enough'] and json.loads(there.get('models/plants/drift.json')) == v and b'<svg' in there.get(v['report'])
 
 def test_chance_alone_is_seldom_a_share():
-    from plant_mlops.monitor.drift import changed_share
+    from plant_mlops.monitor.drift_score import changed_share
     rng = np.random.default_rng(0)
     for m, n in ((90, 30), (90, 120), (1000, 500)):
         share = lambda: max(changed_share(*np.split(rng.normal(size=m + n), [m]), columns=14) for _ in range(14))

@@ -1,1 +1,1 @@
-from plant_mlops.targets.airflow import dags; globals().update(dags())  # airflow
+from plant_mlops.targets.airflow import dags; globals().update(dags())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'CLOSE_AFTER', 'SECTIONS', 'render_view', 'show_parts', 'bind_control', 'Section', 'Board']
 
-# %% ../../nbs/apps/01_board.ipynb #a0f9f97e
+# %% ../../nbs/apps/01_board.ipynb #dda07a03
 import asyncio, contextlib, logging
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .parts import CSS, note_card, to_html
 from ..core.config import PlantError, Settings
 
-# %% ../../nbs/apps/01_board.ipynb #9a95ba3e
+# %% ../../nbs/apps/01_board.ipynb #d9ce39cb
 log = logging.getLogger(__name__)
 
 def render_view(
@@ -34,8 +34,8 @@ def render_view(
         message = f'This section failed ({type(e).__name__}: {e}). The log of the dashboard has the traceback.'
         yield str(note_card(message, 'error'))
 
-# %% ../../nbs/apps/01_board.ipynb #944f403f
-CLOSE_AFTER = 60 # seconds, by which a browser has stopped drawing a removed widget
+# %% ../../nbs/apps/01_board.ipynb #0a37918d
+CLOSE_AFTER = 180 # seconds, by which even a slow browser has stopped drawing a removed widget
 
 def _close_widget(widget: W.Widget):
     "Close a widget and everything that belongs to it."
@@ -74,7 +74,7 @@ def bind_control(
     show()
     return W.VBox([control, box])
 
-# %% ../../nbs/apps/01_board.ipynb #23c082cd
+# %% ../../nbs/apps/01_board.ipynb #06d21d88
 def _placeholder() -> W.VBox:
     "What a section shows before it is filled."
     box = W.VBox([W.HTML(note_card('Loading …'))])
@@ -154,7 +154,7 @@ async def show_busy(self:Board):
     try: yield
     finally: self._count_filling(-1)
 
-# %% ../../nbs/apps/01_board.ipynb #f5db80ab
+# %% ../../nbs/apps/01_board.ipynb #c88df489
 @patch
 async def read_fingerprint(self:Board,
     section: Section,
@@ -185,7 +185,7 @@ async def fill(self:Board,
 
 # %% ../../nbs/apps/01_board.ipynb #0c6e7066
 @patch
-def add_section(self:Board,
+def new_section(self:Board,
     view: Callable, # settings → parts
     control: W.Widget | None = None, # its value goes to the view as well
     fingerprint: Callable | None = None, # settings → value that changes with the data; None: not polled
@@ -215,7 +215,7 @@ async def poll(self:Board):
     "Fill the sections that are empty or have changed."
     await asyncio.gather(*map(self._fill_if_changed, self.sections))
 
-# %% ../../nbs/apps/01_board.ipynb #9fa30434
+# %% ../../nbs/apps/01_board.ipynb #a90c6124
 @patch
 def toolbar(self:Board) -> W.HBox: # for the top of the page
     "Links to the sections, the time of the last update, the refresh button, and the style sheet."

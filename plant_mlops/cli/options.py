@@ -6,20 +6,24 @@
 __all__ = ['HomeOption', 'JsonOption', 'VersionOption', 'ShardOption', 'SeedOption', 'HostOption', 'PortOption', 'new_app',
            'read_shard', 'PairsCommand', 'read_pairs']
 
-# %% ../../nbs/cli/01_options.ipynb #df57c7f5
+# %% ../../nbs/cli/01_options.ipynb #a419a2bb
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 
-# %% ../../nbs/cli/01_options.ipynb #8e876c4d
+# %% ../../nbs/cli/01_options.ipynb #b7485979
+def _no_options(): pass # a callback makes Typer build a group
+
 def new_app(
     help: str = '', # of a group of commands
     **options, # of `typer.Typer`
 ) -> typer.Typer:
-    "An app to which commands are added."
-    return typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=help, **options)
+    "An app to which commands are added; one with a single command is a group, too."
+    app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=help, **options)
+    app.callback()(_no_options)
+    return app
 
-# %% ../../nbs/cli/01_options.ipynb #6933bebf
+# %% ../../nbs/cli/01_options.ipynb #9a6de899
 HomeOption = Annotated[Optional[Path], typer.Option(
     help='Folder of everything that has no URL of its own; default .plant')]
 JsonOption = Annotated[bool, typer.Option('--json', help='Print JSON, for scripts')]
@@ -29,7 +33,7 @@ SeedOption = Annotated[Optional[int], typer.Option(help='Seed of every random ch
 HostOption = Annotated[Optional[str], typer.Option(help='Address to listen on')]
 PortOption = Annotated[Optional[int], typer.Option(help='Port to listen on')]
 
-# %% ../../nbs/cli/01_options.ipynb #4d27781f
+# %% ../../nbs/cli/01_options.ipynb #89a8eb18
 def read_shard(
     shard: str, # such as 2/4
 ) -> tuple: # (i, n): worker i of n

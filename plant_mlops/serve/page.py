@@ -49,7 +49,7 @@ def thumbnail(
     "A small picture of what the model was given."
     return np.asarray(Image.fromarray(pixels).resize((size, size)))
 
-# %% ../../nbs/serve/17_page.ipynb #923fac95
+# %% ../../nbs/serve/17_page.ipynb #650dc41e
 async def predict_upload(
     api: ApiClient, # or anything with its methods
     path: str | None, # of the upload; None: it was taken away
@@ -115,7 +115,7 @@ def predictions_table_html(
     table = f'<table class="pm-table"><thead>{_TABLE_HEAD}</thead><tbody>{body}</tbody></table>'
     return f'<div class="pm-card">{table}</div>'
 
-# %% ../../nbs/serve/17_page.ipynb #1ac0db86
+# %% ../../nbs/serve/17_page.ipynb #bc41d367
 def _escape_formula(name: str) -> str:
     "A file's name that no spreadsheet takes for a formula."
     return f"'{name}" if name[:1] in ('=', '+', '-', '@', '\t', '\r') else name
@@ -143,13 +143,21 @@ def draw_examples(
     return paths
 
 # %% ../../nbs/serve/17_page.ipynb #5baf7ce1
+def _path_of_upload(upload):
+    "The path of an uploaded photo, undecoded; None where there is none."
+    return upload and upload.path
+
+def _path_of(upload) -> str | None:
+    "Where Gradio has put an upload; None if it was taken away."
+    return upload and upload.path
+
 def _photo_input() -> gr.Image:
     "Where a photo is dropped, taken or pasted."
     rear = gr.WebcamOptions(mirror=False, constraints={'video': {'facingMode': {'ideal': 'environment'}}})
     photo = gr.Image(label='Photo', sources=['upload', 'webcam', 'clipboard'], type='filepath', image_mode=None,
                      height=400, buttons=[], placeholder='# Drop a photo here\nor choose one', webcam_options=rear,
                      alt_text='The photo to judge', elem_classes='pm-photo')
-    photo.preprocess = lambda upload: upload and upload.path
+    photo.preprocess = _path_of_upload
     return photo
 
 # %% ../../nbs/serve/17_page.ipynb #ca586a2f

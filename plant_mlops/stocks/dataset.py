@@ -96,7 +96,7 @@ def load_stock_card(
         raise PlantError(f'There is no dataset {version!r} of stocks in {store}. '
                          '`plant-mlops job history stocks-ingest` lists those that were made.') from None
 
-# %% ../../nbs/stocks/02_dataset.ipynb #638b0e08
+# %% ../../nbs/stocks/02_dataset.ipynb #7aa538b0
 def load_stock_dataset(
     s: Settings, # settings
     version: str = 'latest', # of the dataset
@@ -123,7 +123,7 @@ def _complete_request(
     given = dict(path=path, days=days, signal=signal)
     return FIRST_REQUEST | last | {name: value for name, value in given.items() if value not in (None, '')}
 
-# %% ../../nbs/stocks/02_dataset.ipynb #87a58557
+# %% ../../nbs/stocks/02_dataset.ipynb #e6d9888f
 def ingest(
     s: Settings, # settings
     path: str = '', # CSV or Parquet file; 'synthetic': generated days; '': as the last time
