@@ -154,7 +154,7 @@ def test_a_dataset_with_nothing_held_out(s, monkeypatch):
 def test_a_model_that_does_not_know_its_data(s):
     from plant_mlops.monitor.drift import drift
     publish_example(s, '2')
-    with pytest.raises(PlantError, match='does not say which data set'): drift(s)
+    with pytest.raises(PlantError, match='does not say which dataset'): drift(s)
 
 def test_the_reference_is_made_once_for_each_version(s, monkeypatch):
     from plant_mlops.monitor import drift as job

@@ -9,7 +9,7 @@ commands = [l for block in re.findall(r'```sh\n(.*?)```', readme, re.S) for l in
 
 def test_main_job_then_every_other_command(clone):
     out = sh('make run', clone)
-    assert re.search(r'is (dandelion|grass), .*synthetic photos', out) and '95 % interval' in out and '/ui' in out
+    assert re.search(r'is (dandelion|grass), .*synthetic photos', out) and '95% interval' in out and '/ui' in out
     for c in commands:
         if c == 'make run' or c.startswith(('make test', 'source')) or '--photos' in c: continue
         sh(c, clone)

@@ -64,7 +64,7 @@ def home(tmp_path_factory):
     return s, result
 
 def raw_photos(s, *splits):
-    "Photos of some splits of the data set, as they were ingested."
+    "Photos of some splits of the dataset, as they were ingested."
     store, rows = open_store(s), load_dataset(s).manifest
     return [store.get(f'raw/{sha256}') for sha256 in rows.sha256[rows.split.isin(splits)]]
 

@@ -6,7 +6,7 @@
 __all__ = ['TrainingRun', 'list_training_runs', 'runs_table', 'plot_accuracy', 'load_curves', 'plot_curves', 'view_models',
            'champion_fingerprint']
 
-# %% ../../nbs/apps/02_models.ipynb #60dbde12
+# %% ../../nbs/apps/02_models.ipynb #23159242
 import json
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ def _training_run(run, version=None) -> TrainingRun:
         metrics=json.loads(version.tags.get('metrics', '{}')) if version else {},
         state=run.info.status.lower())
 
-# %% ../../nbs/apps/02_models.ipynb #cc9fe25d
+# %% ../../nbs/apps/02_models.ipynb #23226b9c
 def _has_tracking(s: Settings) -> bool:
     "Whether MLflow has a database; a new one would take seconds to create."
     prefix = 'sqlite:///'
@@ -79,7 +79,7 @@ def _split_params(runs: list[TrainingRun]) -> tuple[list, dict]:
     shared = {name: next(iter(values[name])) for name in names if len(values[name]) == 1}
     return different, shared
 
-# %% ../../nbs/apps/02_models.ipynb #c3a2b4d4
+# %% ../../nbs/apps/02_models.ipynb #1c4cb9f1
 def _version_label(run: TrainingRun, champion: str | None):
     "The version; the state of the run where it registered none."
     if not run.version: return X.Span(run.state, cls='pm-small')
@@ -92,10 +92,10 @@ def _run_row(run: TrainingRun, champion: str | None, params: list) -> dict:
     def decimals(name): return f'{m[name]:.3f}' if m.get(name) is not None else None
     row = {'version': _version_label(run, champion), 'started (UTC)': run.started, 'dataset': run.dataset}
     row['accuracy'] = format_share(m['accuracy']) if 'accuracy' in m else None
-    row['95 % interval'] = None
+    row['95% interval'] = None
     if 'accuracy_low' in m:
         interval = f'{format_share(m["accuracy_low"])} to {format_share(m["accuracy_high"])}'
-        row['95 % interval'] = X.Span(interval, cls='pm-small')
+        row['95% interval'] = X.Span(interval, cls='pm-small')
     row |= {'examples': m.get('n'), 'log loss': decimals('nll'), 'calibration error': decimals('ece')}
     return row | {name: run.params.get(name) for name in params}
 
@@ -149,7 +149,7 @@ def load_curves(
             if metrics: curves[run.version] = metrics
     return curves
 
-# %% ../../nbs/apps/02_models.ipynb #986740c6
+# %% ../../nbs/apps/02_models.ipynb #305341b9
 def plot_curves(
     curves: dict, # from `load_curves`
     *names, # of metrics, at most two
@@ -168,7 +168,7 @@ def plot_curves(
     if ax.lines: ax.legend(fontsize=7.5, frameon=False)
     return ax
 
-# %% ../../nbs/apps/02_models.ipynb #bc6f6da2
+# %% ../../nbs/apps/02_models.ipynb #bc2454b0
 def _model_plots(s: Settings, runs: list[TrainingRun], champion: str | None) -> list:
     "The plots for which there are numbers."
     curves = load_curves(s, runs)
@@ -183,7 +183,7 @@ def _model_plots(s: Settings, runs: list[TrainingRun], champion: str | None) -> 
         plots.append(svg_figure(ax, 'Accuracy while training'))
     return plots
 
-# %% ../../nbs/apps/02_models.ipynb #c491f0dc
+# %% ../../nbs/apps/02_models.ipynb #53fc7f90
 def _promotion_row(event: dict) -> dict:
     "A line of the history as a row of the table."
     return {'since (UTC)': event['at'].replace('T', ' ')[:16], 'version': event['version'],

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['security_options', 'create_server', 'run_dashboard']
 
-# %% ../../nbs/apps/10_server.ipynb #af19f9ff
+# %% ../../nbs/apps/10_server.ipynb #c0eea670
 import os, secrets, webbrowser
 from importlib.util import find_spec
 from ipaddress import ip_address
@@ -17,7 +17,7 @@ from ..serve.sockets import listen, url_of
 _CONTENT_SECURITY_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 
 def security_options(
-    s: Settings, # token and ingest_max_bytes among them
+    s: Settings, # uses token and ingest_max_bytes
     is_local: bool, # whether only this machine can reach the dashboard
 ) -> dict: # options of Voilà
     "The token, the headers and the limits of the dashboard."
@@ -30,7 +30,7 @@ def security_options(
     token = None if is_local else s.token.get_secret_value() or secrets.token_urlsafe(16)
     return dict(token=token, tornado_settings=tornado_settings)
 
-# %% ../../nbs/apps/10_server.ipynb #9c3f3dda
+# %% ../../nbs/apps/10_server.ipynb #6e3bdf2b
 _APPS = Path(find_spec('plant_mlops').origin).parent/'apps'
 _WIDGET_EXTENSIONS = ['@voila-dashboards/widgets-manager8', '@jupyter-widgets/jupyterlab-manager']
 
@@ -59,9 +59,9 @@ def _voila_config(
         KernelManager=dict(transport_encryption='auto'),
         KernelRestarter=dict(restart_limit=0))
 
-# %% ../../nbs/apps/10_server.ipynb #060b346f
+# %% ../../nbs/apps/10_server.ipynb #fe562656
 def create_server(
-    s: Settings, # dashboard_host and dashboard_port among them
+    s: Settings, # uses dashboard_host and dashboard_port
 ) -> tuple: # Voilà, ready to start; URL of the dashboard
     "A server of the dashboard; raises `PlantError` if the port is taken."
     with listen(s.dashboard_host, s.dashboard_port, 'PLANT_DASHBOARD_PORT') as sock:
@@ -76,12 +76,12 @@ def create_server(
     if security['token'] and not has_own_token: url += f'/?token={security["token"]}'
     return server, url
 
-# %% ../../nbs/apps/10_server.ipynb #370e82b3
+# %% ../../nbs/apps/10_server.ipynb #edd22529
 _PACKAGES = ('voila', 'ipywidgets', 'ipykernel', 'mlflow', 'cleanlab') # that the dashboard and its kernels import
 _KERNEL_MEMORY = dict(MALLOC_ARENA_MAX='2', MALLOC_TRIM_THRESHOLD_='65536') # a third less memory in each kernel
 
 def run_dashboard(
-    s: Settings, # home, dashboard_host and dashboard_port among them
+    s: Settings, # uses home, dashboard_host and dashboard_port
     browse: bool = False, # whether to open the browser
 ):
     "Serve the dashboard until interrupted; raises `PlantError` or `ModuleNotFoundError` where it cannot be served."

@@ -7,7 +7,7 @@ __all__ = ['MAX_PREDICTIONS', 'SPANS', 'query_predictions', 'recent_predictions'
            'make_bars', 'plot_traffic', 'plot_confidence', 'plot_latency', 'versions_table', 'predictions_table',
            'view_traffic']
 
-# %% ../../nbs/apps/06_traffic.ipynb #611973c7
+# %% ../../nbs/apps/06_traffic.ipynb #5d3370ea
 from collections.abc import Callable, Hashable, Iterable
 from datetime import datetime, timedelta, timezone
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from ..core.config import Settings
 from ..core.statistics import wilson_interval
 from ..serve.presentation import format_percent
 
-# %% ../../nbs/apps/06_traffic.ipynb #392c66f5
+# %% ../../nbs/apps/06_traffic.ipynb #6c66fa36
 def query_predictions(
     s: Settings,
     query: Callable, # engine → result
@@ -52,7 +52,7 @@ def recent_predictions(
         with engine.connect() as connection: return pd.read_sql(query, connection)
     return query_predictions(s, read)
 
-# %% ../../nbs/apps/06_traffic.ipynb #a3e9c346
+# %% ../../nbs/apps/06_traffic.ipynb #55f5d36d
 def traffic_fingerprint(
     s: Settings,
 ) -> Hashable:
@@ -94,7 +94,7 @@ def make_bars(
     index = (predictions.timestamp - start).dt.total_seconds()//width
     return TimeBars(width, starts, index.astype(int).clip(0, n - 1))
 
-# %% ../../nbs/apps/06_traffic.ipynb #e6bf9b65
+# %% ../../nbs/apps/06_traffic.ipynb #229f6b65
 def _format_time_axis(ax, start: datetime, end: datetime):
     "Label the x-axis with times."
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
@@ -139,7 +139,7 @@ def plot_confidence(
     ax.xaxis.set_major_formatter('{x:.0%}')
     return ax
 
-# %% ../../nbs/apps/06_traffic.ipynb #1abb3238
+# %% ../../nbs/apps/06_traffic.ipynb #3cc681b1
 def plot_latency(
     predictions, # from `recent_predictions`
     start: datetime, # UTC
@@ -167,7 +167,7 @@ def _format_seconds(
     return f'{1000*seconds:.0f} ms' if seconds >= .01 else f'{1000*seconds:.2g} ms'
 
 def _share_with_interval(k: int, n: int) -> str:
-    "A share with its 95 % interval."
+    "A share with its 95% interval."
     if not n: return ''
     low, high = wilson_interval(k, n)
     return f'{format_share(k/n)} ({format_share(low)} to {format_share(high)})'
@@ -184,13 +184,13 @@ def versions_table(
         row = {'version': version, 'variant': variant, 'predictions': f'{len(group):,}'}
         row['novel'] = format_share(group.novel.mean())
         row['median probability'] = format_percent(group.probability.median())
-        row['95 % within'] = _format_seconds(group.seconds.quantile(.95))
+        row['95% within'] = _format_seconds(group.seconds.quantile(.95))
         row['with feedback'] = counts['n']
-        row['correct (95 % interval)'] = _share_with_interval(counts['right'], counts['n'])
+        row['correct (95% interval)'] = _share_with_interval(counts['right'], counts['n'])
         rows.append(row)
     return html_table(rows, [column for column in rows[0] if column not in ('version', 'variant')])
 
-# %% ../../nbs/apps/06_traffic.ipynb #48280a10
+# %% ../../nbs/apps/06_traffic.ipynb #0030a60c
 def _prediction_row(row) -> dict:
     "A prediction as a row of the table."
     chip = X.Span('novel', cls='pm-chip pm-amber') if row.novel else ''
@@ -208,7 +208,7 @@ def predictions_table(
     rows = [_prediction_row(row) for row in predictions.head(limit).itertuples()]
     return html_table(rows, ('probability', 'novelty', 'latency'))
 
-# %% ../../nbs/apps/06_traffic.ipynb #f3fa9bcf
+# %% ../../nbs/apps/06_traffic.ipynb #30ed00b7
 SPANS = {'Hour': timedelta(hours=1), 'Day': timedelta(days=1), 'Week': timedelta(days=7), 'All': None}
 
 def _no_traffic(s: Settings, span: str) -> X.Safe: # HTML
@@ -228,7 +228,7 @@ def _traffic_tiles(predictions, correct: list) -> X.FT: # HTML
     return tile_row(
         Tile('Predictions', f'{len(predictions):,}', f'last one {time_ago(predictions.timestamp[0])}'),
         Tile('Novel', format_share(predictions.novel.mean()), 'unlike the training data'),
-        Tile('Latency', latency, f'95 % within {slowest}'),
+        Tile('Latency', latency, f'95% within {slowest}'),
         Tile('Correct', format_share(n_correct/n) if n else '–', f'of {n:,} with feedback'))
 
 # %% ../../nbs/apps/06_traffic.ipynb #50067364

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'run']
 
-# %% ../../nbs/cli/03_run.ipynb #319528df
+# %% ../../nbs/cli/03_run.ipynb #2af78e43
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -27,13 +27,13 @@ def _print_figures(prediction: dict | None, evaluation: dict, examples: str, is_
         print_line(f'\n[bold]{name}[/] is [bold green]{label}[/], {probability}{truth}{note}')
     interval = f'{evaluation["accuracy_low"]:.1%} to {evaluation["accuracy_high"]:.1%}'
     accuracy = f'{evaluation["accuracy"]:.1%} on {evaluation["n"]} test {examples}'
-    print_line(f'Accuracy {accuracy}, 95 % interval {interval}{note}')
+    print_line(f'Accuracy {accuracy}, 95% interval {interval}{note}')
 
 def _home_option(home: Path | None) -> str: # as given on the command line
     "The option that the next command needs, too."
     return f' --home {home}' if home else ''
 
-# %% ../../nbs/cli/03_run.ipynb #af4c1a39
+# %% ../../nbs/cli/03_run.ipynb #7e2b9ba7
 def _print_photos_run(result: dict, home: Path | None):
     "Print the result of `run` for photos, and the next commands."
     _print_figures(result['prediction'], result['evaluation'], 'photos', result['source'] == 'synthetic')

@@ -27,7 +27,7 @@ def copy_object(
     target.put(key, data)
     return len(data)
 
-# %% ../../nbs/core/08_backup.ipynb #a0fa14c0
+# %% ../../nbs/core/08_backup.ipynb #42a4b369
 class CopyResult(NamedTuple):
     "Result of one pass over a store."
     n_objects: int # in the source
@@ -76,7 +76,7 @@ def copy_store(
 
 # %% ../../nbs/core/08_backup.ipynb #30f5831e
 def check_store(
-    s: Settings, # keys and endpoint among them
+    s: Settings, # uses keys and endpoint
     url: str = '', # of the store; '': the configured one
 ) -> str: # its URL
     "Write, read and remove an object, creating a missing bucket; raises `StoreError`."

@@ -23,7 +23,7 @@ class PlantError(Exception):
     "What happened, to what, and what to do next."
     exit_code = 1 # of the command line
 
-# %% ../../nbs/core/00_config.ipynb #a72f99f2
+# %% ../../nbs/core/00_config.ipynb #0ffd91ec
 _NAME = '[a-z0-9][a-z0-9_-]*' # of a model
 
 def _setting(
@@ -135,13 +135,13 @@ class DriftSettings(BaseSettings):
     drift_samples: int = _setting(500, 'Samples of those days that are compared, chosen at random', ge=2)
     drift_min: int = _setting(30, 'Fewer inputs, or fewer examples to compare them with, give no verdict', ge=2)
     drift_threshold: float = _setting(
-        .1, 'Drift is reported where at least this share of recent inputs is unlike the data set', ge=0, lt=1)
+        .1, 'Drift is reported where at least this share of recent inputs is unlike the dataset', ge=0, lt=1)
 
 # %% ../../nbs/core/00_config.ipynb #cf127367
 class JobSettings(BaseSettings):
     "When jobs run, and for how long their results are kept."
     retrain_photos: int = _setting(
-        20, 'New photos, since the data set of the newest model, that start a training', ge=1)
+        20, 'New photos, since the dataset of the newest model, that start a training', ge=1)
     schedules: dict[str, str] = _setting(
         {}, 'Cron expressions (UTC) that replace those of the job table, as JSON such as {"train": "0 4 * * mon"}; '
             'an empty one means never')
@@ -214,7 +214,7 @@ def split_commas(
     parts = (part.strip() for part in text.split(','))
     return list(dict.fromkeys(part for part in parts if part))
 
-# %% ../../nbs/core/00_config.ipynb #b8e10679
+# %% ../../nbs/core/00_config.ipynb #e5a6860f
 class AllowedHosts(NamedTuple):
     "Hosts that ingestion may reach though their address is not public."
     names: set # host names, in lower case
@@ -234,7 +234,7 @@ def parse_allowed_hosts(
             allowed.names.add(host.lower())
     return allowed
 
-# %% ../../nbs/core/00_config.ipynb #552b165e
+# %% ../../nbs/core/00_config.ipynb #5826a754
 def _mask_secrets(
     value, # of a setting
 ) -> str: # for display
@@ -243,7 +243,7 @@ def _mask_secrets(
     text = re.sub(r'(?<=://)([^:/@]*):.*(?=@)', r'\1:********', str(value))
     return re.sub(r'(?i)(?<=[?&])(\w*(?:password|token|secret|key)\w*=)[^&]+', r'\1********', text)
 
-# %% ../../nbs/core/00_config.ipynb #beb8338a
+# %% ../../nbs/core/00_config.ipynb #bbd74994
 def _fields_set_by(
     source: PydanticBaseSettingsSource, # such as the environment
 ) -> set: # names

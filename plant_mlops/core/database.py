@@ -6,7 +6,7 @@
 __all__ = ['RETRY_SECONDS', 'retry_transaction', 'ANSWER_TIMEOUT', 'is_transient', 'database_message', 'create_tables',
            'open_database', 'insert_or_ignore', 'call_with_retry']
 
-# %% ../../nbs/core/10_database.ipynb #0dd272cc
+# %% ../../nbs/core/10_database.ipynb #05867495
 import sqlite3, threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,7 +16,7 @@ import sqlalchemy as sa, tenacity
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from .config import PlantError, Settings
 
-# %% ../../nbs/core/10_database.ipynb #a8ea62cc
+# %% ../../nbs/core/10_database.ipynb #6cb764e8
 _PERMANENT = ('disk is full', 'disk I/O error', 'unable to open', 'readonly database')
 
 def is_transient(
@@ -25,7 +25,7 @@ def is_transient(
     "Whether the operation is worth another try."
     return not any(text in str(e) for text in _PERMANENT)
 
-# %% ../../nbs/core/10_database.ipynb #9077ab6e
+# %% ../../nbs/core/10_database.ipynb #57c0504b
 def database_message(
     e: Exception, # raised by SQLAlchemy
 ) -> str: # one line
@@ -35,7 +35,7 @@ def database_message(
     is_vague = message in ('disk I/O error', 'unable to open database file')
     return f'{message} (is the disk full?)' if is_vague else message
 
-# %% ../../nbs/core/10_database.ipynb #b3fbdf35
+# %% ../../nbs/core/10_database.ipynb #76e95d7a
 def _is_transient_sqlite_error(e): return isinstance(e, sqlite3.OperationalError) and is_transient(e)
 
 @tenacity.retry(retry=tenacity.retry_if_exception(_is_transient_sqlite_error), reraise=True,
@@ -49,7 +49,7 @@ def _prepare_sqlite(connection, _):
     _enable_wal(connection)
     connection.execute('PRAGMA synchronous=NORMAL').close()
 
-# %% ../../nbs/core/10_database.ipynb #15af07c0
+# %% ../../nbs/core/10_database.ipynb #fee4577f
 def _prepare_postgresql(connection, _):
     "Set up a new connection to PostgreSQL."
     with connection.cursor() as c: c.execute("SET TIME ZONE 'UTC'")
@@ -62,7 +62,7 @@ def _prepare_mysql(connection, _):
 
 _prepare = dict(sqlite=_prepare_sqlite, postgresql=_prepare_postgresql, mysql=_prepare_mysql, mariadb=_prepare_mysql)
 
-# %% ../../nbs/core/10_database.ipynb #dc8cd99b
+# %% ../../nbs/core/10_database.ipynb #19e52952
 def _create_engine(
     url: sa.URL, # of the database
 ) -> sa.Engine: # not connected yet
@@ -74,7 +74,7 @@ def _create_engine(
     if eng.dialect.name in _prepare: sa.event.listen(eng, 'connect', _prepare[eng.dialect.name])
     return eng
 
-# %% ../../nbs/core/10_database.ipynb #61fe05d4
+# %% ../../nbs/core/10_database.ipynb #365a91a5
 def _is_transient_database_error(e): return isinstance(e, sa.exc.DBAPIError) and is_transient(e)
 
 @tenacity.retry(retry=tenacity.retry_if_exception(_is_transient_database_error), reraise=True,
@@ -86,7 +86,7 @@ def create_tables(
     "Create the tables that do not exist; raises SQLAlchemy's errors."
     tables.create_all(eng)
 
-# %% ../../nbs/core/10_database.ipynb #5c7ad8e0
+# %% ../../nbs/core/10_database.ipynb #26e06ba1
 def _without_password(
     url: str, # of a database, perhaps not a valid one
 ) -> str:
@@ -107,7 +107,7 @@ def open_database(
         raise PlantError(f'The catalog {_without_password(s.catalog_url)} cannot be used: {database_message(e)}. '
                          'Check PLANT_CATALOG_URL, and that the database runs.') from e
 
-# %% ../../nbs/core/10_database.ipynb #0aebb8f2
+# %% ../../nbs/core/10_database.ipynb #888bb36d
 def insert_or_ignore(
     dialect: str, # sqlite, postgresql, mysql or mariadb
     table: sa.Table, # that rows are inserted into
@@ -118,7 +118,7 @@ def insert_or_ignore(
     if dialect in ('mysql', 'mariadb'): return mysql.insert(table).prefix_with('IGNORE')
     return sqlite.insert(table).on_conflict_do_nothing(index_elements=[key])
 
-# %% ../../nbs/core/10_database.ipynb #8f3aadb1
+# %% ../../nbs/core/10_database.ipynb #08a2c7cb
 RETRY_SECONDS = 30. # for which transient errors are retried
 
 def _is_transient_operational_error(e): return isinstance(e, sa.exc.OperationalError) and is_transient(e)
@@ -128,7 +128,7 @@ retry_transaction = tenacity.retry( # a decorator
     retry=_retry_if_transient, reraise=True, stop=tenacity.stop_after_delay(RETRY_SECONDS),
     wait=tenacity.wait_random_exponential(.1, max=3))
 
-# %% ../../nbs/core/10_database.ipynb #b0893eb5
+# %% ../../nbs/core/10_database.ipynb #5e17c330
 def _call_with_timeout(
     seconds: float, # to wait for the result
     f: Callable, # function without arguments
@@ -141,7 +141,7 @@ def _call_with_timeout(
     threading.Thread(target=run, daemon=True).start()
     return result.result(seconds)
 
-# %% ../../nbs/core/10_database.ipynb #5e59165f
+# %% ../../nbs/core/10_database.ipynb #af4049a0
 ANSWER_TIMEOUT = 60. # seconds; more than SQLite waits for a lock
 
 def call_with_retry(

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['run_async']
 
-# %% ../../nbs/core/11_event_loop.ipynb #6010dba3
+# %% ../../nbs/core/11_event_loop.ipynb #9af2b80c
 import asyncio
 from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 try: from uvloop import new_event_loop # faster, where it is installed
 except ImportError: new_event_loop = None
 
-# %% ../../nbs/core/11_event_loop.ipynb #6a861652
+# %% ../../nbs/core/11_event_loop.ipynb #f55bbf8d
 def _run_in_new_loop(
     coroutine: Coroutine, # to run to its end
 ): # what it returns
     "Run a coroutine in a thread without an event loop."
     with asyncio.Runner(loop_factory=new_event_loop) as runner: return runner.run(coroutine)
 
-# %% ../../nbs/core/11_event_loop.ipynb #6419d088
+# %% ../../nbs/core/11_event_loop.ipynb #b0d8d6cf
 def _run_in_thread(
     coroutine: Coroutine, # to run to its end
 ): # what it returns
@@ -36,7 +36,7 @@ def _run_in_thread(
             loop.call_soon_threadsafe(task.cancel)
             raise
 
-# %% ../../nbs/core/11_event_loop.ipynb #c3964f37
+# %% ../../nbs/core/11_event_loop.ipynb #aa70160e
 def run_async(
     coroutine: Coroutine, # to run to its end
 ): # what it returns

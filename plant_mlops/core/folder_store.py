@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ONE_DAY', 'FolderStore']
 
-# %% ../../nbs/core/05_folder_store.ipynb #f529dff5
+# %% ../../nbs/core/05_folder_store.ipynb #2611aa82
 import contextlib, ctypes, os, shutil, time, uuid
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -18,7 +18,7 @@ from .process import is_alive, pid_namespace_id
 from .store_protocol import (
     Corrupt, Stat, StoreError, check_key, checksum_in_key, conflict_error, not_found_error, sha256_of, verify_checksum)
 
-# %% ../../nbs/core/05_folder_store.ipynb #9a7aca72
+# %% ../../nbs/core/05_folder_store.ipynb #2b2dcf97
 def _load_syncfs():
     "The system's function that flushes a file system; None where there is none."
     if os.name != 'posix': return None
@@ -34,7 +34,7 @@ def _fsync_folder(
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../../nbs/core/05_folder_store.ipynb #10407cc5
+# %% ../../nbs/core/05_folder_store.ipynb #7286e9d5
 def _with_folder(
     path: Path, # file that is written
     action, # function without arguments that needs the file's folder
@@ -52,7 +52,7 @@ def _copy_into(
     if not isinstance(data, Path): return file.write(data)
     with open(data, 'rb') as source: shutil.copyfileobj(source, file, 1 << 20)
 
-# %% ../../nbs/core/05_folder_store.ipynb #1a477d3f
+# %% ../../nbs/core/05_folder_store.ipynb #dd24163e
 def _write_atomically(
     path: Path, # file that is written or replaced
     data: bytes | Path, # content, or the file that holds it
@@ -72,7 +72,7 @@ def _write_atomically(
         with contextlib.suppress(OSError): tmp.unlink()
         raise
 
-# %% ../../nbs/core/05_folder_store.ipynb #6e64ba42
+# %% ../../nbs/core/05_folder_store.ipynb #0250edeb
 ONE_DAY = 86_400 # seconds
 
 def _new_tmp_file(
@@ -97,7 +97,7 @@ def _remove_stale_files(
         with contextlib.suppress(OSError):
             if _is_stale(file): file.unlink()
 
-# %% ../../nbs/core/05_folder_store.ipynb #7f4908d3
+# %% ../../nbs/core/05_folder_store.ipynb #e04b700a
 class FolderStore:
     "Objects as files in a folder; a `Store`."
     threads = 2 # reading and hashing files is work for the processor
@@ -117,7 +117,7 @@ class FolderStore:
         "Location of an object, as a URL."
         return f'{self._base_url}/{quote(check_key(key))}'
 
-# %% ../../nbs/core/05_folder_store.ipynb #6057291a
+# %% ../../nbs/core/05_folder_store.ipynb #00dd0d59
 @contextlib.contextmanager
 def _raise_disk_errors(
     key: str, # of the object, for the message
@@ -128,7 +128,7 @@ def _raise_disk_errors(
         raise StoreError(f'{key}: {e.strerror or e}. Nothing was changed. '
                          'Free some disk space or fix the permissions, then run again.') from e
 
-# %% ../../nbs/core/05_folder_store.ipynb #62be5c92
+# %% ../../nbs/core/05_folder_store.ipynb #5255dce0
 @patch
 def _lock(self:FolderStore, key: str):
     "Context manager: one writer at a time for keys that may change."
@@ -143,7 +143,7 @@ def _recorded_checksum(self:FolderStore, key: str) -> str:
     try: return (self.checksums/key).read_text()
     except (FileNotFoundError, NotADirectoryError): return ''
 
-# %% ../../nbs/core/05_folder_store.ipynb #7eee5da7
+# %% ../../nbs/core/05_folder_store.ipynb #b3e77b20
 @patch
 def stat(self:FolderStore,
     key: str, # of the object
@@ -156,7 +156,7 @@ def stat(self:FolderStore,
     modified = datetime.fromtimestamp(status.st_mtime, timezone.utc)
     return Stat(key, status.st_size, etag, self._recorded_checksum(key), modified)
 
-# %% ../../nbs/core/05_folder_store.ipynb #5a692893
+# %% ../../nbs/core/05_folder_store.ipynb #4c49fbfc
 def _check_condition(
     key: str, # of the object
     current: Stat | None, # the object as it is now
@@ -167,7 +167,7 @@ def _check_condition(
     if if_absent and current: raise conflict_error(key)
     if if_match and (not current or current.etag != if_match): raise conflict_error(key)
 
-# %% ../../nbs/core/05_folder_store.ipynb #1a477770
+# %% ../../nbs/core/05_folder_store.ipynb #728629cd
 @patch
 def put(self:FolderStore,
     key: str, # of the object
@@ -186,7 +186,7 @@ def put(self:FolderStore,
         else: self._put_with_checksum(key, data, checksum, sync)
     return self.stat(key)
 
-# %% ../../nbs/core/05_folder_store.ipynb #6b545945
+# %% ../../nbs/core/05_folder_store.ipynb #0a480c2f
 @patch
 def _put_with_checksum(self:FolderStore, key: str, data: bytes | Path, checksum: str, sync: bool):
     "Replace an object and its checksum file; what a full disk can stop comes first."
@@ -208,7 +208,7 @@ def _put_with_checksum(self:FolderStore, key: str, data: bytes | Path, checksum:
         new_record.unlink(missing_ok=True)
         old_record.unlink(missing_ok=True)
 
-# %% ../../nbs/core/05_folder_store.ipynb #5bcc5388
+# %% ../../nbs/core/05_folder_store.ipynb #789999e9
 @patch
 def sync(self:FolderStore):
     "Make everything put with `sync=False` durable; raises `StoreError` if the disk fails."
@@ -219,7 +219,7 @@ def sync(self:FolderStore):
             if _syncfs(fd): raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     finally: os.close(fd)
 
-# %% ../../nbs/core/05_folder_store.ipynb #1f6b7032
+# %% ../../nbs/core/05_folder_store.ipynb #1ae01efe
 @patch
 def _get_once(self:FolderStore, key: str, sha256: str) -> bytes:
     "Read an object; raises `NotFound`, or `Corrupt` if its checksum is wrong."
@@ -240,7 +240,7 @@ def get(self:FolderStore,
             except Corrupt: time.sleep(.05)
         return self._get_once(key, sha256)
 
-# %% ../../nbs/core/05_folder_store.ipynb #3c1e1e2f
+# %% ../../nbs/core/05_folder_store.ipynb #f238be12
 @patch
 def list(self:FolderStore,
     prefix: str = '', # of the keys
@@ -254,7 +254,7 @@ def list(self:FolderStore,
         status = self.stat(key)
         if status: yield status # None: it was deleted in the meantime
 
-# %% ../../nbs/core/05_folder_store.ipynb #ae0d5d4b
+# %% ../../nbs/core/05_folder_store.ipynb #beee0fda
 @patch
 def delete(self:FolderStore,
     key: str, # of the object

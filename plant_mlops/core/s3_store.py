@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['s3_client', 'S3Store']
 
-# %% ../../nbs/core/06_s3_store.ipynb #eb4f5bc5
+# %% ../../nbs/core/06_s3_store.ipynb #b9e2d5eb
 import contextlib, io, os
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -15,7 +15,7 @@ from .config import Settings
 from .store_protocol import (
     Conflict, NotFound, Stat, StoreError, check_key, checksum_in_key, conflict_error, not_found_error, verify_checksum)
 
-# %% ../../nbs/core/06_s3_store.ipynb #6c40a067
+# %% ../../nbs/core/06_s3_store.ipynb #52ca40e7
 @lru_cache(8)
 def _create_client(
     endpoint: str, # URL; '': Amazon
@@ -38,7 +38,7 @@ def _create_client(
     except ValueError:
         raise StoreError(f'PLANT_S3_ENDPOINT_URL = {endpoint!r} is not a URL. Write it as http://host:9000.') from None
 
-# %% ../../nbs/core/06_s3_store.ipynb #bdc7142d
+# %% ../../nbs/core/06_s3_store.ipynb #8ed77a90
 def s3_client(
     s: Settings, # endpoint, keys and timeout
     tries: int = 8, # of a request: half a minute, in which a server may be restarted
@@ -48,7 +48,7 @@ def s3_client(
     key, secret = s.s3_access_key.get_secret_value(), s.s3_secret_key.get_secret_value()
     return _create_client(s.s3_endpoint_url, key, secret, s.s3_timeout, region, tries)
 
-# %% ../../nbs/core/06_s3_store.ipynb #8438b9da
+# %% ../../nbs/core/06_s3_store.ipynb #542156e5
 _NOT_FOUND = {'404', 'NoSuchKey', 'NotFound'}
 _CONFLICT = {'412', 'PreconditionFailed', '409', 'ConditionalRequestConflict'}
 _DENIED = {'403', 'AccessDenied', 'SignatureDoesNotMatch', 'InvalidAccessKeyId'}
@@ -65,7 +65,7 @@ def _to_store_error(
     advice = "Check the keys and the bucket's policy." if code in _DENIED else 'Run again when the server works again.'
     return StoreError(f'{key}: {where} answered {code}: {e.response["Error"].get("Message", "")} {advice}')
 
-# %% ../../nbs/core/06_s3_store.ipynb #47e1dfd9
+# %% ../../nbs/core/06_s3_store.ipynb #8f8f4a54
 @contextlib.contextmanager
 def _raise_s3_errors(
     key: str, # of the object, for the message
@@ -80,7 +80,7 @@ def _raise_s3_errors(
         raise StoreError(f'{key}: {where} cannot be used ({e}). Is it running, and is PLANT_S3_ENDPOINT_URL right? '
                          'Nothing was lost: run again.') from e
 
-# %% ../../nbs/core/06_s3_store.ipynb #d4801e8f
+# %% ../../nbs/core/06_s3_store.ipynb #b3e3cb81
 _PART_SIZE = 8 << 20 # bytes; that of boto3's uploads
 
 class S3Store:

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['wilson_interval']
 
-# %% ../../nbs/core/03_statistics.ipynb #34260ed6
+# %% ../../nbs/core/03_statistics.ipynb #11e72f51
 import math
 from statistics import NormalDist
 
-# %% ../../nbs/core/03_statistics.ipynb #68af8c67
+# %% ../../nbs/core/03_statistics.ipynb #384b061d
 def wilson_interval(
     successes: int, # 0 … trials
     trials: int, # ≥ 1

@@ -17,7 +17,7 @@ from .store_protocol import (
 # what can be imported from here, too; nbdev adds it to __all__
 _all_ = [Conflict, Corrupt, FolderStore, NotFound, S3Store, Stat, Store, StoreError, checksum_in_key, sha256_of]
 
-# %% ../../nbs/core/07_store.ipynb #f6a9caef
+# %% ../../nbs/core/07_store.ipynb #fdb7765c
 def _folder_of(
     url: str, # file:///…
 ) -> str: # path

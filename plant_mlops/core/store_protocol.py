@@ -6,7 +6,7 @@
 __all__ = ['StoreError', 'NotFound', 'Corrupt', 'Conflict', 'not_found_error', 'conflict_error', 'Stat', 'Store', 'sha256_of',
            'checksum_in_key', 'verify_checksum', 'check_key']
 
-# %% ../../nbs/core/04_store_protocol.ipynb #5616a968
+# %% ../../nbs/core/04_store_protocol.ipynb #9816aa07
 import hashlib, re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Protocol
 from .config import PlantError
 
-# %% ../../nbs/core/04_store_protocol.ipynb #e974fc6a
+# %% ../../nbs/core/04_store_protocol.ipynb #a9fa06ce
 class StoreError(PlantError): "The store failed, or refused a request."
 class NotFound(StoreError): "There is no object with that key."
 class Corrupt(StoreError): "The bytes do not have the checksum they should have."
 class Conflict(StoreError): "Another writer changed the object first."
 
-# %% ../../nbs/core/04_store_protocol.ipynb #7d5c34cc
+# %% ../../nbs/core/04_store_protocol.ipynb #937f934b
 def not_found_error(
     key: str, # of the object
     where: str, # the store, in words
@@ -36,7 +36,7 @@ def conflict_error(
     "Error for a conditional put whose condition does not hold."
     return Conflict(f'{key}: another writer changed it in the meantime. Read it again, then decide.')
 
-# %% ../../nbs/core/04_store_protocol.ipynb #0fa212e3
+# %% ../../nbs/core/04_store_protocol.ipynb #fa1702b1
 @dataclass(frozen=True)
 class Stat:
     "What is known of an object without reading it."
@@ -46,7 +46,7 @@ class Stat:
     sha256: str        # checksum recorded at put, '' if none was
     modified: datetime # time of the last put, UTC
 
-# %% ../../nbs/core/04_store_protocol.ipynb #0b00fcdf
+# %% ../../nbs/core/04_store_protocol.ipynb #49a9b5f9
 class Store(Protocol):
     "Objects by key. Every method raises `StoreError` where the store cannot be used."
     threads: int # threads that it is worth using at the same time
@@ -82,7 +82,7 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         "Remove an object; no error if it does not exist."
 
-# %% ../../nbs/core/04_store_protocol.ipynb #4155d20b
+# %% ../../nbs/core/04_store_protocol.ipynb #5a2092cb
 def sha256_of(
     data: bytes | Path, # bytes, or the file that holds them
 ) -> str: # 64 hexadecimal digits
@@ -90,7 +90,7 @@ def sha256_of(
     if isinstance(data, (bytes, bytearray, memoryview)): return hashlib.sha256(data).hexdigest()
     with open(data, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../../nbs/core/04_store_protocol.ipynb #cc83b355
+# %% ../../nbs/core/04_store_protocol.ipynb #255eb313
 @lru_cache(1000)
 def checksum_in_key(
     key: str, # of an object
@@ -99,7 +99,7 @@ def checksum_in_key(
     match = re.search(r'(?:^|/)([0-9a-f]{64})(?:\.\w+)?$', key)
     return match[1] if match else ''
 
-# %% ../../nbs/core/04_store_protocol.ipynb #3206dd9d
+# %% ../../nbs/core/04_store_protocol.ipynb #03a411ff
 def verify_checksum(
     key: str, # of the object, for the message
     data: bytes | Path, # its content
@@ -113,7 +113,7 @@ def verify_checksum(
                           'The object is damaged: fetch or build it again.')
     return actual
 
-# %% ../../nbs/core/04_store_protocol.ipynb #946fec37
+# %% ../../nbs/core/04_store_protocol.ipynb #e2ec1909
 def check_key(
     key: str, # of an object
 ) -> str: # the same

@@ -18,10 +18,10 @@ from .config import PlantError, Settings, split_commas, settings
 # %% ../../nbs/core/01_workload.ipynb #ab72b2bf
 @dataclass(frozen=True)
 class Reader:
-    "How the examples of a data set are listed and read."
+    "How the examples of a dataset are listed and read."
     manifest: Callable # (s, dataset) → DataFrame with id, label, group, and split: train, valid, test or none
     inputs: Callable # (s, dataset, ids, input metadata) → array [N, …] for the model
-    stable_groups: bool = False # whether a group has the same name in every data set, such as a day
+    stable_groups: bool = False # whether a group has the same name in every dataset, such as a day
     kind: str = '' # of input, such as 'image', whose model files need not name their workload; '' for none
 
 # %% ../../nbs/core/01_workload.ipynb #542a40ae
@@ -171,16 +171,16 @@ def _load(
         raise PlantError(f'Several workloads are the default: {", ".join(defaults)}. Remove all but one.')
     return {w.name: w for w in sorted(valid.values(), key=lambda w: not w.default)}
 
-# %% ../../nbs/core/01_workload.ipynb #40d9b40c
+# %% ../../nbs/core/01_workload.ipynb #ee75c02f
 def workloads(
     s: Settings | None = None, # None: those of the environment
 ) -> dict: # name → `Workload`, the default one first
     "All workloads; raises `PlantError` where one cannot be used."
     return _load((s or settings()).workloads)
 
-# %% ../../nbs/core/01_workload.ipynb #8fa126aa
+# %% ../../nbs/core/01_workload.ipynb #bef338d7
 def workload_of(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
 ) -> Workload:
     "The workload of the configured model; raises `PlantError` where there is none."
     known = workloads(s)
@@ -191,7 +191,7 @@ def workload_of(
                      f'There are: {", ".join(known)}. Install plant_mlops again, or set PLANT_MODEL to one of these.')
 
 def find_workload(
-    s: Settings, # `workloads` among them
+    s: Settings, # uses `workloads`
     name: str, # of a workload
 ) -> Workload:
     "A workload by its name; raises `PlantError` where there is none."

@@ -35,7 +35,7 @@ plants_data = sa.Table('plants_data', metadata,
     sa.Column('updated_at', sa.DateTime, server_default=sa.func.current_timestamp()),
     mysql_charset='utf8mb4', mariadb_charset='utf8mb4')
 
-# %% ../../nbs/data/00_catalog.ipynb #cc06a577
+# %% ../../nbs/data/00_catalog.ipynb #68388d9b
 STATUSES = ('new', 'stored', 'failed', 'rejected')
 
 # %% ../../nbs/data/00_catalog.ipynb #ea59ef52
@@ -62,7 +62,7 @@ def _check_row(
                          f'(%-escapes count), the label {MAX_LABEL}. Nothing was added.')
     return dict(url_source=url, label=label or None)
 
-# %% ../../nbs/data/00_catalog.ipynb #0899ee3c
+# %% ../../nbs/data/00_catalog.ipynb #637bc4ce
 def _merge_rows(
     rows: Iterable[dict], # with `url_source` and `label`
 ) -> list: # checked rows, one for each URL
@@ -86,7 +86,7 @@ def count_rows(
     "Number of rows in the catalog."
     return c.scalar(sa.select(sa.func.count()).select_from(plants_data))
 
-# %% ../../nbs/data/00_catalog.ipynb #e8c30a24
+# %% ../../nbs/data/00_catalog.ipynb #0f203ca8
 def _update_labels(
     c: sa.Connection, # in a transaction
     rows: list, # checked rows
@@ -101,7 +101,7 @@ def _update_labels(
     if changes: c.execute(update, changes)
     return len(changes)
 
-# %% ../../nbs/data/00_catalog.ipynb #f51e7f21
+# %% ../../nbs/data/00_catalog.ipynb #5b280c87
 @retry_transaction
 def _insert_checked_rows(
     eng: sa.Engine, # catalog
@@ -125,7 +125,7 @@ def add_rows(
     "Add photos by URL, or update their labels; raises `PlantError` on an unusable URL, and on two labels for one URL."
     return _insert_checked_rows(eng, _merge_rows(rows))
 
-# %% ../../nbs/data/00_catalog.ipynb #6ff48580
+# %% ../../nbs/data/00_catalog.ipynb #0dcc2939
 @retry_transaction
 def remove_missing(
     eng: sa.Engine, # catalog
@@ -176,7 +176,7 @@ def list_pending(
     may_retry = sa.and_(t.status == 'failed', t.attempts < max_attempts)
     return _select_rows(eng, t.id % n == i - 1, sa.or_(t.status == 'new', may_retry))
 
-# %% ../../nbs/data/00_catalog.ipynb #ba3270fb
+# %% ../../nbs/data/00_catalog.ipynb #42c528ce
 def list_stored(
     eng: sa.Engine, # catalog
     shard: tuple = (1, 1), # (i, n): photos of worker i of n, by their checksum
@@ -202,7 +202,7 @@ def list_rows(
     conditions = [plants_data.c.status == status] if status else []
     return _select_rows(eng, *conditions, limit=limit, newest=newest)
 
-# %% ../../nbs/data/00_catalog.ipynb #a63fa11f
+# %% ../../nbs/data/00_catalog.ipynb #f025555c
 def count_by_status(
     eng: sa.Engine, # catalog
 ) -> dict: # status → number of rows
@@ -235,7 +235,7 @@ def record_results(
                    new_sha256=r.get('sha256'), new_url=r.get('url_s3')) for r in results]
     with eng.begin() as c: c.execute(update, values)
 
-# %% ../../nbs/data/00_catalog.ipynb #eba4b1dd
+# %% ../../nbs/data/00_catalog.ipynb #f792e45d
 @retry_transaction
 def reset_rows(
     eng: sa.Engine, # catalog

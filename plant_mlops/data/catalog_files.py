@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['add_folder', 'load_file']
 
-# %% ../../nbs/data/01_catalog_files.ipynb #28d52b11
+# %% ../../nbs/data/01_catalog_files.ipynb #0de57bbf
 import csv, io, re
 from importlib import resources
 from pathlib import Path
@@ -25,7 +25,7 @@ def _is_photo(
     is_hidden = any(part.startswith('.') for part in file.relative_to(root).parts)
     return file.suffix.lower() in _PHOTO_SUFFIXES and not is_hidden and file.is_file()
 
-# %% ../../nbs/data/01_catalog_files.ipynb #d78b77ce
+# %% ../../nbs/data/01_catalog_files.ipynb #83698f98
 def add_folder(
     eng: sa.Engine, # catalog
     path: Path | str, # folder with one folder for each class
@@ -71,7 +71,7 @@ def _split_statements(
     statements = re.split(r';\s*(?:\n|$)', '\n'.join(lines))
     return [s.strip() for s in statements if s.strip() and not _TRANSACTION_CONTROL.match(s)]
 
-# %% ../../nbs/data/01_catalog_files.ipynb #2484da9b
+# %% ../../nbs/data/01_catalog_files.ipynb #9e5de77b
 def _load_sql(
     eng: sa.Engine, # catalog
     path: Path, # for the message
@@ -88,7 +88,7 @@ def _load_sql(
     except sa.exc.SQLAlchemyError as e:
         raise PlantError(f'{path} failed: {database_message(e)}. Nothing was added.') from e
 
-# %% ../../nbs/data/01_catalog_files.ipynb #8e4ccc91
+# %% ../../nbs/data/01_catalog_files.ipynb #9da10bea
 def _find_file(
     path: Path, # of a file, or the name of one in the package
 ) -> Path: # of a file that exists
@@ -98,7 +98,7 @@ def _find_file(
     if not path.exists() and packaged.is_file(): return packaged
     raise PlantError(f'{path} is not a file. Give a .csv or .sql file; `plants_data.sql` comes with the package.')
 
-# %% ../../nbs/data/01_catalog_files.ipynb #553a00fd
+# %% ../../nbs/data/01_catalog_files.ipynb #9ce96ef1
 def load_file(
     eng: sa.Engine, # catalog
     path: Path | str, # a .csv or .sql file, or the name of a script in the package

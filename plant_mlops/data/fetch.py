@@ -42,7 +42,7 @@ class Download(NamedTuple):
     data: bytes # as sent
     sha256: str # of data, in hexadecimal
 
-# %% ../../nbs/data/04_fetch.ipynb #374207ab
+# %% ../../nbs/data/04_fetch.ipynb #7b834f6a
 class _Body:
     "Collects and hashes chunks of bytes, up to a limit."
     def __init__(self,
@@ -69,7 +69,7 @@ class _Body:
         "The whole body."
         return Download(b''.join(self.chunks), self.hash.hexdigest())
 
-# %% ../../nbs/data/04_fetch.ipynb #9202c7f5
+# %% ../../nbs/data/04_fetch.ipynb #03cf4c31
 def _read_all(
     read: Callable[[int], bytes], # returns at most so many bytes; none at the end
     limit: int, # bytes
@@ -162,7 +162,7 @@ def fetch_s3(
     except ClientError as e: check_status(e.response['ResponseMetadata'].get('HTTPStatusCode', 500))
     except BotoCoreError as e: raise TransientFetchError(f'The bucket does not answer: {e}') from None
 
-# %% ../../nbs/data/04_fetch.ipynb #8f227dcf
+# %% ../../nbs/data/04_fetch.ipynb #bcf5f4cb
 @contextmanager
 def _raise_fetch_errors(
     url: str, # for the message

@@ -163,7 +163,7 @@ def visible_size(
     "Size of the part of a photo that the network sees."
     return min(width, stretch*height), min(height, stretch*width)
 
-# %% ../../nbs/data/02_photo.ipynb #20143515
+# %% ../../nbs/data/02_photo.ipynb #92b7865a
 def resize_to_square(
     img: Image.Image, # RGB
     size: int, # side of the result, in pixels
@@ -175,7 +175,7 @@ def resize_to_square(
     box = (width - seen_width)/2, (height - seen_height)/2, (width + seen_width)/2, (height + seen_height)/2
     return np.asarray(_resize(img, (size, size), box))
 
-# %% ../../nbs/data/02_photo.ipynb #aeed12d9
+# %% ../../nbs/data/02_photo.ipynb #47f52a94
 def to_pixels(
     data: bytes, # content of a file
     size: int = 224, # side of the square that the network sees, in pixels
@@ -186,7 +186,7 @@ def to_pixels(
     "Decode a photo as in training; raises `PhotoError`."
     return resize_to_square(open_photo(data, side, limits), size, stretch)
 
-# %% ../../nbs/data/02_photo.ipynb #294cc8ec
+# %% ../../nbs/data/02_photo.ipynb #1f04adf1
 def decode_for_model(
     data: bytes, # content of a file
     spec: dict, # the `input` of a model file's metadata

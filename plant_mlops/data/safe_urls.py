@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UnsafeURLError', 'is_public', 'check_address', 'look_up_addresses', 'CheckedResolver', 'check_url']
 
-# %% ../../nbs/data/03_safe_urls.ipynb #96e2f898
+# %% ../../nbs/data/03_safe_urls.ipynb #2a3e025a
 import asyncio, socket
 from collections.abc import Callable
 from ipaddress import IPv4Address, ip_address, ip_network
@@ -13,7 +13,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 from ..core.config import AllowedHosts, PlantError
 
-# %% ../../nbs/data/03_safe_urls.ipynb #2971b489
+# %% ../../nbs/data/03_safe_urls.ipynb #fffcedca
 class UnsafeURLError(PlantError):
     "A URL leads to an address that may not be reached."
 
@@ -66,7 +66,7 @@ async def look_up_addresses(
         socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
     return [_resolve_result(host, *result[4][:2]) for result in results]
 
-# %% ../../nbs/data/03_safe_urls.ipynb #a5bec2f2
+# %% ../../nbs/data/03_safe_urls.ipynb #5eb7db93
 class CheckedResolver(AbstractResolver):
     "Resolves names for aiohttp, and refuses those with an address that may not be reached."
     def __init__(self,

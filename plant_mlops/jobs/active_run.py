@@ -6,7 +6,7 @@
 __all__ = ['GRACE', 'HEARTBEAT', 'run_context', 'set_variables', 'find_news', 'ActiveRun', 'to_json_values', 'find_mlflow_runs',
            'begin']
 
-# %% ../../nbs/jobs/04_active_run.ipynb #8b735fa6
+# %% ../../nbs/jobs/04_active_run.ipynb #a89049ac
 import itertools, json, math, os, signal, socket, threading, time
 from contextlib import suppress
 import psutil, sqlalchemy as sa
@@ -21,7 +21,7 @@ from .runs import JobBusyError, JobRun, claim_run, job_runs, run_tables, utc_now
 from .table import job_of, job_table
 from ..registry.tracking import git_commit, mlflow_client
 
-# %% ../../nbs/jobs/04_active_run.ipynb #d5399713
+# %% ../../nbs/jobs/04_active_run.ipynb #d8b819cb
 def run_context() -> dict: # run (ID), why, chain, asked, attempt, timeout: those that are known
     "What started this notebook says of the run."
     return json.loads(os.environ.get('JOB_CONTEXT') or '{}')
@@ -234,7 +234,7 @@ def _claim_patiently(s: Settings, engine: sa.Engine, run: JobRun, seconds: float
             if time.monotonic() > deadline: raise
         time.sleep(.2)
 
-# %% ../../nbs/jobs/04_active_run.ipynb #cc2624e9
+# %% ../../nbs/jobs/04_active_run.ipynb #89bebb0e
 def begin(
     name: str, # of the job; a job that shares the notebook is named in `JOB_CONTEXT`
     **parameters, # of the notebook

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_chain', 'resume_chain', 'predict_example', 'run_workload', 'retrain', 'ci_settings', 'ci_chain', 'run_ci']
 
-# %% ../../nbs/jobs/07_chains.ipynb #b7f6d7ec
+# %% ../../nbs/jobs/07_chains.ipynb #60475f69
 import json, re, shutil
 from pathlib import Path
 from typing import Callable
@@ -47,7 +47,7 @@ def run_chain(
         outputs |= run.outputs
     return runs
 
-# %% ../../nbs/jobs/07_chains.ipynb #c1138f72
+# %% ../../nbs/jobs/07_chains.ipynb #1b8c212b
 def resume_chain(
     s: Settings, # configured settings
     on_success: Callable = _ignore, # called with each `JobRun` that ended well
@@ -158,7 +158,7 @@ def ci_chain(
     trains = any(workload_of(s).qualify('model') in j.produces for j in needed)
     return list(dict.fromkeys([*chain_for(s), *needed])) if trains else needed
 
-# %% ../../nbs/jobs/07_chains.ipynb #88bc8815
+# %% ../../nbs/jobs/07_chains.ipynb #faef86ba
 def run_ci(
     s: Settings, # configured settings
     name: str, # of the job

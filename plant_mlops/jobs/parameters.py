@@ -6,7 +6,7 @@
 __all__ = ['TYPES', 'notebook_of', 'read_cells', 'Parameter', 'parameters_of', 'ParameterError', 'parse_shard',
            'check_parameters', 'route_parameters']
 
-# %% ../../nbs/jobs/01_parameters.ipynb #62906b3e
+# %% ../../nbs/jobs/01_parameters.ipynb #e457c492
 import ast, json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ def read_cells(
     except (ValueError, KeyError, TypeError) as e:
         raise PlantError(f'{path} is not a notebook ({e}). Open it in Jupyter and save it.') from None
 
-# %% ../../nbs/jobs/01_parameters.ipynb #8731c4a6
+# %% ../../nbs/jobs/01_parameters.ipynb #320f25fd
 class Parameter(NamedTuple):
     "A parameter of a job."
     type: Any # int, or int | None …

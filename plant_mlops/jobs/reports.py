@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CANCELLED', 'skip_url_grammar', 'notebook_to_html', 'close_run', 'log_report', 'report_key', 'archive_report']
 
-# %% ../../nbs/jobs/05_reports.ipynb #a22810ba
+# %% ../../nbs/jobs/05_reports.ipynb #b60d52cb
 import re, sys
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -117,7 +117,7 @@ def _save_report_key(s: Settings, run: JobRun) -> JobRun:
 
 # %% ../../nbs/jobs/05_reports.ipynb #b8cb4473
 def archive_report(
-    s: Settings, # `workloads` among them
+    s: Settings, # uses `workloads`
     file: Path, # executed notebook, named by the ID of its run
     error: str = '', # what is known of its end
     **context, # parameters, why, chain, asked, attempt: of a run that never came to `begin`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN_MIME', 'EMPTY', 'new_run_id', 'job_name_of', 'format_value', 'format_pairs', 'RunNote', 'read_outcome']
 
-# %% ../../nbs/jobs/02_run_notes.ipynb #d35f8bcd
+# %% ../../nbs/jobs/02_run_notes.ipynb #050b3344
 import secrets
 from datetime import datetime, timezone
 from html import escape
@@ -40,7 +40,7 @@ def format_pairs(
     shown = {k: v for k, v in (values or {}).items() if v not in (None, '', False)}
     return ', '.join(f'{k} {v}' for k, v in shown.items())
 
-# %% ../../nbs/jobs/02_run_notes.ipynb #44fbab85
+# %% ../../nbs/jobs/02_run_notes.ipynb #bdd93ed3
 class RunNote:
     "What a notebook shows of its run."
     def __init__(self,
@@ -57,7 +57,7 @@ class RunNote:
         rows = [f'<tr><th {style}>{escape(k)}</th><td {style}>{escape(v)}</td></tr>' for k, v in self.shown.items()]
         return {RUN_MIME: self.data, 'text/html': f"<table>{''.join(rows)}</table>", 'text/plain': repr(self)}
 
-# %% ../../nbs/jobs/02_run_notes.ipynb #18892864
+# %% ../../nbs/jobs/02_run_notes.ipynb #88bac31d
 def read_outcome(
     notebook: dict, # executed, as JSON
 ) -> dict: # run, job; at its end also news and outputs

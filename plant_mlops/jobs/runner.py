@@ -42,7 +42,7 @@ def kernel_environment(
     variables = {f'PLANT_{k.upper()}': _to_text(getattr(s, k)) for k in Settings.model_fields}
     return os.environ | variables | dict(JOB_CONTEXT=json.dumps(context))
 
-# %% ../../nbs/jobs/06_runner.ipynb #72a32ed5
+# %% ../../nbs/jobs/06_runner.ipynb #c7c55edb
 def _parse(source: str) -> list:
     "The statements of a cell; none where it is no Python, but a magic."
     try: return ast.parse(source).body
@@ -58,7 +58,7 @@ def import_lines(
         if statements and is_imports: return [ast.unparse(o) for o in statements]
     return []
 
-# %% ../../nbs/jobs/06_runner.ipynb #89c2936e
+# %% ../../nbs/jobs/06_runner.ipynb #ea8b5cb0
 def start_kernel(
     env: dict, # its environment
     lines: list, # of Python, that it runs first
@@ -151,7 +151,7 @@ def _warm_up_mlflow(s: Settings):
     "Import and open MLflow while the cells run, for the report."
     with suppress(Exception), mlflow_client(s) as c: c.get_experiment_by_name(s.model)
 
-# %% ../../nbs/jobs/06_runner.ipynb #14ec24e4
+# %% ../../nbs/jobs/06_runner.ipynb #48f2934f
 def execute_notebook(
     s: Settings, # of the job
     job: Job, # of the table
@@ -176,7 +176,7 @@ def execute_notebook(
         if monitor.kernel and monitor.kernel.has_kernel: run_sync(monitor.kernel.shutdown_kernel)(now=True)
         if warm_up.ident: warm_up.join()
 
-# %% ../../nbs/jobs/06_runner.ipynb #b0bd1713
+# %% ../../nbs/jobs/06_runner.ipynb #49be6528
 def _class_names(cls: type) -> set:
     "The names of a class and of all that derive from it."
     return {cls.__name__}.union(*map(_class_names, cls.__subclasses__()))
@@ -236,7 +236,7 @@ def _check_free(s: Settings, job: Job, parameters: dict):
         active, _ = find_active_run(s, c, job.name, parameters.get('shard', '1/1'))
     if active: raise busy_error(active)
 
-# %% ../../nbs/jobs/06_runner.ipynb #d6d8ef99
+# %% ../../nbs/jobs/06_runner.ipynb #2f5e3c7f
 def run_job(
     s: Settings, # configured settings
     name: str, # of the job

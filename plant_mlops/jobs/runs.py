@@ -54,7 +54,7 @@ job_locks = sa.Table('job_turns', run_tables,
     sa.Column('job', sa.String(150), primary_key=True),
     sa.Column('n', sa.Integer, nullable=False))
 
-# %% ../../nbs/jobs/03_runs.ipynb #2f69e4d1
+# %% ../../nbs/jobs/03_runs.ipynb #f1950b03
 @dataclass(frozen=True)
 class JobRun:
     "A run of a job: a row of `job_runs`."
@@ -92,7 +92,7 @@ class JobRun:
 # %% ../../nbs/jobs/03_runs.ipynb #e8481a4a
 @contextmanager
 def open_runs(
-    s: Settings, # catalog_url among them
+    s: Settings, # uses catalog_url
 ): # yields an engine
     "The database of the runs; raises `PlantError` where it cannot be used."
     engine = call_with_retry(open_catalog, s)
@@ -107,7 +107,7 @@ def utc_now() -> datetime:
 
 # %% ../../nbs/jobs/03_runs.ipynb #681ea50e
 def is_run_alive(
-    s: Settings, # job_lease among them
+    s: Settings, # uses job_lease
     run: JobRun, # that has not ended
 ) -> bool:
     "Whether a run is still at work."
@@ -136,9 +136,9 @@ def shards_overlap(
     (i, n), (j, m) = parse_shard(a), parse_shard(b)
     return n != m or i == j
 
-# %% ../../nbs/jobs/03_runs.ipynb #afcebd78
+# %% ../../nbs/jobs/03_runs.ipynb #624f14da
 def find_active_run(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
     c: sa.Connection, # to the database
     job: str, # its name
     shard: str = '1/1', # part of the work
@@ -155,7 +155,7 @@ def find_active_run(
 KILLED = dict(status='killed', error='The process died.')
 
 def claim_run(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
     engine: sa.Engine, # of `open_runs`
     run: JobRun, # that wants to begin
 ) -> list: # IDs of dead runs that were closed
@@ -184,9 +184,9 @@ def _select_runs(s: Settings, query) -> list:
         with engine.connect() as c: return [dict(row) for row in c.execute(query).mappings()]
     with open_runs(s) as engine: return [_read_run(s, row) for row in call_with_retry(read)]
 
-# %% ../../nbs/jobs/03_runs.ipynb #d6d62260
+# %% ../../nbs/jobs/03_runs.ipynb #865b43b3
 def history(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
     job: str | None = None, # its name; None: all
     limit: int | None = 20, # runs at most; None: all
     **columns, # name of a column → value that it must have
@@ -198,7 +198,7 @@ def history(
     return _select_runs(s, query.order_by(t.started_at.desc(), t.id.desc()).limit(limit))
 
 def find_run(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
     name: str, # ID of a run, or name of a job: its newest run
 ) -> JobRun:
     "One run; raises `PlantError` where there is none."
@@ -209,7 +209,7 @@ def find_run(
 
 # %% ../../nbs/jobs/03_runs.ipynb #5345f324
 def newest_runs(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
     each: int = 1, # runs of every job, at most
 ) -> dict: # job → list of `JobRun`, newest first; without jobs that have never run
     "The newest runs of every job; raises `PlantError` where the database cannot be used."

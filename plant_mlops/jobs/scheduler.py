@@ -57,9 +57,9 @@ def _is_retry_due(job: Job, last: JobRun, now: datetime) -> bool:
     delay = timedelta(seconds=RETRY_DELAY*2**(last.attempt - 1))
     return now >= (last.ended_at or last.started_at) + delay
 
-# %% ../../nbs/jobs/08_scheduler.ipynb #48ab0d31
+# %% ../../nbs/jobs/08_scheduler.ipynb #3787b1f8
 def why_due(
-    s: Settings, # `schedules` among them
+    s: Settings, # uses `schedules`
     job: Job, # of the table
     runs: list, # of `JobRun`, of all jobs, newest first
     now: datetime, # UTC
@@ -75,7 +75,7 @@ def why_due(
 
 # %% ../../nbs/jobs/08_scheduler.ipynb #fd469ab3
 def recent_runs(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
 ) -> list: # of `JobRun`, newest first
     "The newest runs of all jobs, and the last one of each job."
     runs = history(s, limit=1000)
@@ -211,7 +211,7 @@ class Scheduler:
             if self.running: log.info('stopping: %s may take %g s to end', ' and '.join(self.running), self.s.job_grace)
             stop_jobs(self.running, self.s.job_grace, self.hurry)
 
-# %% ../../nbs/jobs/08_scheduler.ipynb #cbcfa8d0
+# %% ../../nbs/jobs/08_scheduler.ipynb #e70173c2
 def run_scheduler(
     s: Settings, # configured settings
 ):

@@ -17,14 +17,14 @@ from ..core.workload import Asset, Job, Workload, settings_for, workload_of, wor
 
 # %% ../../nbs/jobs/00_table.ipynb #a9bf1577
 def _model_state(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
 ) -> str: # version; '' where none is registered
     "The newest registered version of the model."
     from plant_mlops.registry.registry import versions
     return next((v['version'] for v in versions(s)), '')
 
 def _champion_state(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
 ) -> str: # version; '' where nothing is in production
     "The version in production, according to the store."
     from plant_mlops.serve.champion import NoModelError, champion_pointer
@@ -32,7 +32,7 @@ def _champion_state(
     except NoModelError: return ''
 
 def _drift_state(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
 ) -> str: # version; '' where no drift was found
     "The version in production whose inputs have drifted, by the last check."
     try: result = json.loads(open_store(s).get(f'models/{s.model}/drift.json'))
@@ -80,14 +80,14 @@ def _build_table(*workloads: Workload) -> JobTable:
     return JobTable(jobs, assets)
 
 def job_table(
-    s: Settings, # `workloads` among them
+    s: Settings, # uses `workloads`
 ) -> JobTable:
     "The job table of these settings; raises `PlantError` where a workload cannot be used."
     return _build_table(*workloads(s).values())
 
 # %% ../../nbs/jobs/00_table.ipynb #84ac22b1
 def job_of(
-    s: Settings, # `workloads` among them
+    s: Settings, # uses `workloads`
     name: str, # of a job
 ) -> Job: # its line in the table
     "A job by its name; raises `PlantError` where there is none."
@@ -99,7 +99,7 @@ def job_of(
 
 # %% ../../nbs/jobs/00_table.ipynb #d0441efd
 def chain_to(
-    s: Settings, # `workloads` among them
+    s: Settings, # uses `workloads`
     asset: str, # what is produced in the end
 ) -> list: # jobs, in order
     "The jobs that lead to an asset; raises `PlantError` where there is no such asset."
@@ -111,28 +111,28 @@ def chain_to(
     return list(dict.fromkeys([*before, *producers]))
 
 def chain_for(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
 ) -> list: # jobs, in order
     "The jobs that put the configured model into production."
     return chain_to(s, workload_of(s).qualify('champion'))
 
 # %% ../../nbs/jobs/00_table.ipynb #3e8e1bf5
 def jobs_for(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
 ) -> list: # jobs, in the order of the table
     "The jobs that concern the configured model: where it is another workload's only its own, else all."
     w = workload_of(s)
     return [j for j in job_table(s).jobs.values() if w.default or j.workload == w.name]
 
 def models_for(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
 ) -> list: # names
     "The models that those jobs work on."
     return list(dict.fromkeys(settings_for(s, j).model for j in jobs_for(s)))
 
 # %% ../../nbs/jobs/00_table.ipynb #afb7ab66
 def schedule_of(
-    s: Settings, # `schedules` among them
+    s: Settings, # uses `schedules`
     job: Job, # of the table
 ) -> str: # cron expression in UTC; '' for never
     "When a job runs by the clock; raises `PlantError` where a setting names an unknown job, or a weekday by number."

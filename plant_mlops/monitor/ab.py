@@ -22,7 +22,7 @@ Z = 1.959964 # normal quantile of a two-sided test at the 5 % level
 Z_POWER = .841621 # normal quantile of 80 % power
 
 class Difference(NamedTuple):
-    "A difference of two shares with its 95 % interval, -1 … 1."
+    "A difference of two shares with its 95% interval, -1 … 1."
     value: float
     low: float
     high: float
@@ -31,7 +31,7 @@ def share_difference(
     a: tuple[int, int], # right answers, answers (≥ 1) of one
     b: tuple[int, int], # those of the other
 ) -> Difference: # share of b - share of a
-    "Difference of two shares with its 95 % interval (Newcombe 1998, method 10)."
+    "Difference of two shares with its 95% interval (Newcombe 1998, method 10)."
     (right_a, n_a), (right_b, n_b) = a, b
     share_a, share_b = right_a/n_a, right_b/n_b
     low_a, high_a = wilson_interval(right_a, n_a)
@@ -54,7 +54,7 @@ def required_answers(
     spread_if_not = math.sqrt(share*(1 - share) + other*(1 - other))
     return math.ceil((Z*spread_if_equal + Z_POWER*spread_if_not)**2/difference**2)
 
-# %% ../../nbs/monitor/00_ab.ipynb #715bfb5a
+# %% ../../nbs/monitor/00_ab.ipynb #2d706005
 def _traffic_of(eng: sa.Engine, model: str, variant: str, version: str, since: datetime) -> dict:
     "How many answers a variant gave, and their means."
     p = predictions.c
@@ -81,7 +81,7 @@ def _ab_verdict(champion: dict, challenger: dict) -> dict:
         hint = f' To detect a difference of 2 points takes about {n:,} answers with feedback of each.'
     comparison = 'more' if difference >= 0 else 'less'
     verdict = (f'{conclusion}: the challenger is right {100*abs(difference):.1f} points {comparison} often '
-               f'(95 % interval of the difference {100*low:+.1f} to {100*high:+.1f}).{hint}')
+               f'(95% interval of the difference {100*low:+.1f} to {100*high:+.1f}).{hint}')
     return dict(difference=difference, low=low, high=high, verdict=verdict)
 
 # %% ../../nbs/monitor/00_ab.ipynb #af851b7c
@@ -106,9 +106,9 @@ def compare_variants(
         result[variant] = figures
     return result | _ab_verdict(result['champion'], result['challenger'])
 
-# %% ../../nbs/monitor/00_ab.ipynb #3703dfd8
+# %% ../../nbs/monitor/00_ab.ipynb #1eb8fc6b
 def compare_live(
-    s: Settings, # model, store and catalog among them
+    s: Settings, # uses model, store and catalog
     challenger: dict | None = None, # its pointer; None: read from the store
 ) -> dict | None: # see `compare_variants`, with share and started_at; None: there is no challenger
     "Compare champion and challenger in production; raises `PlantError` where store or catalog cannot be used."

@@ -53,7 +53,7 @@ def build_thresholds(
     thresholds = [dm.Threshold(value, colour) for value, colour in steps]
     return db.ThresholdsConfig().mode(dm.ThresholdsMode.ABSOLUTE).steps(thresholds)
 
-# %% ../../nbs/monitor/05_boards.ipynb #7d677579
+# %% ../../nbs/monitor/05_boards.ipynb #4e95c073
 class PanelKind(NamedTuple):
     "What a panel looks like."
     build: Callable # () → a builder of Grafana
@@ -124,7 +124,7 @@ def build_table():
     hidden = dict.fromkeys(['Time', 'Value', '__name__', 'alertstate'], True)
     return table.Panel().with_transformation(dm.DataTransformerConfig('organize', options=dict(excludeByName=hidden)))
 
-# %% ../../nbs/monitor/05_boards.ipynb #d0ef8b5d
+# %% ../../nbs/monitor/05_boards.ipynb #be6d6152
 PANEL_KINDS = dict(
     number=PanelKind(build_number, is_small=True),
     name=PanelKind(build_name, QueryMode(is_instant=True), is_small=True),
@@ -134,7 +134,7 @@ PANEL_KINDS = dict(
     states=PanelKind(build_states),
     table=PanelKind(build_table, QueryMode(is_instant=True, format='table')))
 
-# %% ../../nbs/monitor/05_boards.ipynb #693180fe
+# %% ../../nbs/monitor/05_boards.ipynb #79b0d496
 @dataclass
 class PanelSpec:
     "A panel, as a YAML file describes it."
@@ -215,7 +215,7 @@ def model_choice() -> db.QueryVariable: # of a board
 
 CHOICES = dict(replica=replica_choice, model=model_choice)
 
-# %% ../../nbs/monitor/05_boards.ipynb #e5527208
+# %% ../../nbs/monitor/05_boards.ipynb #518f9fed
 def select_model(
     expr: str, # PromQL
 ) -> str:
@@ -225,7 +225,7 @@ def select_model(
         return f'{metric}{{model="$model"{"," + labels if labels else ""}}}'
     return re.sub(r'(plant_[a-z_]+)(?:\{([^}]*)\})?', add_label, expr)
 
-# %% ../../nbs/monitor/05_boards.ipynb #89f46688
+# %% ../../nbs/monitor/05_boards.ipynb #7dc04ab8
 def _annotation(name: str, colour: str, expr: str, **options) -> dict:
     "Marks at the times that a query gives."
     source = dict(type='prometheus', uid='prometheus')

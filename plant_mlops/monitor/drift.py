@@ -34,7 +34,7 @@ def _sample_held_out(
     "Run a model over examples that it was not trained on; raises `PlantError` where they cannot be read."
     dataset = pointer.get('dataset')
     if not dataset:
-        raise PlantError(f"Version {pointer['version']} of {s.model!r} does not say which data set it was trained on, "
+        raise PlantError(f"Version {pointer['version']} of {s.model!r} does not say which dataset it was trained on, "
                          'so there is nothing to compare with. Train and promote another.')
     meta, session = read_metadata(data), open_session(data, s.threads)
     reader, spec = reader_for(s, meta), meta['input']
@@ -92,7 +92,7 @@ def _delete_old_reports(
     keys = sorted(stat.key for stat in store.list(f'models/{s.model}/drift/') if stat.key.endswith(('.html', '.json')))
     for key in keys[:-2*REPORTS]: store.delete(key)
 
-# %% ../../nbs/monitor/03_drift.ipynb #c38c89a9
+# %% ../../nbs/monitor/03_drift.ipynb #0c23f877
 def _store_result(
     s: Settings, # settings
     store: Store, # where to

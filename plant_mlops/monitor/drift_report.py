@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['histograms_svg', 'drift_report_html']
 
-# %% ../../nbs/monitor/02_drift_report.ipynb #812d7e7c
+# %% ../../nbs/monitor/02_drift_report.ipynb #268eb5c2
 import html
 from importlib import resources
 from string import Template
 import numpy as np, pandas as pd
 from .drift_score import align_columns
 
-# %% ../../nbs/monitor/02_drift_report.ipynb #d275fc1d
+# %% ../../nbs/monitor/02_drift_report.ipynb #c29db68e
 def _histogram_path(values: np.ndarray, edges: np.ndarray, width: int, height: int) -> str:
     "The outline of a histogram, as the path of an SVG."
     counts, _ = np.histogram(values, edges)
@@ -33,7 +33,7 @@ def histograms_svg(
     return (f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" aria-label="two histograms">'
             f'<path class="reference" d="{filled}"/><path class="current" d="{line}"/></svg>')
 
-# %% ../../nbs/monitor/02_drift_report.ipynb #a7a40444
+# %% ../../nbs/monitor/02_drift_report.ipynb #387e8fe8
 _TEMPLATE = Template((resources.files('plant_mlops.monitor')/'drift_report.html').read_text(encoding='utf-8'))
 
 def _row_html(name: str, reference: pd.Series, current: pd.Series, column: dict | None) -> str:

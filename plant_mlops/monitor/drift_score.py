@@ -6,7 +6,7 @@
 __all__ = ['COMPONENTS', 'ALPHA', 'samples_table', 'AlignedTables', 'align_columns', 'chance_distance', 'changed_share',
            'score_columns']
 
-# %% ../../nbs/monitor/01_drift_score.ipynb #a3574837
+# %% ../../nbs/monitor/01_drift_score.ipynb #83a4417d
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from scipy.stats import ks_2samp

@@ -25,7 +25,7 @@ from ..jobs.table import jobs_for, models_for
 from ..serve.champion import read_pointer
 from ..serve.sockets import listen, url_of
 
-# %% ../../nbs/monitor/04_exporter.ipynb #fb990c6d
+# %% ../../nbs/monitor/04_exporter.ipynb #52ee9eda
 class GaugeValues(NamedTuple):
     "A gauge with its values."
     name: str # without `plant_`
@@ -49,7 +49,7 @@ def to_timestamp(
 
 # %% ../../nbs/monitor/04_exporter.ipynb #269f0a5d
 def catalog_metrics(
-    s: Settings, # catalog_url among them
+    s: Settings, # uses catalog_url
 ) -> Iterator[GaugeValues]:
     "Photos by their status, and when one was stored last."
     eng, t = call_with_retry(open_catalog, s), plants_data.c
@@ -65,17 +65,17 @@ def catalog_metrics(
 
 # %% ../../nbs/monitor/04_exporter.ipynb #a5cbf1c9
 def dataset_metrics(
-    s: Settings, # store_url among them
+    s: Settings, # uses store_url
 ) -> Iterator[GaugeValues]:
-    "The newest version of the data set."
+    "The newest version of the dataset."
     card = newest_card(open_store(s))
     if not card: return
     created = datetime.fromisoformat(card['created']).timestamp()
-    help = 'When the newest version of the data set was made'
+    help = 'When the newest version of the dataset was made'
     yield GaugeValues('dataset_timestamp_seconds', help, ('dataset',), [((card['version'],), created)])
     counts = [((label, split), n) for label, splits in card['classes'].items()
               for split, n in splits.items() if split != 'total']
-    yield GaugeValues('dataset_photos', 'Photos of the newest version of the data set', ('label', 'split'), counts)
+    yield GaugeValues('dataset_photos', 'Photos of the newest version of the dataset', ('label', 'split'), counts)
 
 # %% ../../nbs/monitor/04_exporter.ipynb #2e9e1243
 FAILED = ('failed', 'timed out', 'killed') # how a run ends that did not succeed
@@ -96,13 +96,13 @@ def _job_totals(s: Settings) -> JobTotals:
         with eng.connect() as c: return JobTotals(c.execute(counts).all(), dict(c.execute(last_success).all()))
     with open_runs(s) as eng: return call_with_retry(read, eng)
 
-# %% ../../nbs/monitor/04_exporter.ipynb #da3f1509
+# %% ../../nbs/monitor/04_exporter.ipynb #99c6f2ed
 def _by_job(name: str, help: str, values: dict) -> GaugeValues:
     "A gauge with a value for each job."
     return GaugeValues(name, help, ('job',), [((job,), value) for job, value in values.items()])
 
 def job_metrics(
-    s: Settings, # model among them
+    s: Settings, # uses model
 ) -> Iterator[GaugeValues]:
     "The runs of every job."
     totals, newest = _job_totals(s), newest_runs(s, 10)
@@ -126,11 +126,11 @@ def job_metrics(
 # %% ../../nbs/monitor/04_exporter.ipynb #26f03000
 _CHAMPION_METRICS = dict(
     accuracy='Accuracy on its test photos',
-    accuracy_low='Lower end of the 95 % interval of that',
+    accuracy_low='Lower end of the 95% interval of that',
     ece='Expected calibration error on its test photos')
 
 def champion_metrics(
-    s: Settings, # model and store_url among them
+    s: Settings, # uses model and store_url
 ) -> Iterator[GaugeValues]:
     "What was promoted last, for each model that has jobs or is served."
     store = open_store(s)
@@ -189,7 +189,7 @@ def _to_family(metric: GaugeValues) -> GaugeMetricFamily:
 
 # %% ../../nbs/monitor/04_exporter.ipynb #f78b3f4d
 def run_exporter(
-    s: Settings, # exporter_host and exporter_port among them
+    s: Settings, # uses exporter_host and exporter_port
     ready=partial(print, flush=True), # called with a line that says where it is
     ending: threading.Event | None = None, # set: stop; None: until interrupted
 ):

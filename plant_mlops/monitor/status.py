@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['status']
 
-# %% ../../nbs/monitor/06_status.ipynb #f45b2811
+# %% ../../nbs/monitor/06_status.ipynb #62eb6acc
 from ..core.config import Settings
 from ..core.store import open_store
 from ..core.workload import workload_of
@@ -13,7 +13,7 @@ from ..serve.champion import NoModelError, champion_pointer
 
 # %% ../../nbs/monitor/06_status.ipynb #c95d8897
 def status(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
 ) -> dict: # model, version, accuracy, interval, number of test examples, source, dataset, run, published, store, catalog, note
     "What is in production. Where nothing is, `note` says what to do."
     try: pointer, note = champion_pointer(open_store(s), s.model), None

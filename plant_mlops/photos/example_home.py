@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embed_thumbnails', 'example_home']
 
-# %% ../../nbs/photos/03_example_home.ipynb #e38592be
+# %% ../../nbs/photos/03_example_home.ipynb #71563f4e
 import numpy as np
 from PIL import Image
 from ..core.config import Settings
@@ -18,7 +18,7 @@ from ..registry.registry import register
 from ..registry.release import promote
 from ..registry.tracking import experiment_id, mlflow_client
 
-# %% ../../nbs/photos/03_example_home.ipynb #2a826af1
+# %% ../../nbs/photos/03_example_home.ipynb #9492a607
 def embed_thumbnails(
     images, # uint8 [N, side, side, 3]
 ): # float [N, 192], rows of length 1
@@ -35,7 +35,7 @@ def _add_photos(s: Settings, n: int, relabel: int):
     add_rows(engine, wrong + [dict(url_source='file:///nowhere/lost.jpg', label='grass')])
     engine.dispose()
 
-# %% ../../nbs/photos/03_example_home.ipynb #a2f156ea
+# %% ../../nbs/photos/03_example_home.ipynb #ba1273d9
 def _log_training(s: Settings, dataset: str, version: int) -> str:
     "An MLflow run with the curves of a training; returns its ID."
     parameters = dict(arch='mean colour', epochs=3, lr=version*1e-3, dataset=dataset)
@@ -48,7 +48,7 @@ def _log_training(s: Settings, dataset: str, version: int) -> str:
         c.set_terminated(run)
     return run
 
-# %% ../../nbs/photos/03_example_home.ipynb #3a545e7d
+# %% ../../nbs/photos/03_example_home.ipynb #4f9086fe
 def example_home(
     s: Settings, # its home is filled
     n: int = 60, # drawn photos

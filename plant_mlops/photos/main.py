@@ -6,7 +6,7 @@
 __all__ = ['run_stage', 'describe_counts', 'describe_catalog', 'describe_dataset', 'describe_training', 'predict_test_photo',
            'run', 'retrain_photos']
 
-# %% ../../nbs/photos/01_main.ipynb #a8e2c988
+# %% ../../nbs/photos/01_main.ipynb #7b2c822c
 import re, time
 from functools import partial
 from pathlib import Path
@@ -62,9 +62,9 @@ def describe_training(
     "The new version, and the precision of its file."
     return f"version {figures['version']} of {model}, {figures['precision']}: {figures['why']}"
 
-# %% ../../nbs/photos/01_main.ipynb #5d0c7065
+# %% ../../nbs/photos/01_main.ipynb #2242a882
 def predict_test_photo(
-    s: Settings, # store and home among them
+    s: Settings, # uses store and home
     version: str, # of the dataset
 ) -> dict: # file, and the prediction of the model in production; raises `NoModelError`
     "A prediction for one test photo, which is left as a file to look at."

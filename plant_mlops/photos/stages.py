@@ -31,7 +31,7 @@ def _drawn_rows(
 
 # %% ../../nbs/photos/00_stages.ipynb #3b4e2a8e
 def load_catalog(
-    s: Settings, # catalog_url among them
+    s: Settings, # uses catalog_url
     photos: Path | None = None, # folder with one folder of photos for each class
     manifest: Path | None = None, # CSV or SQL file
     synthetic: int = 320, # photos to draw for an empty catalog
@@ -48,7 +48,7 @@ def load_catalog(
 
 # %% ../../nbs/photos/00_stages.ipynb #3a04fc94
 def ingest(
-    s: Settings, # catalog and store among them
+    s: Settings, # uses catalog and store
     shard: tuple = (1, 1), # (i, n): worker i of n
     progress: bool = True, # show a bar
 ) -> dict: # photos stored, failed, rejected and skipped, and seconds
@@ -62,7 +62,7 @@ def ingest(
 @dataclass
 class PretrainedEmbedding:
     "Embeds photos with the pretrained network; PyTorch is imported at the first call."
-    s: Settings # `arch` among them
+    s: Settings # uses `arch`
 
     @property
     def name(self) -> str: return self.s.arch # of the embedding, for the dataset's version
@@ -75,7 +75,7 @@ class PretrainedEmbedding:
         return embed(images, self.s)
 
 def dataset(
-    s: Settings, # catalog and store among them
+    s: Settings, # uses catalog and store
     progress: bool = True, # show a bar
 ) -> dict: # version, photos, source, classes, splits
     "Make a version of the dataset; raises `PlantError` where the photos are not enough."
@@ -86,7 +86,7 @@ def dataset(
 
 # %% ../../nbs/photos/00_stages.ipynb #856360c5
 def new_photos(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
 ) -> int: # photos; all of them where there is no model yet
     "The number of photos of the newest dataset that are not in the one that the newest model was trained on."
     from plant_mlops.data.dataset import load_dataset
@@ -97,7 +97,7 @@ def new_photos(
 
 # %% ../../nbs/photos/00_stages.ipynb #d2818c9f
 def check_workload(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
 ):
     "Raise `PlantError` where the configured model is not one of photos."
     if workload_of(s).default: return
@@ -105,7 +105,7 @@ def check_workload(
                      '`plant-mlops run` trains that one.')
 
 def train(
-    s: Settings, # of training among them
+    s: Settings, # uses of training
     dataset: str = 'latest', # version of it
     progress: bool = True, # show a bar
 ) -> dict: # run, version of the model, dataset, precision of its file and why
@@ -129,7 +129,7 @@ def train(
 
 # %% ../../nbs/photos/00_stages.ipynb #829816ef
 def cross_validation_home(
-    s: Settings, # home among them
+    s: Settings, # uses home
     photos: Path, # folder
 ) -> Settings: # with places in a home of its own
     "The settings for the cross-validation of a folder."
@@ -139,7 +139,7 @@ def cross_validation_home(
                                     tracking_uri=f'sqlite:///{home}/mlflow.db'))
 
 def cross_validate(
-    s: Settings, # of training among them
+    s: Settings, # uses of training
     photos: Path | None = None, # folder with one folder of photos for each class; None: the photos that are prepared
     folds: int = 5, # folds
     seeds: list | None = None, # one cross-validation for each; None: the configured seed

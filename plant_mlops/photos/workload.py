@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assets', 'jobs', 'workload', 'photo_manifest', 'photo_inputs', 'catalog_counts']
 
-# %% ../../nbs/photos/02_workload.ipynb #0ac6345e
+# %% ../../nbs/photos/02_workload.ipynb #5cfd8f09
 import json
 from importlib import resources
 from ..core.config import PlantError, Settings
@@ -14,15 +14,15 @@ from ..core.workload import Asset, Job, Reader, Workload
 
 # %% ../../nbs/photos/02_workload.ipynb #10158419
 def photo_manifest(
-    s: Settings, # store_url among them
+    s: Settings, # uses store_url
     dataset: str, # its version
 ): # DataFrame with id, label, group and split
-    "The photos of a data set."
+    "The photos of a dataset."
     from plant_mlops.data.dataset import load_dataset
     return load_dataset(s, dataset).manifest.rename(columns={'sha256': 'id'})
 
 def photo_inputs(
-    s: Settings, # store_url among them
+    s: Settings, # uses store_url
     dataset: str, # its version
     ids: list, # checksums of photos
     spec: dict, # `input` of the model's metadata
@@ -63,9 +63,9 @@ def _evaluation_state(s: Settings) -> str:
     from plant_mlops.registry.registry import versions
     return next((v['version'] for v in versions(s) if v['metrics']), '')
 
-# %% ../../nbs/photos/02_workload.ipynb #2415243f
+# %% ../../nbs/photos/02_workload.ipynb #8f1fd3cc
 def catalog_counts(
-    s: Settings, # catalog_url among them
+    s: Settings, # uses catalog_url
 ) -> dict | None: # status → rows; None where no database library is installed
     "Rows of the catalog by status."
     try: from plant_mlops.data.catalog import count_by_status, open_catalog

@@ -40,7 +40,7 @@ def examples(
     split: str, # 'train', 'valid' or 'test'
     n: int, # at most
 ) -> tuple[np.ndarray, np.ndarray]: # inputs [M, …] as the model takes them, labels int [M] in the order of its classes
-    "Examples of a model's data set, evenly over the classes; raises `PlantError` where there are none."
+    "Examples of a model's dataset, evenly over the classes; raises `PlantError` where there are none."
     meta = check_model_file(model)
     reader, dataset = reader_for(s, meta), meta['provenance'].get('dataset', '')
     rows = reader.manifest(s, dataset)
@@ -52,7 +52,7 @@ def examples(
     return reader.inputs(s, dataset, list(chosen.id), meta['input']), labels
 
 def _no_examples(dataset, split):
-    return PlantError(f"Data set {dataset} has no {split} examples. Add some, then make a data set and train again.")
+    return PlantError(f"Dataset {dataset} has no {split} examples. Add some, then make a dataset and train again.")
 
 # %% ../../nbs/registry/05_evaluate.ipynb #2af89171
 @dataclass
@@ -81,7 +81,7 @@ def _run_test_split(
     v, # MLflow's ModelVersion
     dataset: str, # version of it
 ) -> Predictions:
-    "Run a version over the test split of a data set; raises `PlantError` where there is none."
+    "Run a version over the test split of a dataset; raises `PlantError` where there is none."
     data = download_model(s, v)
     meta = read_metadata(data)
     reader = reader_for(s, meta)
@@ -101,7 +101,7 @@ def _run_test_split(
 def _artifact_folder(v): return f'evaluation/version-{v.version}'
 
 def _load_predictions(s, client, v, dataset) -> Predictions | None:
-    "The predictions saved in MLflow for a version and a data set, or None."
+    "The predictions saved in MLflow for a version and a dataset, or None."
     from mlflow.artifacts import download_artifacts
     path = f'{_artifact_folder(v)}/{dataset}.json'
     if path not in [f.path for f in client.list_artifacts(v.run_id, _artifact_folder(v))]: return None
@@ -126,8 +126,8 @@ def predict_test_split(
         v = get_version(client, s, version)
         dataset = dataset or v.tags.get('dataset')
         if not dataset:
-            raise PlantError(f"Version {v.version} does not say which data set it was trained on, so it has no test "
-                             "split. Register a file whose provenance names the data set.")
+            raise PlantError(f"Version {v.version} does not say which dataset it was trained on, so it has no test "
+                             "split. Register a file whose provenance names the dataset.")
         saved = _load_predictions(s, client, v, dataset)
         if saved: return saved
         computed = _run_test_split(s, v, dataset)
@@ -142,7 +142,7 @@ def _figures(
     unknown = set(predicted.labels) - set(predicted.classes)
     if unknown:
         raise PlantError(f"The test split has examples of {', '.join(sorted(unknown))}, which the model does not know. "
-                         "Train again on this data set.")
+                         "Train again on this dataset.")
     labels, probs = predicted.arrays()
     is_wrong = probs.argmax(1) != labels
     wrong = [i for i, w in zip(predicted.ids, is_wrong) if w]

@@ -96,7 +96,7 @@ def as_arrays(
 def compute_metrics(
     labels, # int [N], N ≥ 1
     probs, # float [N, C], rows sum to 1
-) -> dict: # n, accuracy with its 95 % interval, precision, recall, f1, auc, nll, brier, ece
+) -> dict: # n, accuracy with its 95% interval, precision, recall, f1, auc, nll, brier, ece
     "Every figure of a classifier on one set of examples; raises `ValueError` when the two do not fit together."
     labels, probs = as_arrays(labels, probs)
     n, predicted = len(labels), probs.argmax(1)

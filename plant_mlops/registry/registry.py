@@ -147,7 +147,7 @@ def find_trained(
     dataset: str, # a version of it
     recipe: dict, # parameters of the training
 ) -> str | None: # the newest such version of the model; None: there is none
-    "The registered model that was trained on a data set with the same parameters."
+    "The registered model that was trained on a dataset with the same parameters."
     expected = {k: str(v) for k, v in recipe.items()}
     with mlflow_client(s) as client:
         for v in versions(s):

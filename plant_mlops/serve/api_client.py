@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Explanation', 'ApiClient']
 
-# %% ../../nbs/serve/16_api_client.ipynb #7d8ea851
+# %% ../../nbs/serve/16_api_client.ipynb #42edd8fe
 from typing import NamedTuple
 import httpx
 import numpy as np
@@ -13,14 +13,14 @@ from anyio import to_thread
 from ..core.config import PlantError, Settings
 from ..data.photo import PhotoLimits, decode_for_model
 
-# %% ../../nbs/serve/16_api_client.ipynb #7aa57443
+# %% ../../nbs/serve/16_api_client.ipynb #100cd170
 class Explanation(NamedTuple):
     "A prediction with what is needed to draw where the model looked."
     answer: dict # of `/predict`, without its heatmap
     pixels: np.ndarray # uint8 [H, W, 3]: what the model was given
     heatmap: np.ndarray | None # float32 [h, w]; None: the model has none
 
-# %% ../../nbs/serve/16_api_client.ipynb #2aec9e19
+# %% ../../nbs/serve/16_api_client.ipynb #43d1f49c
 class ApiClient:
     "The requests of the page to the API."
     def __init__(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['worker_count', 'thread_count']
 
-# %% ../../nbs/serve/10_capacity.ipynb #701ce842
+# %% ../../nbs/serve/10_capacity.ipynb #adb3e966
 from ..core.config import Settings
 from ..core.process import cpu_cores
 
@@ -13,14 +13,14 @@ from ..core.process import cpu_cores
 def _ceil_div(a: int, b: int) -> int: return -(-a//b)
 
 def worker_count(
-    s: Settings, # workers among them
+    s: Settings, # uses workers
     cores: int | None = None, # that may be used; None: all of this process
 ) -> int: # ≥ 1
     "Processes that make predictions: PLANT_WORKERS, or one for every four cores."
     return s.workers or _ceil_div(cores or cpu_cores(), 4)
 
 def thread_count(
-    s: Settings, # workers among them
+    s: Settings, # uses workers
     cores: int | None = None, # that may be used; None: all of this process
 ) -> int: # 1 … cores
     "Threads of a process that make predictions: its share of the cores, and one more for when another process is idle."

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['log', 'NoModelError', 'read_pointer', 'champion_pointer', 'trim_memory', 'load_published', 'load_champion']
 
-# %% ../../nbs/serve/01_champion.ipynb #86c1167b
+# %% ../../nbs/serve/01_champion.ipynb #38c24f7a
 import contextlib, ctypes, json, logging
 from ..core.config import PlantError, Settings
 from ..core.store import FolderStore, NotFound, StoreError, open_store, sha256_of
 from ..data.photo import PhotoLimits
 from .onnx_model import Model, check_model
 
-# %% ../../nbs/serve/01_champion.ipynb #7101d35e
+# %% ../../nbs/serve/01_champion.ipynb #94ce52f7
 log = logging.getLogger(__name__)
 
 class NoModelError(PlantError): "No model has been promoted yet."
@@ -31,7 +31,7 @@ def read_pointer(
     if isinstance(pointer, dict) and {'version', 'key', 'sha256'} <= set(pointer): return pointer
     raise StoreError(f'{key} in {store} is incomplete. Publish the {alias} again.')
 
-# %% ../../nbs/serve/01_champion.ipynb #cec564ce
+# %% ../../nbs/serve/01_champion.ipynb #200202f1
 def champion_pointer(
     store, # where models are published
     name: str, # of the model
@@ -92,7 +92,7 @@ def trim_memory():
 
 # %% ../../nbs/serve/01_champion.ipynb #866c36b5
 def load_published(
-    s: Settings, # home, threads and limits among them
+    s: Settings, # uses home, threads and limits
     pointer: dict, # from `champion_pointer` or `read_pointer`
     store, # where it is published; None: only the local copy may be used
     threads: int | None = None, # threads for one prediction; None: PLANT_THREADS

@@ -49,7 +49,7 @@ class Metrics:
         metric = self._server_metric(kind, name, text, 'model', *labels, **kw)
         return _ModelMetric(metric, self.model) if labels else metric.labels(self.model)
 
-# %% ../../nbs/serve/02_metrics.ipynb #7ba1de63
+# %% ../../nbs/serve/02_metrics.ipynb #7bbd6387
 @patch
 def _add_request_metrics(self:Metrics):
     self.requests = self._server_metric(Counter, 'requests', 'Requests answered', 'route', 'method', 'status')
@@ -83,13 +83,13 @@ def _add_model_metrics(self:Metrics):
 def _add_drift_metrics(self:Metrics):
     gauge = partial(self._model_metric, Gauge, multiprocess_mode='livemostrecent')
     self.drift_score = gauge(
-        'drift_score', 'Share of the recent inputs, at the least, that are unlike the data set; NaN if too few')
+        'drift_score', 'Share of the recent inputs, at the least, that are unlike the dataset; NaN if too few')
     self.drift_column = gauge('drift_column', 'The same, by one column alone', 'column')
     self.drift_columns = set() # for which `drift_column` was set
     self.drift_drifted = gauge('drift_drifted', '1 while the score is above its threshold')
     self.drift_checked = gauge('drift_checked_timestamp_seconds', 'Time of the last check for drift')
 
-# %% ../../nbs/serve/02_metrics.ipynb #92a4b962
+# %% ../../nbs/serve/02_metrics.ipynb #b12e6391
 def render_metrics(
     registry: CollectorRegistry, # of the server
 ) -> bytes: # in the text format of Prometheus

@@ -49,7 +49,7 @@ def thumbnail(
     "A small picture of what the model was given."
     return np.asarray(Image.fromarray(pixels).resize((size, size)))
 
-# %% ../../nbs/serve/17_page.ipynb #650dc41e
+# %% ../../nbs/serve/17_page.ipynb #6ccd1053
 async def predict_upload(
     api: ApiClient, # or anything with its methods
     path: str | None, # of the upload; None: it was taken away
@@ -115,7 +115,7 @@ def predictions_table_html(
     table = f'<table class="pm-table"><thead>{_TABLE_HEAD}</thead><tbody>{body}</tbody></table>'
     return f'<div class="pm-card">{table}</div>'
 
-# %% ../../nbs/serve/17_page.ipynb #bc41d367
+# %% ../../nbs/serve/17_page.ipynb #0f75f4c2
 def _escape_formula(name: str) -> str:
     "A file's name that no spreadsheet takes for a formula."
     return f"'{name}" if name[:1] in ('=', '+', '-', '@', '\t', '\r') else name

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['HOP_BY_HOP', 'add_page_proxy']
 
-# %% ../../nbs/serve/20_page_proxy.ipynb #e77e4443
+# %% ../../nbs/serve/20_page_proxy.ipynb #5cab1a78
 from functools import cache
 from anyio import to_thread
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import RedirectResponse, StreamingResponse
 
-# %% ../../nbs/serve/20_page_proxy.ipynb #89ebee1f
+# %% ../../nbs/serve/20_page_proxy.ipynb #b7f1e2a6
 # Headers that concern one connection and are not passed on: RFC 9110, section 7.6.1
 HOP_BY_HOP = {'connection', 'keep-alive', 'transfer-encoding', 'upgrade', 'te', 'trailer', 'proxy-authorization', 'proxy-authenticate'}
 
@@ -25,7 +25,7 @@ async def _stream(response):
         async for chunk in response.aiter_raw(): yield chunk
     finally: await response.aclose()
 
-# %% ../../nbs/serve/20_page_proxy.ipynb #654e60ff
+# %% ../../nbs/serve/20_page_proxy.ipynb #159fcd2f
 @cache
 def _open_client(url: str):
     "A client of the page: it waits for as long as the page streams."
@@ -49,7 +49,7 @@ async def _forward(request: Request, url: str) -> StreamingResponse:
     response.raw_headers = [(name.lower(), value) for name, value in _end_to_end(incoming.headers)]
     return response
 
-# %% ../../nbs/serve/20_page_proxy.ipynb #f7056217
+# %% ../../nbs/serve/20_page_proxy.ipynb #fb8b69bc
 def add_page_proxy(
     app: FastAPI, # gets the routes
     url: str, # of the page's process

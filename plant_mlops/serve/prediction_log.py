@@ -56,9 +56,9 @@ samples = sa.Table('samples', log_tables,
 
 _TABLES = dict(predictions=predictions, feedback=feedback, samples=samples)
 
-# %% ../../nbs/serve/19_prediction_log.ipynb #158b80b1
+# %% ../../nbs/serve/19_prediction_log.ipynb #066042d0
 def open_prediction_log(
-    s: Settings, # catalog_url among them
+    s: Settings, # uses catalog_url
 ) -> sa.Engine: # to be disposed of
     "The database of the catalog, with these three tables; raises `PlantError` or what SQLAlchemy raises."
     return open_database(s, log_tables)
@@ -87,7 +87,7 @@ def _to_database_row(row: dict) -> dict:
     embedding = row['embedding'] and base64.b64decode(row['embedding'], validate=True)
     return row | dict(stats=json.dumps(row['stats']), embedding=embedding)
 
-# %% ../../nbs/serve/19_prediction_log.ipynb #975a9ffc
+# %% ../../nbs/serve/19_prediction_log.ipynb #3de16b58
 class RowsRejectedError(Exception): "Rows that the database rejects, however often they are sent."
 
 def _insert_rows(eng: sa.Engine, rows: dict):
@@ -140,7 +140,7 @@ def _load_until(ended: Event, s: Settings, interval: float):
             pause = min(2*pause, 30)
     if eng: eng.dispose()
 
-# %% ../../nbs/serve/19_prediction_log.ipynb #aa0c2ef7
+# %% ../../nbs/serve/19_prediction_log.ipynb #760c9e51
 @contextlib.contextmanager
 def load_in_background(
     s: Settings, # home and catalog
@@ -214,7 +214,7 @@ def read_recent_samples(
             found |= {r.id: dict(id=r.id, stats=json.loads(r.stats), embedding=r.embedding) for r in c.execute(chosen)}
     return [found[id] for id in ids if id in found]
 
-# %% ../../nbs/serve/19_prediction_log.ipynb #fb949f42
+# %% ../../nbs/serve/19_prediction_log.ipynb #feb9f9cf
 def delete_old_samples(
     eng: sa.Engine, # catalog
     model: str, # name

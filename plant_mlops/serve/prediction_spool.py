@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'spool_folder', 'waiting_files', 'waiting_bytes', 'Spool']
 
-# %% ../../nbs/serve/04_prediction_spool.ipynb #bb36f17a
+# %% ../../nbs/serve/04_prediction_spool.ipynb #76b33122
 import contextlib, json, logging, os, time
 from collections import deque
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..core.config import Settings
 
 # %% ../../nbs/serve/04_prediction_spool.ipynb #36e92585
 def spool_folder(
-    s: Settings, # home among them
+    s: Settings, # uses home
 ) -> Path: # may not exist yet
     "Where predictions wait for the database."
     return s.home/'log'/'predictions'
@@ -78,7 +78,7 @@ class Spool:
                 log.warning('%d rows of the prediction log were lost: %s.', len(rows), e.strerror or e)
                 self.dropped(len(rows))
 
-# %% ../../nbs/serve/04_prediction_spool.ipynb #428df23b
+# %% ../../nbs/serve/04_prediction_spool.ipynb #7f9e68db
 @patch
 def _write(self:Spool,
     data: bytes, # content of the file

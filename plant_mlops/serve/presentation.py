@@ -31,7 +31,7 @@ def overlay_heatmap(
     colours = np.stack([np.interp(heat, places, _INFERNO[:, channel]) for channel in range(3)], -1)
     return Image.fromarray((.5*photo + .5*colours).clip(0, 255).astype(np.uint8))
 
-# %% ../../nbs/serve/09_presentation.ipynb #668ac06c
+# %% ../../nbs/serve/09_presentation.ipynb #ab6eec18
 def picture_size(
     data: bytes, # a photo
     longer: int = 560, # longer side of the picture, in pixels
@@ -72,7 +72,7 @@ def bars_html(
     bars = [bar.format(html.escape(name), 100*p, format_percent(p)) for name, p in top]
     return f'<ul class="pm-bars">{"".join(bars)}</ul>'
 
-# %% ../../nbs/serve/09_presentation.ipynb #0ca0b0bf
+# %% ../../nbs/serve/09_presentation.ipynb #3fa30d70
 def answer_label(
     answer: dict, # prediction, probabilities, novel
 ) -> str: # a class, or that it is none of them
@@ -80,7 +80,7 @@ def answer_label(
     if not answer.get('novel'): return predicted_label(answer)
     return 'neither' if len(answer['probabilities']) == 2 else 'none of these'
 
-# %% ../../nbs/serve/09_presentation.ipynb #6bc486de
+# %% ../../nbs/serve/09_presentation.ipynb #355adc6c
 _NOVELTY = ('<p class="pm-small">Novelty <b>{:.2f}</b>: how unlike the training photos this one is. '
             'Near 0 it is nearly the same as one of them; a large value calls for doubt.</p>')
 _NOVEL = ('<p class="pm-small">This photo is unlike those that the model was trained on (novelty <b>{:.2f}</b>), '
@@ -141,9 +141,9 @@ def accuracy_text(
     photos = f'{metrics["n"]} test photos' if 'n' in metrics else 'its test photos'
     text = f'{percent["accuracy"]} % of {photos}'
     if 'accuracy_low' not in percent: return text
-    return f'{text} (95 % interval: {percent["accuracy_low"]} to {percent["accuracy_high"]} %)'
+    return f'{text} (95% interval: {percent["accuracy_low"]} to {percent["accuracy_high"]} %)'
 
-# %% ../../nbs/serve/09_presentation.ipynb #187d5d0e
+# %% ../../nbs/serve/09_presentation.ipynb #8d6694f2
 def about_html(
     info: dict, # from `describe_model`
 ) -> str: # HTML
@@ -153,7 +153,7 @@ def about_html(
         'Version': info['version'],
         'Classes': ', '.join(info['classes']),
         'Right on': accuracy_text(info.get('metrics', {})),
-        'Trained on': f'data set {provenance.get("dataset", "unknown")} ({provenance.get("source", "unknown")})',
+        'Trained on': f'dataset {provenance.get("dataset", "unknown")} ({provenance.get("source", "unknown")})',
         'Network': provenance.get('arch', ''),
         'In production since': pointer.get('published_at', '')[:16].replace('T', ' '),
         'Note': pointer.get('note', ''),

@@ -6,12 +6,12 @@
 __all__ = ['START_METHOD', 'SIGNALS', 'signals_blocked', 'unblock_signals', 'preload_workers', 'worker_context',
            'exit_with_parent', 'use_batch_scheduling']
 
-# %% ../../nbs/serve/18_processes.ipynb #b1a27458
+# %% ../../nbs/serve/18_processes.ipynb #8c307961
 import contextlib, os, signal, sys
 from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from threading import Thread
 
-# %% ../../nbs/serve/18_processes.ipynb #b489759b
+# %% ../../nbs/serve/18_processes.ipynb #96b26528
 START_METHOD = 'forkserver' if sys.platform == 'linux' else 'spawn' # of workers
 SIGNALS = {signal.SIGINT, signal.SIGTERM} # that end a server
 
@@ -27,7 +27,7 @@ def unblock_signals():
     "Let SIGINT and SIGTERM through again; one that came meanwhile is delivered now."
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-# %% ../../nbs/serve/18_processes.ipynb #59639288
+# %% ../../nbs/serve/18_processes.ipynb #8bbbeafe
 @contextlib.contextmanager
 def _environment(name: str, value: str):
     "Set an environment variable while processes are started, unless it is set already."
@@ -51,7 +51,7 @@ def worker_context(): # of multiprocessing
     "The start method of workers, as a context of `multiprocessing`."
     return get_context(START_METHOD)
 
-# %% ../../nbs/serve/18_processes.ipynb #2f44af85
+# %% ../../nbs/serve/18_processes.ipynb #4b3cae04
 def exit_with_parent():
     "End this process by SIGTERM once the process that started it (with `multiprocessing`) is gone; without one, do nothing."
     parent = parent_process()
@@ -61,7 +61,7 @@ def exit_with_parent():
         os.kill(os.getpid(), signal.SIGTERM)
     Thread(target=watch, daemon=True).start()
 
-# %% ../../nbs/serve/18_processes.ipynb #5a1e9995
+# %% ../../nbs/serve/18_processes.ipynb #39dd5756
 def use_batch_scheduling():
     "Ask the system not to interrupt what computes here for every wake-up; does nothing where the system cannot."
     with contextlib.suppress(AttributeError, OSError): os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -25,7 +25,7 @@ from .processes import (
 from .request_log import log_config
 from .sockets import listen, url_of
 
-# %% ../../nbs/serve/23_server.ipynb #e5809367
+# %% ../../nbs/serve/23_server.ipynb #f7e2add0
 @dataclass
 class SideProcess:
     "A process beside the workers."
@@ -91,7 +91,7 @@ def page_process(
     page_settings = s.model_copy(update=dict(api_url=api_url, token=SecretStr(token)))
     return SideProcess('page', serve_page, (page_settings, sock))
 
-# %% ../../nbs/serve/23_server.ipynb #ad2df266
+# %% ../../nbs/serve/23_server.ipynb #9ed4e701
 def run_page(
     s: Settings, # settings; host, app_port, api_url and token matter here
     ready=partial(print, flush=True), # called with a line that says where the page is

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['listen', 'url_of']
 
-# %% ../../nbs/serve/21_sockets.ipynb #46ed542e
+# %% ../../nbs/serve/21_sockets.ipynb #b9af417c
 import os, socket
 from ..core.config import PlantError
 
-# %% ../../nbs/serve/21_sockets.ipynb #644eade4
+# %% ../../nbs/serve/21_sockets.ipynb #d9f86571
 def listen(
     host: str, # address to listen on
     port: int, # 0: any that is free
@@ -22,7 +22,7 @@ def listen(
         reason = os.strerror(e.errno) if e.errno else e
         raise PlantError(f'Cannot listen on {host}:{port}: {reason}. Stop what uses it, or set {variable}.') from None
 
-# %% ../../nbs/serve/21_sockets.ipynb #26b0d9ca
+# %% ../../nbs/serve/21_sockets.ipynb #cef8a468
 def url_of(
     sock: socket.socket, # listening
 ) -> str: # without a slash at its end

@@ -72,7 +72,7 @@ async def follow_reload_requests(
         reached = generation
         ack_reload(folder, reached)
 
-# %% ../../nbs/serve/22_workers.ipynb #17840d0b
+# %% ../../nbs/serve/22_workers.ipynb #dcbc72e9
 async def reload_all_workers(
     folder: Path, # that the workers share
     timeout: float = 30., # seconds to wait at most

@@ -40,7 +40,7 @@ def new_classifier(
     if kind in CLASSIFIERS: return CLASSIFIERS[kind](seed)
     raise PlantError(f'There is no model {kind!r}. It is one of {", ".join(CLASSIFIERS)}.')
 
-# %% ../../nbs/stocks/03_forecast.ipynb #63099b4a
+# %% ../../nbs/stocks/03_forecast.ipynb #de7275c1
 def to_inputs(
     examples: pd.DataFrame, # as of `dataset.examples_of`
 ) -> np.ndarray: # float32 [N, 22], as a model file takes them
@@ -53,7 +53,7 @@ def to_targets(
     "The labels of examples as numbers."
     return (examples.label == DIRECTIONS[1]).to_numpy(int)
 
-# %% ../../nbs/stocks/03_forecast.ipynb #6799f86f
+# %% ../../nbs/stocks/03_forecast.ipynb #95805c1b
 def fit_classifier(
     examples: pd.DataFrame, # as of `dataset.examples_of`
     kind: str = 'random_forest', # of `CLASSIFIERS`
@@ -88,12 +88,12 @@ def interval_by_day(
     accuracy: float, # share of right forecasts
     examples: pd.DataFrame, # that were forecast
 ) -> dict: # accuracy_low, accuracy_high, days
-    "The 95 % confidence interval of an accuracy, for as many trials as there are days."
+    "The 95% confidence interval of an accuracy, for as many trials as there are days."
     days = examples.group.nunique()
     low, high = wilson_interval(round(accuracy*days), days)
     return dict(accuracy_low=low, accuracy_high=high, days=days)
 
-# %% ../../nbs/stocks/03_forecast.ipynb #9f186978
+# %% ../../nbs/stocks/03_forecast.ipynb #a94d1e41
 def forecast_metrics(
     model: Pipeline, # of `fit_classifier`
     past: pd.DataFrame, # that it was trained on

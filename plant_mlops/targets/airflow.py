@@ -68,7 +68,7 @@ def json_type(
     may_be_empty = len(options) > 1 or name == 'string'
     return [name, 'null'] if may_be_empty else name
 
-# %% ../../nbs/targets/00_airflow.ipynb #756c9353
+# %% ../../nbs/targets/00_airflow.ipynb #2b71bfc8
 def _dag_params(
     jobs: list, # of a group
 ) -> dict: # name → Param
@@ -135,7 +135,7 @@ def _group_dag(
                 if set(before.produces) & set(job.triggers): tasks[before.name] >> tasks[job.name]
     return dag
 
-# %% ../../nbs/targets/00_airflow.ipynb #3f588804
+# %% ../../nbs/targets/00_airflow.ipynb #4cf29714
 def dags(
     retries: int | None = None, # of every job; None: as in the table
 ) -> dict: # group → DAG

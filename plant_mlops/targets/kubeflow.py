@@ -21,7 +21,7 @@ from ..jobs.table import chain_for, job_of
 
 # %% ../../nbs/targets/01_kubeflow.ipynb #804900b3
 def pipeline_parameters(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
 ) -> dict: # name → `Parameter`
     "The parameters of the pipeline."
     return {k: p for j in chain_for(s) for k, p in parameters_of(j).items() if k != 'shard'}
@@ -120,7 +120,7 @@ def _add_job(
     return [_configure_task(run(**given, **part).after(*before), job, options) for part in parts]
 
 def pipeline(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
     options: StepOptions,
     shards: int = 1, # parts that ingestion is divided into
 ): # a pipeline of kfp
@@ -141,7 +141,7 @@ def pipeline(
     return dsl.pipeline(plants)
 
 def compile_pipeline(
-    s: Settings, # `model` among them
+    s: Settings, # uses `model`
     path: Path, # YAML file to write
     options: StepOptions,
     shards: int = 1, # parts that ingestion is divided into

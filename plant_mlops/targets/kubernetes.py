@@ -15,7 +15,7 @@ from ..jobs.table import job_table, jobs_for, schedule_of
 
 # %% ../../nbs/targets/02_kubernetes.ipynb #8ad0bc6a
 def poll_schedule(
-    s: Settings, # `workloads` among them
+    s: Settings, # uses `workloads`
     job: Job, # of the table
 ) -> str: # cron expression
     "When a job polls: every ten minutes, each job at another minute."
@@ -23,7 +23,7 @@ def poll_schedule(
     return f'{minute}-59/10 * * * *'
 
 def is_ever_started(
-    s: Settings, # `schedules` among them
+    s: Settings, # uses `schedules`
     job: Job, # of the table
 ) -> bool:
     "Whether a job has a schedule, or waits for news of a job that is ever started."
@@ -35,11 +35,11 @@ def is_ever_started(
         queue += [o for o in job_table(s).jobs.values() if set(o.produces) & set(j.triggers) and o.name not in seen]
     return False
 
-# %% ../../nbs/targets/02_kubernetes.ipynb #98f8d986
+# %% ../../nbs/targets/02_kubernetes.ipynb #93504395
 def _labels(job: Job) -> dict: return {'app.kubernetes.io/component': 'job', 'plant-mlops/job': job.name}
 
 def cronjob(
-    s: Settings, # `schedules` among them
+    s: Settings, # uses `schedules`
     job: Job, # of the table
     image: str, # of the container, with the extras train and jobs
 ) -> dict: # manifest
@@ -57,7 +57,7 @@ def cronjob(
     return dict(apiVersion='batch/v1', kind='CronJob', metadata=metadata, spec=spec)
 
 def cronjobs(
-    s: Settings, # `schedules` among them
+    s: Settings, # uses `schedules`
     image: str = 'plant-mlops/train', # of the containers
 ) -> str: # YAML
     "Every job of the table as a CronJob."
@@ -76,7 +76,7 @@ def seconds_until_late(
     return round(2*longest.total_seconds()) + 7200
 
 def late_rules(
-    s: Settings, # `schedules` among them
+    s: Settings, # uses `schedules`
 ) -> str: # YAML
     "How long after its last success each job is late, as recording rules of Prometheus."
     rules = []
