@@ -9,7 +9,7 @@ from plant_mlops.core.config import PlantError, settings
 from plant_mlops.core.store import open_store
 from plant_mlops.core.workload import Job
 from plant_mlops.jobs.runs import JobBusyError, find_run, history
-from plant_mlops.jobs.table import chain_for, job_of, job_table
+from plant_mlops.jobs.table import chain_for, find_job, job_table
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -242,7 +242,7 @@ def test_scheduler_runs_what_is_due_and_stops_cleanly(tmp_path):
     assert (run.status, run.why) == ('cancelled', 'dataset') and run.report and find_run(s, 'prepare').report
     assert not psutil.wait_procs(children, 10)[1], 'a child is still running'
     later = run.ended_at + timedelta(minutes=2)
-    assert why_due(s, job_of(s, 'train'), history(s), later, later) == 'retry'
+    assert why_due(s, find_job(s, 'train'), history(s), later, later) == 'retry'
 
 @pytest.mark.parametrize('schedules, message', [('{"train": "daily"}', 'not a cron expression'), ('daily', 'JSON')])
 def test_bad_schedules_are_refused(tmp_path, schedules, message):
@@ -257,4 +257,4 @@ def test_few_new_photos_are_no_news(tmp_path, monkeypatch, new, news):
     s = settings(home=tmp_path)
     monkeypatch.setattr(stages, 'new_photos', lambda s: new)
     monkeypatch.setattr(registry, 'versions', lambda s: [dict(version='1')])
-    with open_runs(s) as engine: assert find_news(engine, s, job_of(s, 'prepare'), dict(dataset='v2')) == news
+    with open_runs(s) as engine: assert find_news(engine, s, find_job(s, 'prepare'), dict(dataset='v2')) == news

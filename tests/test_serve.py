@@ -316,10 +316,10 @@ def test_a_store_that_stops_while_the_server_runs(weed, tmp_path):
     with running(create_app(s)) as c:
         wait_for(lambda: c.get('/health').json()['ready'], 20)
         with frozen(weed):
-            wait_for(lambda: c.get('/health').json()['detail'], 30)
+            wait_for(lambda: c.get('/health').json()['detail'], 90) # botocore's backoff is random
             assert c.post('/predict', content=photo_bytes('gold')).json()['model_version'] == '1'
             assert 'cannot be used' in c.get('/model/info').json()['serving']['error']
-        wait_for(lambda: c.get('/health').json()['detail'] is None, 30)
+        wait_for(lambda: c.get('/health').json()['detail'] is None, 90)
         publish_example(s, '2')
         wait_for(lambda: c.get('/health').json()['model_version'] == '2', 20)
 

@@ -76,9 +76,9 @@ def test_settings_in_code_decide_about_the_job_table(tmp_path, monkeypatch):
 @pytest.mark.parametrize('source, message', [
     ('raise ValueError("no tea")', 'of the package tea cannot be loaded: ValueError: no tea'),
     ('', 'cannot be loaded: AttributeError'),
-    ('workload = 5', 'is no `Workload`'),
+    ('workload = 5', 'is not a `Workload`'),
     (tea.replace("'tea-train'", "'train'"), "'train' has to be called tea-…"),
-    (tea.replace("'tea',", "'Tea!',"), 'small letters'),
+    (tea.replace("'tea',", "'Tea!',"), 'lowercase'),
     (tea.replace('jobs=(train,)', 'default=True'), 'Several workloads are the default')])
 def test_a_broken_package_is_named(install, source, message, tmp_path):
     install(source)

@@ -6,7 +6,7 @@
 __all__ = ['MAX_CHECKED', 'view_splits', 'view_flags', 'view_duplicates', 'find_doubtful_labels', 'view_doubtful_labels',
            'view_rejected', 'view_data']
 
-# %% ../../nbs/apps/05_data.ipynb #4843d113
+# %% ../../nbs/apps/05_data.ipynb #70668e66
 from collections.abc import Iterable
 import fastcore.xml as X
 import ipywidgets as W
@@ -17,7 +17,7 @@ from .parts import EMPTY_HOME, Photo, heading, html_table, note_card, photo_grid
 from .workloads import view_workload_page
 from ..core.config import Settings
 from ..core.store import NotFound, open_store
-from ..core.workload import workload_of
+from ..core.workload import configured_workload
 from ..serve.presentation import format_percent
 
 # %% ../../nbs/apps/05_data.ipynb #7d703ee8
@@ -131,7 +131,7 @@ def find_doubtful_labels(
     best = probabilities[issues]
     return rows.iloc[issues].assign(look_like=classes[best.argmax(1)], probability=best.max(1))
 
-# %% ../../nbs/apps/05_data.ipynb #966a760e
+# %% ../../nbs/apps/05_data.ipynb #cd3a48bc
 def view_doubtful_labels(
     s: Settings,
     dataset, # `Dataset`
@@ -184,7 +184,7 @@ def view_data(
     s: Settings,
 ) -> Iterable: # parts
     "The newest dataset; for a workload other than photos, what it shows itself."
-    if not workload_of(s).default:
+    if not configured_workload(s).default:
         yield from view_workload_page(s, s.model)
         return
     from plant_mlops.data.dataset import load_dataset

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['view_summary']
 
-# %% ../../nbs/apps/09_summary.ipynb #38929005
+# %% ../../nbs/apps/09_summary.ipynb #90e77097
 from collections.abc import Iterable
 from datetime import datetime, timedelta, timezone
 from .drift import drift_verdict, read_finding
@@ -13,7 +13,7 @@ from .parts import Tile, format_share, tile_row, time_ago
 from .traffic import query_predictions
 from ..core.config import PlantError, Settings
 from ..core.store import open_store
-from ..core.workload import workload_of
+from ..core.workload import configured_workload
 from ..data.card import newest_card
 from ..serve.champion import NoModelError, champion_pointer
 
@@ -33,19 +33,19 @@ def _production_tile(s: Settings) -> Tile:
     metrics = pointer.get('metrics') or {}
     if 'accuracy_low' not in metrics: return Tile(label, version, 'not evaluated yet')
     accuracy, low, high = [format_share(metrics[name]) for name in ('accuracy', 'accuracy_low', 'accuracy_high')]
-    note = _source_note(pointer.get('source'), workload_of(s).examples)
+    note = _source_note(pointer.get('source'), configured_workload(s).examples)
     return Tile(label, version, f'accuracy {accuracy} on its test split ({low} to {high}{note})')
 
-# %% ../../nbs/apps/09_summary.ipynb #5afef235
+# %% ../../nbs/apps/09_summary.ipynb #ef289d26
 def _data_tile(s: Settings) -> Tile:
     "The newest dataset; the workload, where that is not photos."
-    workload = workload_of(s)
+    workload = configured_workload(s)
     if not workload.default: return Tile('Workload', workload.name, workload.description)
     card = newest_card(open_store(s))
     if not card: return Tile('Data', 'none yet', 'plant-mlops run')
     return Tile('Data', f'{card["photos"]:,}', f'photos of {len(card["classes"])} classes, dataset {card["version"]}')
 
-# %% ../../nbs/apps/09_summary.ipynb #ee83c04e
+# %% ../../nbs/apps/09_summary.ipynb #dbd9a377
 def _traffic_tile(s: Settings) -> Tile:
     "Predictions of the last hour."
     import sqlalchemy as sa
@@ -62,7 +62,7 @@ def _traffic_tile(s: Settings) -> Tile:
     detail = f'predictions, the last one {time_ago(last)}' if last else 'predictions; plant-mlops serve'
     return Tile('In the last hour', f'{n:,}', detail)
 
-# %% ../../nbs/apps/09_summary.ipynb #650d7ed7
+# %% ../../nbs/apps/09_summary.ipynb #24c734bb
 def _drift_tile(s: Settings) -> Tile:
     "The last finding about drift."
     finding = read_finding(s)
@@ -71,7 +71,7 @@ def _drift_tile(s: Settings) -> Tile:
     detail = ', '.join(filter(None, (verdict.sentence, time_ago(finding.checked_at))))
     return Tile('Drift', verdict.title.lower(), detail, is_alarm=verdict.kind == 'warning')
 
-# %% ../../nbs/apps/09_summary.ipynb #b9850ec2
+# %% ../../nbs/apps/09_summary.ipynb #2f4309d5
 _TILES = {'In production': _production_tile, 'Data': _data_tile,
           'In the last hour': _traffic_tile, 'Drift': _drift_tile}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'catalog_app', 'catalog_load', 'catalog_add', 'catalog_list', 'catalog_retry']
 
-# %% ../../nbs/cli/06_catalog.ipynb #6c1ae0ca
+# %% ../../nbs/cli/06_catalog.ipynb #34cacb55
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -15,7 +15,7 @@ from ..core.config import settings
 
 # %% ../../nbs/cli/06_catalog.ipynb #f2b65546
 app = new_app()
-catalog_app = new_app('The table of photo URLs, plants_data.')
+catalog_app = new_app('Manage the table of photo URLs (plants_data).')
 app.add_typer(catalog_app, name='catalog')
 
 def _open_catalog(home: Path | None): # SQLAlchemy's Engine
@@ -24,10 +24,10 @@ def _open_catalog(home: Path | None): # SQLAlchemy's Engine
     from plant_mlops.data.catalog import open_catalog
     return call_with_retry(open_catalog, settings(home=home))
 
-# %% ../../nbs/cli/06_catalog.ipynb #093f13d5
+# %% ../../nbs/cli/06_catalog.ipynb #f37eb5d8
 def _print_added(
-    engine, # of the catalog
-    added: dict, # number of rows: new, relabelled, gone
+    engine, # SQLAlchemy engine of the catalog
+    added: dict, # numbers of rows: new, relabelled, gone
     mirror: bool = False, # whether rows without a file were removed
 ):
     "Print what was added, and the next command."
@@ -47,13 +47,13 @@ def catalog_load(
     file: Annotated[Path, typer.Argument(help='CSV or SQL file; plants_data.sql comes with the package')],
     home: HomeOption = None,
 ):
-    "Add the rows of a CSV file, or run an SQL script; a row that is there already gets the label of the CSV file."
+    "Load a CSV file or an SQL script. A row that exists gets the label of the CSV file."
     from plant_mlops.core.database import call_with_retry
     from plant_mlops.data.catalog_files import load_file
     engine = _open_catalog(home)
     _print_added(engine, call_with_retry(load_file, engine, file))
 
-# %% ../../nbs/cli/06_catalog.ipynb #22e01706
+# %% ../../nbs/cli/06_catalog.ipynb #4502545a
 @catalog_app.command('add')
 def catalog_add(
     folder: Annotated[Path, typer.Argument(help='Folder with one folder of photos for each class')],
@@ -70,8 +70,8 @@ def catalog_add(
 # %% ../../nbs/cli/06_catalog.ipynb #cf7cb7b9
 @catalog_app.command('list')
 def catalog_list(
-    status: Annotated[Optional[str], typer.Option(help='new, stored, failed or rejected')] = None,
-    limit: Annotated[int, typer.Option(help='At most so many rows', min=1)] = 50,
+    status: Annotated[Optional[str], typer.Option(help='Status of the rows: new, stored, failed or rejected')] = None,
+    limit: Annotated[int, typer.Option(help='Maximum number of rows', min=1)] = 50,
     home: HomeOption = None, as_json: JsonOption = False,
 ):
     "List rows, and the number of rows of each status."
@@ -86,15 +86,15 @@ def catalog_list(
     counts = call_with_retry(count_by_status, engine)
     print_line(', '.join(f'{n:,} {name}' for name, n in counts.items()))
 
-# %% ../../nbs/cli/06_catalog.ipynb #5c24e932
+# %% ../../nbs/cli/06_catalog.ipynb #3128a145
 @catalog_app.command('retry')
 def catalog_retry(
-    everything: Annotated[bool, typer.Option('--all', help='Stored rows too, as for a new store')] = False,
+    everything: Annotated[bool, typer.Option('--all', help='Reset stored rows too, for example for a new store')] = False,
     home: HomeOption = None,
 ):
-    "Set failed and rejected rows to new, so that they are fetched again."
+    "Reset failed and rejected rows to new. The next `ingest` fetches them."
     from plant_mlops.core.database import call_with_retry
     from plant_mlops.data.catalog import reset_rows
     n = call_with_retry(reset_rows, _open_catalog(home), everything)
     if n: print_line(f'{n:,} rows are new again. Next: plant-mlops ingest')
-    else: print_line('No row has failed or was rejected.')
+    else: print_line('No row has failed or been rejected.')

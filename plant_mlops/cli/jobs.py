@@ -6,7 +6,7 @@
 __all__ = ['app', 'job_app', 'run_record', 'outcome_text', 'print_run', 'job_list', 'job_run', 'job_history', 'job_show',
            'job_keep', 'schedule', 'job_cronjobs']
 
-# %% ../../nbs/cli/02_jobs.ipynb #61c04b07
+# %% ../../nbs/cli/02_jobs.ipynb #35a445bd
 import json, webbrowser
 from inspect import formatannotation
 from pathlib import Path
@@ -18,36 +18,36 @@ from ..core.config import PlantError, Settings, settings
 from ..core.store import open_store
 from ..jobs.parameters import parameters_of
 from ..jobs.run_notes import format_value
-from ..jobs.table import job_of, job_table, jobs_for, schedule_of
+from ..jobs.table import find_job, job_table, jobs_for, schedule_of
 
-# %% ../../nbs/cli/02_jobs.ipynb #117f4011
+# %% ../../nbs/cli/02_jobs.ipynb #ee832fe2
 app = new_app()
-job_app = new_app('Jobs: notebooks that run by themselves.')
+job_app = new_app('Run jobs (unattended notebooks) and show their runs.')
 app.add_typer(job_app, name='job')
 
 # %% ../../nbs/cli/02_jobs.ipynb #4a35cbc8
-_INTERNAL = ('pid', 'place', 'born', 'seen_at') # fields of a run that are of no use outside
+_INTERNAL = ('pid', 'place', 'born', 'seen_at') # internal fields of a run, left out of the JSON
 
 def run_record(
     run, # `JobRun`
 ) -> dict: # for JSON
-    "A run for a script."
+    "The fields of a run, for `--json`."
     values = {name: value for name, value in vars(run).items() if name not in _INTERNAL}
     return {name: str(value) if hasattr(value, 'isoformat') else value for name, value in values.items()}
 
 def outcome_text(
     run, # `JobRun`
 ) -> str:
-    "The outputs of a run that succeeded, the error of another."
+    "The outputs of a run that succeeded, or the error of one that did not."
     if run.status != 'succeeded': return run.error or ''
     outputs = {name: value for name, value in run.outputs.items() if name not in ('run', 'seconds')}
-    shown = [f'{name} {format_value(value)}' for name, value in outputs.items() if value not in (None, '', 0, False)]
-    return ', '.join(shown)
+    texts = [f'{name} {format_value(value)}' for name, value in outputs.items() if value not in (None, '', 0, False)]
+    return ', '.join(texts)
 
 def print_run(
     run, # `JobRun` that succeeded
 ):
-    "Print a line about a run."
+    "Print the name, the duration and the outputs of a run."
     line = f'[green]✓[/] [bold]{run.job:<13}[/] {run.seconds:6.1f} s  {escaped(outcome_text(run))}'
     print_line(line)
 
@@ -56,7 +56,7 @@ def _format_minute(time) -> str: return f'{time:%Y-%m-%d %H:%M}' if time else ''
 # %% ../../nbs/cli/02_jobs.ipynb #1705c0c7
 @job_app.command('list')
 def job_list(home: HomeOption = None, as_json: JsonOption = False):
-    "List the jobs, when they run, and how they last ended."
+    "List the jobs, their schedules and newest runs."
     from plant_mlops.jobs.runs import newest_runs
     s = settings(home=home)
     runs = newest_runs(s)
@@ -69,7 +69,7 @@ def job_list(home: HomeOption = None, as_json: JsonOption = False):
     if as_json: print(json.dumps(rows))
     else: print_table(rows)
 
-# %% ../../nbs/cli/02_jobs.ipynb #544e65ff
+# %% ../../nbs/cli/02_jobs.ipynb #a6cf492b
 def _check_selection(name: str | None, everything: bool, resume: bool, due: bool, ci: bool, has_parameters: bool):
     "Raise `BadParameter` where options contradict each other."
     if (name is not None) + everything + resume != 1:
@@ -81,24 +81,24 @@ def _check_selection(name: str | None, everything: bool, resume: bool, due: bool
 # %% ../../nbs/cli/02_jobs.ipynb #ffcc844a
 @job_app.command('run', cls=PairsCommand)
 def job_run(
-    name: Annotated[Optional[str], typer.Argument(help='The job')] = None,
+    name: Annotated[Optional[str], typer.Argument(help='Name of the job')] = None,
     everything: Annotated[bool, typer.Option(
-        '--all', help='All jobs that lead to a model in production, one after another')] = False,
+        '--all', help='Run all jobs that lead to a model in production, in their order')] = False,
     p: Annotated[Optional[list[str]], typer.Option(
-        '-p', metavar='NAME VALUE', help='A parameter of the job; `job show NAME` lists them')] = None,
+        '-p', metavar='NAME VALUE', help='Parameter of the job; `job show NAME` lists them')] = None,
     resume: Annotated[bool, typer.Option(
-        '--resume', help='Continue the newest --all that did not finish')] = False,
+        '--resume', help='Continue the newest run of --all that did not finish')] = False,
     ci: Annotated[bool, typer.Option(
-        '--ci', help='On little data, with all that the job needs, and the gate after a training; '
+        '--ci', help='On little data, including all jobs it depends on; a training is followed by the gate; '
                      'exits with 4 if the gate rejects the model')] = False,
-    reports: Annotated[Path, typer.Option(help='Where --ci puts the executed notebooks')] = Path('reports'),
+    reports: Annotated[Path, typer.Option(help='Folder for the executed notebooks of --ci')] = Path('reports'),
     due: Annotated[bool, typer.Option(
-        '--due', help='Only if it is due: by its schedule, because of new data, or as a retry')] = False,
+        '--due', help='Run only if the job is due: by its schedule, because of new data, or as a retry')] = False,
     why: Annotated[str, typer.Option(hidden=True)] = 'by hand',
     attempt: Annotated[int, typer.Option(hidden=True)] = 1,
     home: HomeOption = None, as_json: JsonOption = False,
 ):
-    "Run a job, and keep its executed notebook."
+    "Run a job and store its report."
     values = read_pairs(p)
     _check_selection(name, everything, resume, due, ci, bool(values))
     s = settings(home=home)
@@ -125,14 +125,14 @@ def job_run(
 # %% ../../nbs/cli/02_jobs.ipynb #cd3387e7
 @job_app.command('history')
 def job_history(
-    name: Annotated[Optional[str], typer.Argument(help='The job; default: all')] = None,
-    limit: Annotated[int, typer.Option(help='At most so many runs', min=1)] = 20,
+    name: Annotated[Optional[str], typer.Argument(help='Name of the job; default: all jobs')] = None,
+    limit: Annotated[int, typer.Option(help='Maximum number of runs', min=1)] = 20,
     home: HomeOption = None, as_json: JsonOption = False,
 ):
     "List runs, newest first."
     from plant_mlops.jobs.runs import history
     s = settings(home=home)
-    runs = history(s, name and job_of(s, name).name, limit)
+    runs = history(s, name and find_job(s, name).name, limit)
     if as_json:
         for run in runs: print(json.dumps(run_record(run)))
         return
@@ -147,7 +147,7 @@ def _parameter_rows(job) -> list: # `Job` of the table
             for name, p in parameters_of(job).items()]
 
 def _report_url(s: Settings, key: str) -> str:
-    "A report's URL that a browser on this machine can open."
+    "URL of a report for the browser; a report in a bucket is downloaded first."
     store = open_store(s)
     if store.url(key).startswith('file:'): return store.url(key)
     file = s.home/'reports'/Path(key).name
@@ -155,15 +155,15 @@ def _report_url(s: Settings, key: str) -> str:
     file.write_bytes(store.get(key))
     return file.as_uri()
 
-# %% ../../nbs/cli/02_jobs.ipynb #08c91a41
+# %% ../../nbs/cli/02_jobs.ipynb #5d847073
 @job_app.command('show')
 def job_show(
-    name: Annotated[str, typer.Argument(help='A run, or a job: its newest run')],
+    name: Annotated[str, typer.Argument(help='Run, or job (its newest run)')],
     home: HomeOption = None, as_json: JsonOption = False,
     browse: Annotated[Optional[bool], typer.Option(
         '--open/--no-open', help='Open the report in the browser; default: at a terminal')] = None,
 ):
-    "Show the parameters of a job, its newest run and the report."
+    "Show a run and its report, or a job's parameters."
     from plant_mlops.jobs.runs import find_run, history
     s = settings(home=home)
     jobs = job_table(s).jobs
@@ -183,11 +183,11 @@ def job_show(
 # %% ../../nbs/cli/02_jobs.ipynb #c851564d
 @job_app.command('keep')
 def job_keep(
-    file: Annotated[Path, typer.Argument(help='An executed notebook, named by its run')],
-    error: Annotated[str, typer.Option(help='Why it failed, if it did')] = '',
+    file: Annotated[Path, typer.Argument(help='Executed notebook; its file name is the ID of the run')],
+    error: Annotated[str, typer.Option(help='Error message, if the notebook failed')] = '',
     home: HomeOption = None,
 ):
-    "Store the report of a notebook that another scheduler has run."
+    "Store the report of a notebook that another scheduler executed."
     from plant_mlops.jobs.active_run import run_context
     from plant_mlops.jobs.reports import archive_report
     if not file.is_file(): raise PlantError(f'{file} does not exist. Give the path of the executed notebook.')
@@ -196,18 +196,18 @@ def job_keep(
 # %% ../../nbs/cli/02_jobs.ipynb #28671347
 @app.command()
 def schedule(home: HomeOption = None):
-    "Run the jobs when they are due, until Ctrl-C or SIGTERM."
+    "Run the jobs when they are due, until interrupted."
     import logging
     from plant_mlops.jobs.scheduler import run_scheduler
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(levelname)s %(message)s')
     run_scheduler(settings(home=home))
 
-# %% ../../nbs/cli/02_jobs.ipynb #5dded885
+# %% ../../nbs/cli/02_jobs.ipynb #d1b2f4de
 @job_app.command('cronjobs')
 def job_cronjobs(
     image: Annotated[str, typer.Option(
-        help='Image of the containers, with plant_mlops in it')] = 'plant-mlops/train',
+        help='Container image with plant_mlops installed')] = 'plant-mlops/train',
 ):
-    "Print the jobs as CronJobs of Kubernetes, in YAML."
+    "Print the jobs as Kubernetes CronJobs, in YAML."
     from plant_mlops.targets.kubernetes import cronjobs
     print(cronjobs(settings(), image), end='')

@@ -23,7 +23,7 @@ COMMANDS = { # name of a command → module of this folder
     'schedule': 'jobs', 'exporter': 'monitor', 'config': 'status', 'status': 'status', 'drift': 'monitor',
     'catalog': 'catalog', 'ab': 'release', 'job': 'jobs', 'store': 'store', 'pipeline': 'pipeline'}
 
-# %% ../../nbs/cli/12_main.ipynb #69497fe2
+# %% ../../nbs/cli/12_main.ipynb #e1c6007b
 @cache
 def load_commands(
     module: str, # name of a module of this folder
@@ -46,19 +46,19 @@ class LazyGroup(TyperGroup):
 
     def list_commands(self, ctx): return list(self.commands)
 
-# %% ../../nbs/cli/12_main.ipynb #e2dc3bf2
+# %% ../../nbs/cli/12_main.ipynb #59569f0e
 app = new_app('From photo URLs to a model in production.', name='plant-mlops', cls=LazyGroup,
               pretty_exceptions_enable=False, add_completion=False)
 
-# %% ../../nbs/cli/12_main.ipynb #31b46042
-_EXTRAS = dict( # package → extra of plant_mlops that installs it; any other is in `train`
+# %% ../../nbs/cli/12_main.ipynb #7f02bb64
+_EXTRAS = dict( # package → extra of plant_mlops that installs it; default: `train`
     gradio='app', voila='dashboard', ipywidgets='dashboard', ipykernel='jobs', evidently='jobs', papermill='jobs',
     psutil='jobs', nbconvert='jobs', apscheduler='jobs', kfp='kubeflow')
 
 def missing_package_message(
-    package: str,
+    package: str, # name of a package that cannot be imported
 ) -> str:
-    "What to install where a package is missing."
+    "An error message that names the extra to install."
     extra = _EXTRAS.get(package, 'train')
     return f"This needs {package}, which is not installed. Install it with: pip install 'plant_mlops[{extra}]'"
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'drift', 'exporter']
 
-# %% ../../nbs/cli/10_monitor.ipynb #e5f4e127
+# %% ../../nbs/cli/10_monitor.ipynb #04b11cf7
 from typing import Annotated
 import typer
 from .options import HomeOption, HostOption, JsonOption, PortOption, new_app
@@ -15,7 +15,7 @@ from ..core.store import open_store
 
 # %% ../../nbs/cli/10_monitor.ipynb #f3e45404
 def _print_verdict(
-    result: dict, # of `drift`
+    result: dict, # result of `drift`
     s: Settings,
 ):
     "Print the result of a check for drift."
@@ -25,14 +25,15 @@ def _print_verdict(
         print_line(f'Too few to compare, {about}; {s.drift_min} of each are needed (PLANT_DRIFT_MIN).')
         return
     verdict = '[bold yellow]Drift[/]' if result['drifted'] else '[bold green]No drift[/]'
-    score, threshold = f'{result["score"]:.1%}', f'{result["threshold"]:.1%}'
-    print_line(f'{verdict}, {about}. At least {score} of the inputs are unlike them; drift is above {threshold}.')
+    score = f'{result["score"]:.1%}'
+    threshold = f'{result["threshold"]:.1%}'
+    print_line(f'{verdict}, {about}. At least {score} of the inputs are unlike the training data; more than {threshold} counts as drift.')
     columns = sorted(result['columns'].items(), key=lambda item: -item[1]['score'])
     print_table([dict(column=name, share=f'{column["score"]:.1%}', drift='yes' if column['drifted'] else '')
                  for name, column in columns])
     print_line(f'The report: {escaped(open_store(s).url(result["report"]))}')
 
-# %% ../../nbs/cli/10_monitor.ipynb #ecbbef2c
+# %% ../../nbs/cli/10_monitor.ipynb #6de82536
 app = new_app()
 
 @app.command()
@@ -42,7 +43,7 @@ def drift(
                           'unless there are no new photos')] = False,
     home: HomeOption = None, as_json: JsonOption = False,
 ):
-    "Compare recent inputs of the model in production with its dataset; exits with 5 if there is drift."
+    "Compare recent inputs with the training data. Exits with 5 if there is drift."
     from plant_mlops.monitor.drift import drift as check_drift
     s = settings(home=home)
     result = check_drift(s)
@@ -56,10 +57,10 @@ def drift(
     if as_json: print_json(result)
     if result['drifted']: raise typer.Exit(5)
 
-# %% ../../nbs/cli/10_monitor.ipynb #c32a717f
+# %% ../../nbs/cli/10_monitor.ipynb #6202f369
 @app.command()
 def exporter(host: HostOption = None, port: PortOption = None, home: HomeOption = None):
-    "Serve metrics for Prometheus: photos, jobs and the model in production."
+    "Serve metrics of photos, jobs and the model to Prometheus."
     import logging
     from plant_mlops.monitor.exporter import run_exporter
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(levelname)s %(message)s')

@@ -6,36 +6,36 @@
 __all__ = ['HomeOption', 'JsonOption', 'VersionOption', 'ShardOption', 'SeedOption', 'HostOption', 'PortOption', 'new_app',
            'read_shard', 'PairsCommand', 'read_pairs']
 
-# %% ../../nbs/cli/01_options.ipynb #a419a2bb
+# %% ../../nbs/cli/01_options.ipynb #ec7eb41a
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 
-# %% ../../nbs/cli/01_options.ipynb #b7485979
+# %% ../../nbs/cli/01_options.ipynb #5751e8ee
 def _no_options(): pass # a callback makes Typer build a group
 
 def new_app(
-    help: str = '', # of a group of commands
-    **options, # of `typer.Typer`
+    help: str = '', # help text of a group of commands
+    **options, # further arguments of `typer.Typer`
 ) -> typer.Typer:
-    "An app to which commands are added; one with a single command is a group, too."
+    "A Typer app without commands. It stays a group even with a single command."
     app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=help, **options)
     app.callback()(_no_options)
     return app
 
-# %% ../../nbs/cli/01_options.ipynb #9a6de899
+# %% ../../nbs/cli/01_options.ipynb #b7b7b3b1
 HomeOption = Annotated[Optional[Path], typer.Option(
-    help='Folder of everything that has no URL of its own; default .plant')]
+    help='Folder for local data (database, store, MLflow) where no URL is configured; default .plant')]
 JsonOption = Annotated[bool, typer.Option('--json', help='Print JSON, for scripts')]
 VersionOption = Annotated[Optional[str], typer.Option('--version', help='Version of the model; default: the newest')]
-ShardOption = Annotated[str, typer.Option(help='Which part of the work: 2/4 is the second of four workers')]
+ShardOption = Annotated[str, typer.Option(help='Part of the work to do: 2/4 is that of the second of four workers')]
 SeedOption = Annotated[Optional[int], typer.Option(help='Seed of every random choice')]
 HostOption = Annotated[Optional[str], typer.Option(help='Address to listen on')]
 PortOption = Annotated[Optional[int], typer.Option(help='Port to listen on')]
 
-# %% ../../nbs/cli/01_options.ipynb #89a8eb18
+# %% ../../nbs/cli/01_options.ipynb #be7befa1
 def read_shard(
-    shard: str, # such as 2/4
+    shard: str, # text such as 2/4
 ) -> tuple: # (i, n): worker i of n
     "The value of `--shard`."
     from plant_mlops.jobs.parameters import ParameterError, parse_shard
@@ -43,8 +43,8 @@ def read_shard(
     except ParameterError as e: raise typer.BadParameter(str(e), param_hint='--shard') from None
 
 # %% ../../nbs/cli/01_options.ipynb #390345e3
-def _read_pair(args) -> str: # iterator of the arguments behind -p
-    "The name and the value behind `-p`, as NAME=VALUE."
+def _read_pair(args) -> str: # args: iterator of the arguments after -p
+    "The name and the value after `-p`, as NAME=VALUE; raises `BadParameter` if one is missing."
     name = next(args, '')
     if '=' in name: return name
     value = next(args, None)
@@ -63,7 +63,7 @@ class PairsCommand(typer.core.TyperCommand):
         return super().parse_args(ctx, joined)
 
 def read_pairs(
-    pairs: list | None, # NAME=VALUE each
+    pairs: list | None, # texts of the form NAME=VALUE
 ) -> dict: # name → value
     "The values of `-p`."
     return dict(pair.split('=', 1) for pair in pairs or [])

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['console', 'print_line', 'escaped', 'print_json', 'print_result', 'new_table', 'print_table']
 
-# %% ../../nbs/cli/00_output.ipynb #97f4084c
+# %% ../../nbs/cli/00_output.ipynb #fb70b1fe
 import json, sys
 from functools import cache
 
-# %% ../../nbs/cli/00_output.ipynb #74326c10
+# %% ../../nbs/cli/00_output.ipynb #b4bcaff1
 @cache
 def console(
-    to_stderr: bool = False, # standard error, else standard output
+    to_stderr: bool = False, # whether to print to standard error instead of standard output
 ): # rich's Console
     "The console that commands print to. Where it is not a terminal, tables are 160 columns wide."
     from rich.console import Console
@@ -21,13 +21,13 @@ def console(
     return Console(stderr=to_stderr, width=width, force_jupyter=False)
 
 def print_line(
-    line: str, # in rich's markup
-    to_stderr: bool = False, # standard error, else standard output
+    line: str, # text with rich's markup
+    to_stderr: bool = False, # whether to print to standard error instead of standard output
 ):
     "Print a line without wrapping it."
     console(to_stderr).print(line, highlight=False, soft_wrap=True)
 
-# %% ../../nbs/cli/00_output.ipynb #898d6749
+# %% ../../nbs/cli/00_output.ipynb #5c569cb4
 def escaped(
     value, # anything
 ) -> str: # rich's markup
@@ -35,16 +35,16 @@ def escaped(
     from rich.markup import escape
     return escape(str(value))
 
-# %% ../../nbs/cli/00_output.ipynb #b4fd45ae
+# %% ../../nbs/cli/00_output.ipynb #65bad1ed
 def print_json(
-    value, # dict or list; what JSON does not know becomes text
+    value, # dict or list; a value that JSON has no type for becomes text
 ):
     "Print a value as a line of JSON."
     print(json.dumps(value, default=str, ensure_ascii=False), flush=True)
 
 def print_result(
-    result: dict,
-    as_json: bool, # JSON for a script, else a line for each value that is not None
+    result: dict, # names and values
+    as_json: bool, # whether to print JSON; otherwise a line for each value that is not None
 ):
     "Print the result of a command."
     if as_json:
@@ -53,7 +53,7 @@ def print_result(
     for name, value in result.items():
         if value is not None: console().print(f'[bold]{name:>14}[/]  {escaped(value)}', highlight=False)
 
-# %% ../../nbs/cli/00_output.ipynb #1d95d7fe
+# %% ../../nbs/cli/00_output.ipynb #408b6f40
 def new_table(
     *columns: str, # headings
 ): # rich's Table
@@ -63,8 +63,8 @@ def new_table(
 
 def print_table(
     rows: list, # dicts with the same keys
-    empty: str = '', # printed where there are no rows
-    columns: tuple = (), # keys to show; all if empty
+    empty: str = '', # line to print if there are no rows
+    columns: tuple = (), # keys of the rows to show; empty: all
 ):
     "Print rows as a table."
     if not rows:

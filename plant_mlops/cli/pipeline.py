@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'pipeline_app', 'ShardsOption', 'pipeline_compile', 'pipeline_run']
 
-# %% ../../nbs/cli/11_pipeline.ipynb #fdb160ec
+# %% ../../nbs/cli/11_pipeline.ipynb #e138e704
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -16,12 +16,12 @@ from ..jobs.table import chain_for
 
 # %% ../../nbs/cli/11_pipeline.ipynb #9fdb40e1
 app = new_app()
-pipeline_app = new_app('The jobs as a pipeline of Kubeflow.')
+pipeline_app = new_app('Compile or run the jobs as a Kubeflow pipeline.')
 app.add_typer(pipeline_app, name='pipeline')
-ShardsOption = Annotated[int, typer.Option('--shards', help='Parts that ingestion is divided into', min=1)]
+ShardsOption = Annotated[int, typer.Option('--shards', help='Number of parallel parts of the ingestion', min=1)]
 
-# %% ../../nbs/cli/11_pipeline.ipynb #45fec9da
-def _split_options(options: list | None) -> dict: # name → text behind the equals sign
+# %% ../../nbs/cli/11_pipeline.ipynb #5f16972b
+def _split_options(options: list | None) -> dict: # name → text after the equals sign
     "The values of `--env` or `--secret`."
     pairs = [option.partition('=') for option in options or []]
     if not all(separator for _, separator, _ in pairs):
@@ -30,26 +30,27 @@ def _split_options(options: list | None) -> dict: # name → text behind the equ
 
 def _gpu_needs(
     jobs: list, # of `Job`
-    gpu: int, # GPUs for each training
-) -> dict: # name of a job → what it needs
+    gpu: int, # number of GPUs for each training run
+) -> dict: # name of a job → its resources
     "The GPUs of the jobs that produce a model."
     if not gpu: return {}
     def is_training(job): return any(asset.rpartition('-')[2] == 'model' for asset in job.produces)
     return {job.name: dict(gpu=gpu) for job in jobs if is_training(job)}
 
-# %% ../../nbs/cli/11_pipeline.ipynb #bfc40051
+# %% ../../nbs/cli/11_pipeline.ipynb #a2cd34e4
 @pipeline_app.command('compile')
 def pipeline_compile(
     file: Annotated[Path, typer.Argument(help='YAML file to write')],
-    image: Annotated[str, typer.Option(help='Image of the containers, with plant_mlops and kfp in it')],
+    image: Annotated[str, typer.Option(help='Container image with plant_mlops and kfp installed')],
     shards: ShardsOption = 2,
-    gpu: Annotated[int, typer.Option(help='GPUs for the training', min=0)] = 0,
-    env: Annotated[Optional[list[str]], typer.Option(metavar='NAME=VALUE', help='A variable of every step')] = None,
+    gpu: Annotated[int, typer.Option(help='Number of GPUs for a training run', min=0)] = 0,
+    env: Annotated[Optional[list[str]], typer.Option(metavar='NAME=VALUE', help='Environment variable of every step')] = None,
     secret: Annotated[Optional[list[str]], typer.Option(
-        metavar='SECRET=NAME,NAME', help='Variables from a Kubernetes secret')] = None,
+        metavar='SECRET=NAME,NAME', help='Environment variables from a Kubernetes secret')] = None,
 ):
-    "Write the pipeline of the configured model as a YAML file for Kubeflow."
-    variables, secrets = _split_options(env), _split_options(secret)
+    "Write the pipeline as a YAML file for Kubeflow."
+    variables = _split_options(env)
+    secrets = _split_options(secret)
     from plant_mlops.targets.kubeflow import StepOptions, compile_pipeline
     s = settings()
     secrets = {name: text.split(',') for name, text in secrets.items()}
@@ -57,7 +58,7 @@ def pipeline_compile(
     compile_pipeline(s, file, options, shards)
     print_line(f'{escaped(file)} is written. Upload it to Kubeflow, or try it here: plant-mlops pipeline run')
 
-# %% ../../nbs/cli/11_pipeline.ipynb #54becf90
+# %% ../../nbs/cli/11_pipeline.ipynb #966abf0d
 def _print_step(step: str, status: str):
     "Print how a step ended."
     mark = '[green]✓[/]' if status == 'success' else '[red]✗[/]'
@@ -66,10 +67,10 @@ def _print_step(step: str, status: str):
 @pipeline_app.command('run', cls=PairsCommand)
 def pipeline_run(
     p: Annotated[Optional[list[str]], typer.Option(
-        '-p', metavar='NAME VALUE', help='A parameter of the jobs')] = None,
+        '-p', metavar='NAME VALUE', help='Parameter of the jobs')] = None,
     shards: ShardsOption = 1, home: HomeOption = None, as_json: JsonOption = False,
 ):
-    "Run the pipeline here, without a cluster."
+    "Run the pipeline on this machine, without a cluster."
     from plant_mlops.targets.kubeflow import run_pipeline
     def report(step, status):
         if not as_json: _print_step(step, status)

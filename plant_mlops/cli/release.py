@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'ab_app', 'promote', 'rollback', 'history', 'ab_start', 'ab_status', 'ab_stop']
 
-# %% ../../nbs/cli/05_release.ipynb #43e269e5
+# %% ../../nbs/cli/05_release.ipynb #ed9a557f
 from typing import Annotated, Optional
 import typer
 from .options import HomeOption, JsonOption, VersionOption, new_app
@@ -21,23 +21,23 @@ def promote(
     force: Annotated[bool, typer.Option(help='Promote even if the gate rejects it')] = False,
     home: HomeOption = None, as_json: JsonOption = False,
 ):
-    "Put a model into production, unless it is worse than the one there."
+    "Put a model into production, if it passes the gate."
     from plant_mlops.registry.release import promote as promote_version
     result = promote_version(settings(home=home), version, force)
     print_result(result, as_json)
     if not result['promoted']: raise typer.Exit(4)
 
-# %% ../../nbs/cli/05_release.ipynb #7765e785
+# %% ../../nbs/cli/05_release.ipynb #aa6b601f
 @app.command()
 def rollback(home: HomeOption = None, as_json: JsonOption = False):
     "Put the previous model back into production."
     from plant_mlops.registry.release import rollback as roll_back_version
     print_result(roll_back_version(settings(home=home)), as_json)
 
-# %% ../../nbs/cli/05_release.ipynb #a1362dee
+# %% ../../nbs/cli/05_release.ipynb #c5bda5b2
 @app.command()
 def history(home: HomeOption = None, as_json: JsonOption = False):
-    "List which versions were in production, and when."
+    "List the versions that were in production, and when."
     from plant_mlops.registry.release import history as read_history
     events = read_history(settings(home=home))
     if as_json: print_json(events)
@@ -50,33 +50,33 @@ app.add_typer(ab_app, name='ab')
 @ab_app.command('start')
 def ab_start(
     challenger: Annotated[Optional[str], typer.Option(help='Version of the model; default: the newest')] = None,
-    share: Annotated[float, typer.Option(help='Share of the requests that it answers, between 0 and 1')] = .1,
+    share: Annotated[float, typer.Option(help='Fraction of the requests that it answers, between 0 and 1')] = .1,
     home: HomeOption = None, as_json: JsonOption = False,
 ):
-    "Let another version answer for a share of the requests."
+    "Let another version answer a fraction of the requests."
     from plant_mlops.registry.release import challenge
     result = challenge(settings(home=home), challenger, share)
     if as_json: print_json(result)
     else:
-        print_line(f'Version {result["version"]} answers for {result["share"]:.0%} of the requests, '
+        print_line(f'Version {result["version"]} answers {result["share"]:.0%} of the requests, '
                    'once the servers have loaded it. Next: plant-mlops ab status')
 
 # %% ../../nbs/cli/05_release.ipynb #4ac59bcf
 def _format_share(value: float | None) -> str: return '' if value is None else f'{value:.1%}'
 
-def _variant_row(name: str, figures: dict) -> dict:
-    "Champion or challenger as a row of the table."
+def _variant_row(name: str, counts: dict) -> dict:
+    "The counts of the champion or the challenger as a row of the table."
     correct = ''
-    if figures['judged']:
-        share, low, high = [_format_share(figures.get(key)) for key in ('share', 'low', 'high')]
+    if counts['judged']:
+        share, low, high = [_format_share(counts.get(key)) for key in ('share', 'low', 'high')]
         correct = f'{share} ({low} to {high})'
-    return dict(variant=name, version=figures['version'], answers=f'{figures["answers"]:,}',
-                novel=_format_share(figures['novel']), confidence=_format_share(figures['confidence']),
-                judged=f'{figures["judged"]:,}', right=correct)
+    return dict(variant=name, version=counts['version'], answers=f'{counts["answers"]:,}',
+                novel=_format_share(counts['novel']), confidence=_format_share(counts['confidence']),
+                judged=f'{counts["judged"]:,}', right=correct)
 
 def _print_comparison(
-    comparison: dict | None, # from `compare_live`
-    as_json: bool, # JSON for a script, else a table for a person
+    comparison: dict | None, # result of `compare_live`; None: there is no challenger
+    as_json: bool, # whether to print JSON; otherwise a table
 ):
     "Print how often champion and challenger are correct."
     if as_json: print_json(comparison or {})
@@ -86,20 +86,20 @@ def _print_comparison(
         print_table([_variant_row(name, comparison[name]) for name in ('champion', 'challenger') if name in comparison])
         print_line(f'\n{comparison["verdict"]}')
 
-# %% ../../nbs/cli/05_release.ipynb #a6fc6efd
+# %% ../../nbs/cli/05_release.ipynb #89f6c123
 @ab_app.command('status')
 def ab_status(home: HomeOption = None, as_json: JsonOption = False):
-    "Show how often both are correct, by feedback."
+    "Show how often each model is correct, by feedback."
     from plant_mlops.monitor.ab import compare_live
     _print_comparison(compare_live(settings(home=home)), as_json)
 
-# %% ../../nbs/cli/05_release.ipynb #b7045e9c
+# %% ../../nbs/cli/05_release.ipynb #bfd96162
 @ab_app.command('stop')
 def ab_stop(home: HomeOption = None, as_json: JsonOption = False):
-    "Give all requests back to the champion, and show the result."
+    "End the A/B test, and show its result."
     from plant_mlops.registry.release import end_challenge
     from plant_mlops.monitor.ab import compare_live
     s = settings(home=home)
-    challenger = end_challenge(s) # first, so that a bad challenger goes even if the database is not available
+    challenger = end_challenge(s) # first, so that a bad challenger is removed even if the database is not available
     if challenger: print_line(f'Version {challenger["version"]} is no longer the challenger.', to_stderr=True)
     _print_comparison(compare_live(s, challenger), as_json)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'run']
 
-# %% ../../nbs/cli/03_run.ipynb #2af78e43
+# %% ../../nbs/cli/03_run.ipynb #aff5032a
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -13,15 +13,16 @@ from .jobs import print_run
 from .options import HomeOption, JsonOption, PairsCommand, SeedOption, new_app, read_pairs
 from .output import console, escaped, print_line, print_result
 from ..core.config import Settings, settings
-from ..core.workload import workload_of
+from ..core.workload import configured_workload
 from ..serve.onnx_model import predicted_label
 
 # %% ../../nbs/cli/03_run.ipynb #2902f54a
-def _print_figures(prediction: dict | None, evaluation: dict, examples: str, is_synthetic: bool):
+def _print_accuracy(prediction: dict | None, evaluation: dict, examples: str, is_synthetic: bool):
     "Print the prediction of the model in production, and the accuracy of the new version."
     note = f' [yellow](synthetic {examples})[/]' if is_synthetic else ''
     if prediction:
-        name, label = escaped(Path(prediction['file']).name), escaped(predicted_label(prediction))
+        name = escaped(Path(prediction['file']).name)
+        label = escaped(predicted_label(prediction))
         truth = f'; it was {escaped(prediction["label"])}' if 'label' in prediction else ''
         probability = f'{prediction["probability"]:.1%}'
         print_line(f'\n[bold]{name}[/] is [bold green]{label}[/], {probability}{truth}{note}')
@@ -29,23 +30,24 @@ def _print_figures(prediction: dict | None, evaluation: dict, examples: str, is_
     accuracy = f'{evaluation["accuracy"]:.1%} on {evaluation["n"]} test {examples}'
     print_line(f'Accuracy {accuracy}, 95% interval {interval}{note}')
 
-def _home_option(home: Path | None) -> str: # as given on the command line
-    "The option that the next command needs, too."
+def _home_option(home: Path | None) -> str: # '' where none was given
+    "The option `--home` for the next command."
     return f' --home {home}' if home else ''
 
-# %% ../../nbs/cli/03_run.ipynb #7e2b9ba7
+# %% ../../nbs/cli/03_run.ipynb #11da2dce
 def _print_photos_run(result: dict, home: Path | None):
     "Print the result of `run` for photos, and the next commands."
-    _print_figures(result['prediction'], result['evaluation'], 'photos', result['source'] == 'synthetic')
+    _print_accuracy(result['prediction'], result['evaluation'], 'photos', result['source'] == 'synthetic')
     print_line(f'In production: {result["model"]} version {result["champion"]}; {escaped(result["gate"])}')
-    option, photo = _home_option(home), escaped(result['prediction']['file'])
+    option = _home_option(home)
+    photo = escaped(result['prediction']['file'])
     print_line(f'\nNext: [bold]plant-mlops serve{option}[/], then open http://127.0.0.1:8000/ui')
     print_line(f'      [bold]plant-mlops predict{option} {photo}[/]')
 
 def _print_workload_run(result: dict, home: Path | None):
     "Print the result of `run` for another workload, and the next commands."
     is_synthetic = result['evaluation']['source'] == 'synthetic'
-    _print_figures(result['prediction'], result['evaluation'], 'examples', is_synthetic)
+    _print_accuracy(result['prediction'], result['evaluation'], 'examples', is_synthetic)
     production = 'Nothing is in production'
     if result['prediction']: production = f'In production: {result["model"]} version {result["champion"]}'
     promoted = 'was promoted' if result['promoted'] else 'was not promoted'
@@ -56,7 +58,7 @@ def _print_workload_run(result: dict, home: Path | None):
 
 # %% ../../nbs/cli/03_run.ipynb #fed53b6e
 def _run_workload(s: Settings, name: str, values: dict, as_json: bool) -> dict:
-    "Run the jobs of a workload that is not photos."
+    "Run the jobs of a workload other than photos."
     from plant_mlops.jobs.chains import run_workload
     def report(job_run):
         if not as_json: print_run(job_run)
@@ -72,16 +74,16 @@ def run(
         help='CSV or SQL file with the columns url_source and label')] = None,
     home: HomeOption = None,
     seed: SeedOption = None,
-    synthetic: Annotated[int, typer.Option(help='How many photos to draw when there are none', min=20)] = 320,
+    synthetic: Annotated[int, typer.Option(help='Number of photos to draw if none are given', min=20)] = 320,
     workload: Annotated[Optional[str], typer.Option(
         help='Workload of the model; default: photos, or that of PLANT_MODEL')] = None,
     p: Annotated[Optional[list[str]], typer.Option(
-        '-p', metavar='NAME VALUE', help='A parameter of the jobs of a workload; `job show NAME` lists them')] = None,
+        '-p', metavar='NAME VALUE', help='Parameter of the jobs of a workload; `job show NAME` lists them')] = None,
     as_json: JsonOption = False,
 ):
-    "Ingest, prepare, train, evaluate, register, promote, and predict."
+    "Run all stages: ingest, prepare, dataset, train (and register), evaluate, promote, predict."
     s = settings(home=home, seed=seed)
-    configured = workload_of(s)
+    configured = configured_workload(s)
     workload = workload or configured.name
     if workload == 'photos' and not configured.default:
         raise typer.BadParameter(f'the configured model is {s.model!r} (PLANT_MODEL); photos need another')
@@ -92,7 +94,7 @@ def run(
         else: _print_workload_run(result, home)
         if not result['prediction']: raise typer.Exit(4)
         return
-    if p: raise typer.BadParameter('-p is for --workload; photos have options of their own')
+    if p: raise typer.BadParameter('-p can only be used with another --workload; photos have options of their own')
     if photos and manifest: raise typer.BadParameter('give --photos or --manifest, not both')
     from plant_mlops.photos.main import run as run_photos
     result = run_photos(s, photos=photos, manifest=manifest, synthetic=synthetic, console=console(to_stderr=True))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'serve', 'serve_app', 'serve_dashboard']
 
-# %% ../../nbs/cli/08_serve.ipynb #119bd574
+# %% ../../nbs/cli/08_serve.ipynb #21780ae8
 from typing import Annotated, Optional
 import typer
 from .options import HomeOption, HostOption, PortOption, new_app
@@ -17,24 +17,24 @@ app = new_app()
 def serve(
     host: HostOption = None, port: PortOption = None,
     workers: Annotated[Optional[int], typer.Option(
-        help='Processes that answer; default: one for every four cores')] = None,
+        help='Number of server processes; default: one for every four cores')] = None,
     home: HomeOption = None,
 ):
-    "Serve the model in production: the API, and the page at /ui."
+    "Serve the API, and the page at /ui."
     from plant_mlops.serve.processes import preload_workers
     preload_workers()
     from plant_mlops.core.config import settings
     from plant_mlops.serve.server import run_server
     run_server(settings(home=home, host=host, port=port, workers=workers))
 
-# %% ../../nbs/cli/08_serve.ipynb #fc13eb9b
+# %% ../../nbs/cli/08_serve.ipynb #79af848d
 @app.command('app')
 def serve_app(
     host: HostOption = None, port: PortOption = None,
     api: Annotated[Optional[str], typer.Option(help='URL of the API')] = None,
     home: HomeOption = None,
 ):
-    "Serve the page alone, for an API that runs elsewhere."
+    "Serve only the page, for an API that runs elsewhere."
     from plant_mlops.core.config import settings
     from plant_mlops.serve.server import run_page
     run_page(settings(home=home, host=host, app_port=port, api_url=api))
@@ -43,10 +43,10 @@ def serve_app(
 @app.command('dashboard')
 def serve_dashboard(
     host: HostOption = None, port: PortOption = None,
-    browse: Annotated[bool, typer.Option('--browse', help='Open it in the browser, too')] = False,
+    browse: Annotated[bool, typer.Option('--browse', help='Also open it in the browser')] = False,
     home: HomeOption = None,
 ):
-    "Serve the dashboard: the data, the models, their mistakes and the traffic."
+    "Serve the dashboard of data, models and traffic."
     from plant_mlops.apps.server import run_dashboard
     from plant_mlops.core.config import settings
     run_dashboard(settings(home=home, dashboard_host=host, dashboard_port=port), browse)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'ingest', 'prepare', 'dataset', 'train', 'evaluate', 'cross_validate', 'predict']
 
-# %% ../../nbs/cli/04_stages.ipynb #12ace361
+# %% ../../nbs/cli/04_stages.ipynb #b1d1fc04
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -26,7 +26,7 @@ def ingest(shard: ShardOption = '1/1', home: HomeOption = None, as_json: JsonOpt
     print_result(result, as_json)
     if result.get('failed') or result.get('rejected') or result.get('skipped'): raise typer.Exit(3)
 
-# %% ../../nbs/cli/04_stages.ipynb #5bcd0d6a
+# %% ../../nbs/cli/04_stages.ipynb #a48ee059
 @app.command()
 def prepare(shard: ShardOption = '1/1', home: HomeOption = None, as_json: JsonOption = False):
     "Decode, check and pack photos that are not prepared yet."
@@ -35,7 +35,7 @@ def prepare(shard: ShardOption = '1/1', home: HomeOption = None, as_json: JsonOp
     print_result(result, as_json)
     if result.get('failed'): raise typer.Exit(3)
 
-# %% ../../nbs/cli/04_stages.ipynb #3edac97a
+# %% ../../nbs/cli/04_stages.ipynb #d2a54441
 @app.command()
 def dataset(home: HomeOption = None, as_json: JsonOption = False):
     "Make a version of the dataset: groups, splits and a card."
@@ -46,8 +46,8 @@ def dataset(home: HomeOption = None, as_json: JsonOption = False):
 @app.command()
 def train(
     home: HomeOption = None, seed: SeedOption = None,
-    epochs: Annotated[Optional[int], typer.Option(help='Epochs of fine-tuning', min=0)] = None,
-    arch: Annotated[Optional[str], typer.Option(help='Backbone, by its timm or torchvision name')] = None,
+    epochs: Annotated[Optional[int], typer.Option(help='Number of epochs of fine-tuning', min=0)] = None,
+    arch: Annotated[Optional[str], typer.Option(help='Name of the backbone in timm or torchvision')] = None,
     as_json: JsonOption = False,
 ):
     "Train on the newest dataset, and register the model."
@@ -55,18 +55,18 @@ def train(
     s = settings(home=home, seed=seed, epochs=epochs, arch=arch)
     print_result(stages.train(s, progress=not as_json), as_json)
 
-# %% ../../nbs/cli/04_stages.ipynb #5c19fc84
+# %% ../../nbs/cli/04_stages.ipynb #6591ec98
 @app.command()
 def evaluate(version: VersionOption = None, home: HomeOption = None, as_json: JsonOption = False):
-    "Metrics of a model on its test photos."
+    "Show the metrics of a model on its test photos."
     from plant_mlops.registry.evaluate import evaluate as evaluate_version
     from plant_mlops.registry.release import sync_champion
     s = settings(home=home)
     metrics = evaluate_version(s, version)
-    sync_champion(s) # publishes them with the version in production
+    sync_champion(s) # publish the metrics with the version in production
     print_result(metrics, as_json)
 
-# %% ../../nbs/cli/04_stages.ipynb #a4275746
+# %% ../../nbs/cli/04_stages.ipynb #7aca8449
 def _read_seeds(text: str | None, default: int) -> list: # of int
     "The value of `--seeds`."
     try: return [int(seed) for seed in text.split(',')] if text else [default]
@@ -76,16 +76,16 @@ def _read_seeds(text: str | None, default: int) -> list: # of int
 @app.command('cross-validate')
 def cross_validate(
     photos: Annotated[Optional[Path], typer.Option(
-        help='Folder with one folder of photos for each class; default: the photos that are prepared')] = None,
-    folds: Annotated[int, typer.Option(help='Folds', min=2)] = 5,
+        help='Folder with one folder of photos for each class; default: the prepared photos')] = None,
+    folds: Annotated[int, typer.Option(help='Number of folds', min=2)] = 5,
     seeds: Annotated[Optional[str], typer.Option(help='Seeds, comma-separated; default: the configured seed')] = None,
     home: HomeOption = None, as_json: JsonOption = False,
 ):
-    "Out-of-fold metrics of the training recipe."
+    "Show the out-of-fold metrics of the training recipe."
     s = settings(home=home)
-    each = _read_seeds(seeds, s.seed)
+    seed_list = _read_seeds(seeds, s.seed)
     from plant_mlops.photos import stages
-    print_result(stages.cross_validate(s, photos, folds, each, progress=not as_json), as_json)
+    print_result(stages.cross_validate(s, photos, folds, seed_list, progress=not as_json), as_json)
 
 # %% ../../nbs/cli/04_stages.ipynb #bc79701a
 def _print_prediction(answer: dict, model): # `Model`
@@ -103,7 +103,7 @@ def _print_prediction(answer: dict, model): # `Model`
 
 @app.command()
 def predict(
-    files: Annotated[list[Path], typer.Argument(help='Photos')],
+    files: Annotated[list[Path], typer.Argument(help='Files of photos')],
     home: HomeOption = None, as_json: JsonOption = False,
 ):
     "Predict the class of photos."

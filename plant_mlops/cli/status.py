@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['app', 'status', 'config']
 
-# %% ../../nbs/cli/09_status.ipynb #8a04b9e9
+# %% ../../nbs/cli/09_status.ipynb #dbfc8df7
 from .options import HomeOption, JsonOption, new_app
 from .output import console, escaped, new_table, print_json, print_line, print_result
 from ..core.config import describe_settings, find_unknown_variables, settings
 from ..monitor.status import status as read_status
 
-# %% ../../nbs/cli/09_status.ipynb #fbd57658
+# %% ../../nbs/cli/09_status.ipynb #e04ac8bf
 app = new_app()
 
 @app.command()
 def status(home: HomeOption = None, as_json: JsonOption = False):
-    "Show what is in production, its data and its metrics."
+    "Show the model in production, its data and metrics."
     print_result(read_status(settings(home=home)), as_json)
 
 # %% ../../nbs/cli/09_status.ipynb #67b21fda
@@ -36,7 +36,7 @@ def _print_unknown_variables():
 
 @app.command()
 def config(home: HomeOption = None, as_json: JsonOption = False):
-    "Show every setting, its value and where that came from."
+    "Show every setting, its value and its source."
     infos = describe_settings(settings(home=home))
     if as_json: print_json({name: dict(value=info.value, source=info.source) for name, info in infos.items()})
     else:

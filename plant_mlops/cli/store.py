@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'store_app', 'store_check', 'store_copy']
 
-# %% ../../nbs/cli/07_store.ipynb #2aa29cb6
+# %% ../../nbs/cli/07_store.ipynb #4681a3b5
 from typing import Annotated, Optional
 import typer
 from .options import HomeOption, JsonOption, new_app
@@ -16,27 +16,27 @@ from ..core.store import open_store
 
 # %% ../../nbs/cli/07_store.ipynb #d7bda73c
 app = new_app()
-store_app = new_app('The object store: photos, datasets, models.')
+store_app = new_app('Manage the object store.')
 app.add_typer(store_app, name='store')
 
 @store_app.command('check')
 def store_check(
     urls: Annotated[Optional[list[str]], typer.Argument(
-        help='Stores, as in PLANT_STORE_URL; default: the configured one')] = None,
+        help='URLs of stores, as in PLANT_STORE_URL; default: the configured one')] = None,
     home: HomeOption = None,
 ):
-    "Create the bucket of a store if it is missing, and check that objects can be written and read."
+    "Check that a store can be written and read. A bucket that is missing is created."
     s = settings(home=home)
     for url in urls or ['']: print_line(f'{check_store(s, url)} can be written and read.')
 
-# %% ../../nbs/cli/07_store.ipynb #1489193f
+# %% ../../nbs/cli/07_store.ipynb #53ea0bfa
 @store_app.command('copy')
 def store_copy(
     source: Annotated[str, typer.Argument(help='Store to copy from: a folder, or s3://bucket/prefix')],
     target: Annotated[str, typer.Argument(help='Store to copy to')],
     home: HomeOption = None, as_json: JsonOption = False,
 ):
-    "Copy the objects that another store lacks, to back up or to restore. Nothing is removed."
+    "Copy missing objects from one store to another. Nothing is removed, so it serves to back up and to restore."
     from rich.progress import Progress
     s = settings(home=home)
     stores = [open_store(s.model_copy(update=dict(store_url=url))) for url in (source, target)]

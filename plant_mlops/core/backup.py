@@ -17,7 +17,7 @@ from .store import Corrupt, NotFound, Store, checksum_in_key, open_store, sha256
 def copy_object(
     source: Store,
     target: Store,
-    key: str, # of the object
+    key: str, # key of the object
 ) -> int: # bytes that were copied; 0 where the target has the same
     "Copy one object unless the target has it; raises `Corrupt` where it is damaged, and `StoreError`."
     existing = target.stat(key)
@@ -27,21 +27,22 @@ def copy_object(
     target.put(key, data)
     return len(data)
 
-# %% ../../nbs/core/08_backup.ipynb #42a4b369
+# %% ../../nbs/core/08_backup.ipynb #129126ab
 class CopyResult(NamedTuple):
     "Result of one pass over a store."
-    n_objects: int # in the source
+    n_objects: int # number of objects in the source
     copied: dict # key → bytes
     damaged: list # messages of the objects that were not copied
 
 def _copy_pass(
     source: Store,
     target: Store,
-    on_object: Callable[[int], None], # called after each object with the number of objects
+    on_object: Callable[[int], None], # called with the number of objects, after each object
 ) -> CopyResult:
     "Copy every object that the target lacks, content-addressed ones first."
     objects = sorted(source.list(), key=lambda o: o.modified)
-    copied, damaged = {}, []
+    copied = {}
+    damaged = []
     def copy(key):
         try:
             n_bytes = copy_object(source, target, key)
@@ -59,7 +60,7 @@ def _copy_pass(
 def copy_store(
     source: Store,
     target: Store,
-    on_object: Callable[[int], None] = lambda total: None, # called after each object with the number of objects
+    on_object: Callable[[int], None] = lambda total: None, # called with the number of objects, after each object
 ) -> dict: # objects, copied, bytes
     "Copy what the target lacks; raises `PlantError` where objects are damaged, after copying the others."
     if repr(source) == repr(target): raise PlantError(f'{source} is both source and target. Name another target.')
@@ -77,7 +78,7 @@ def copy_store(
 # %% ../../nbs/core/08_backup.ipynb #30f5831e
 def check_store(
     s: Settings, # uses keys and endpoint
-    url: str = '', # of the store; '': the configured one
+    url: str = '', # URL of the store; '': the configured one
 ) -> str: # its URL
     "Write, read and remove an object, creating a missing bucket; raises `StoreError`."
     if url: s = s.model_copy(update=dict(store_url=url))

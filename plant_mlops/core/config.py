@@ -21,15 +21,15 @@ from pydantic_settings import (
 # %% ../../nbs/core/00_config.ipynb #d4bffc13
 class PlantError(Exception):
     "What happened, to what, and what to do next."
-    exit_code = 1 # of the command line
+    exit_code = 1 # exit code of the command line
 
-# %% ../../nbs/core/00_config.ipynb #0ffd91ec
-_NAME = '[a-z0-9][a-z0-9_-]*' # of a model
+# %% ../../nbs/core/00_config.ipynb #383644bb
+_NAME = '[a-z0-9][a-z0-9_-]*' # pattern of a model's name
 
 def _setting(
     default,
     description: str,
-    **constraints, # of pydantic's `Field`, such as ge or pattern
+    **constraints, # arguments of pydantic's `Field`, such as ge or pattern
 ):
     "A field with a description."
     return Field(default, description=description, **constraints)
@@ -37,7 +37,8 @@ def _setting(
 # %% ../../nbs/core/00_config.ipynb #9bb4cc24
 class BasicSettings(BaseSettings):
     "Settings that every part needs."
-    home: Path = _setting(Path('.plant'), 'Folder of everything that has no URL of its own')
+    home: Path = _setting(
+        Path('.plant'), 'Folder for local data (database, store, MLflow) where no URL is configured')
     model: str = _setting('plants', 'Name of the model in the registry and in the store', pattern=f'^{_NAME}$')
     seed: int = _setting(42, 'Seed of every random choice', ge=0)
     workloads: str = _setting('', 'Workloads that no installed package provides, as module:name (comma-separated)')
@@ -135,16 +136,16 @@ class DriftSettings(BaseSettings):
     drift_samples: int = _setting(500, 'Samples of those days that are compared, chosen at random', ge=2)
     drift_min: int = _setting(30, 'Fewer inputs, or fewer examples to compare them with, give no verdict', ge=2)
     drift_threshold: float = _setting(
-        .1, 'Drift is reported where at least this share of recent inputs is unlike the dataset', ge=0, lt=1)
+        .1, 'Drift is reported where at least this fraction of recent inputs is unlike the dataset', ge=0, lt=1)
 
 # %% ../../nbs/core/00_config.ipynb #cf127367
 class JobSettings(BaseSettings):
     "When jobs run, and for how long their results are kept."
     retrain_photos: int = _setting(
-        20, 'New photos, since the dataset of the newest model, that start a training', ge=1)
+        20, 'New photos, since the dataset of the newest model, that start a training run', ge=1)
     schedules: dict[str, str] = _setting(
         {}, 'Cron expressions (UTC) that replace those of the job table, as JSON such as {"train": "0 4 * * mon"}; '
-            'an empty one means never')
+            'an empty one: unscheduled')
     schedule_every: float = _setting(10., 'Seconds between two checks of the scheduler for a job to start', gt=0)
     jobs_at_once: int = _setting(2, 'Jobs that the scheduler runs at the same time', ge=1)
     job_grace: float = _setting(
@@ -176,9 +177,9 @@ class Settings(JobSettings, DriftSettings, ServeSettings, TrainSettings,
 
 # %% ../../nbs/core/00_config.ipynb #53060a7f
 def _variable_of(
-    name: str, # of a field, or a variable already
+    name: str, # name of a field, or of a variable
 ) -> str: # such as PLANT_IMAGE_SIZE
-    "Environment variable of a setting."
+    "The environment variable of a setting."
     return name if name.isupper() else f'PLANT_{name.upper()}'
 
 def _explain(
@@ -214,14 +215,14 @@ def split_commas(
     parts = (part.strip() for part in text.split(','))
     return list(dict.fromkeys(part for part in parts if part))
 
-# %% ../../nbs/core/00_config.ipynb #e5a6860f
+# %% ../../nbs/core/00_config.ipynb #19585403
 class AllowedHosts(NamedTuple):
     "Hosts that ingestion may reach though their address is not public."
-    names: set # host names, in lower case
+    names: set # host names, in lowercase
     networks: list # `ip_network` of each
 
 def parse_allowed_hosts(
-    s: Settings, # with `ingest_allow_hosts`
+    s: Settings, # uses `ingest_allow_hosts`
 ) -> AllowedHosts:
     "Split the allow-list into names and networks; raises `PlantError` on a network that is not valid."
     allowed = AllowedHosts(set(), [])
@@ -234,18 +235,18 @@ def parse_allowed_hosts(
             allowed.names.add(host.lower())
     return allowed
 
-# %% ../../nbs/core/00_config.ipynb #5826a754
+# %% ../../nbs/core/00_config.ipynb #6e601c9f
 def _mask_secrets(
-    value, # of a setting
+    value, # value of a setting
 ) -> str: # for display
     "A value as text, with asterisks in place of secrets."
     if isinstance(value, SecretStr): return '********' if value.get_secret_value() else ''
     text = re.sub(r'(?<=://)([^:/@]*):.*(?=@)', r'\1:********', str(value))
     return re.sub(r'(?i)(?<=[?&])(\w*(?:password|token|secret|key)\w*=)[^&]+', r'\1********', text)
 
-# %% ../../nbs/core/00_config.ipynb #bbd74994
+# %% ../../nbs/core/00_config.ipynb #03c0185e
 def _fields_set_by(
-    source: PydanticBaseSettingsSource, # such as the environment
+    source: PydanticBaseSettingsSource, # a source of settings, such as the environment
 ) -> set: # names
     "Fields that a source of settings gives a value."
     field_of_alias = {alias: name for name, field in Settings.model_fields.items()
@@ -260,7 +261,7 @@ class SettingInfo(NamedTuple):
     description: str
 
 def describe_settings(
-    s: Settings, # as `settings` returns them
+    s: Settings, # settings, as `settings` returns them
 ) -> dict: # name → `SettingInfo`
     "Every setting with its value and its source."
     in_environment = _fields_set_by(EnvSettingsSource(Settings))

@@ -6,7 +6,7 @@
 __all__ = ['RETRY_SECONDS', 'retry_transaction', 'ANSWER_TIMEOUT', 'is_transient', 'database_message', 'create_tables',
            'open_database', 'insert_or_ignore', 'call_with_retry']
 
-# %% ../../nbs/core/10_database.ipynb #05867495
+# %% ../../nbs/core/10_database.ipynb #40ca5117
 import sqlite3, threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,16 +16,16 @@ import sqlalchemy as sa, tenacity
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from .config import PlantError, Settings
 
-# %% ../../nbs/core/10_database.ipynb #6cb764e8
+# %% ../../nbs/core/10_database.ipynb #d10971be
 _PERMANENT = ('disk is full', 'disk I/O error', 'unable to open', 'readonly database')
 
 def is_transient(
     e: Exception, # raised by a database
 ) -> bool:
-    "Whether the operation is worth another try."
+    "Whether a retry may succeed."
     return not any(text in str(e) for text in _PERMANENT)
 
-# %% ../../nbs/core/10_database.ipynb #57c0504b
+# %% ../../nbs/core/10_database.ipynb #6551ec50
 def database_message(
     e: Exception, # raised by SQLAlchemy
 ) -> str: # one line
@@ -35,7 +35,7 @@ def database_message(
     is_vague = message in ('disk I/O error', 'unable to open database file')
     return f'{message} (is the disk full?)' if is_vague else message
 
-# %% ../../nbs/core/10_database.ipynb #76e95d7a
+# %% ../../nbs/core/10_database.ipynb #9312c160
 def _is_transient_sqlite_error(e): return isinstance(e, sqlite3.OperationalError) and is_transient(e)
 
 @tenacity.retry(retry=tenacity.retry_if_exception(_is_transient_sqlite_error), reraise=True,
@@ -49,7 +49,7 @@ def _prepare_sqlite(connection, _):
     _enable_wal(connection)
     connection.execute('PRAGMA synchronous=NORMAL').close()
 
-# %% ../../nbs/core/10_database.ipynb #fee4577f
+# %% ../../nbs/core/10_database.ipynb #53b1e6f3
 def _prepare_postgresql(connection, _):
     "Set up a new connection to PostgreSQL."
     with connection.cursor() as c: c.execute("SET TIME ZONE 'UTC'")
@@ -62,9 +62,9 @@ def _prepare_mysql(connection, _):
 
 _prepare = dict(sqlite=_prepare_sqlite, postgresql=_prepare_postgresql, mysql=_prepare_mysql, mariadb=_prepare_mysql)
 
-# %% ../../nbs/core/10_database.ipynb #19e52952
+# %% ../../nbs/core/10_database.ipynb #933ccb9f
 def _create_engine(
-    url: sa.URL, # of the database
+    url: sa.URL, # URL of the database
 ) -> sa.Engine: # not connected yet
     "Engine whose connections are set up for this package; creates the folder of a SQLite database."
     kind = url.get_backend_name()
@@ -74,7 +74,7 @@ def _create_engine(
     if eng.dialect.name in _prepare: sa.event.listen(eng, 'connect', _prepare[eng.dialect.name])
     return eng
 
-# %% ../../nbs/core/10_database.ipynb #365a91a5
+# %% ../../nbs/core/10_database.ipynb #79065364
 def _is_transient_database_error(e): return isinstance(e, sa.exc.DBAPIError) and is_transient(e)
 
 @tenacity.retry(retry=tenacity.retry_if_exception(_is_transient_database_error), reraise=True,
@@ -86,9 +86,9 @@ def create_tables(
     "Create the tables that do not exist; raises SQLAlchemy's errors."
     tables.create_all(eng)
 
-# %% ../../nbs/core/10_database.ipynb #26e06ba1
+# %% ../../nbs/core/10_database.ipynb #68da7b39
 def _without_password(
-    url: str, # of a database, perhaps not a valid one
+    url: str, # URL of a database, perhaps not a valid one
 ) -> str:
     "URL for a message."
     try: return sa.make_url(url).render_as_string(hide_password=True)
@@ -107,10 +107,10 @@ def open_database(
         raise PlantError(f'The catalog {_without_password(s.catalog_url)} cannot be used: {database_message(e)}. '
                          'Check PLANT_CATALOG_URL, and that the database runs.') from e
 
-# %% ../../nbs/core/10_database.ipynb #888bb36d
+# %% ../../nbs/core/10_database.ipynb #b460509c
 def insert_or_ignore(
     dialect: str, # sqlite, postgresql, mysql or mariadb
-    table: sa.Table, # that rows are inserted into
+    table: sa.Table, # table that rows are inserted into
     key: str, # a unique column of it
 ) -> sa.Insert: # to be executed with rows
     "An INSERT that ignores rows whose key exists."
@@ -118,8 +118,8 @@ def insert_or_ignore(
     if dialect in ('mysql', 'mariadb'): return mysql.insert(table).prefix_with('IGNORE')
     return sqlite.insert(table).on_conflict_do_nothing(index_elements=[key])
 
-# %% ../../nbs/core/10_database.ipynb #08a2c7cb
-RETRY_SECONDS = 30. # for which transient errors are retried
+# %% ../../nbs/core/10_database.ipynb #dc53f1c2
+RETRY_SECONDS = 30. # time for which transient errors are retried
 
 def _is_transient_operational_error(e): return isinstance(e, sa.exc.OperationalError) and is_transient(e)
 _retry_if_transient = tenacity.retry_if_exception(_is_transient_operational_error)
@@ -128,9 +128,9 @@ retry_transaction = tenacity.retry( # a decorator
     retry=_retry_if_transient, reraise=True, stop=tenacity.stop_after_delay(RETRY_SECONDS),
     wait=tenacity.wait_random_exponential(.1, max=3))
 
-# %% ../../nbs/core/10_database.ipynb #5e17c330
+# %% ../../nbs/core/10_database.ipynb #a1e2dd13
 def _call_with_timeout(
-    seconds: float, # to wait for the result
+    seconds: float, # longest time to wait for the result
     f: Callable, # function without arguments
 ):
     "Result of a function that runs in a thread; raises `TimeoutError`, leaving the thread running."
@@ -141,13 +141,13 @@ def _call_with_timeout(
     threading.Thread(target=run, daemon=True).start()
     return result.result(seconds)
 
-# %% ../../nbs/core/10_database.ipynb #af4049a0
+# %% ../../nbs/core/10_database.ipynb #2613ad17
 ANSWER_TIMEOUT = 60. # seconds; more than SQLite waits for a lock
 
 def call_with_retry(
     f: Callable, # function of the catalog
-    *args, # its arguments
-    retry_seconds: float = RETRY_SECONDS, # for which transient errors are retried
+    *args, # arguments of the function
+    retry_seconds: float = RETRY_SECONDS, # time for which transient errors are retried
 ): # what `f` returns
     "Call a function of the catalog; raises `PlantError` where the database keeps failing or does not answer."
     retrying = tenacity.Retrying(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ONE_DAY', 'FolderStore']
 
-# %% ../../nbs/core/05_folder_store.ipynb #2611aa82
+# %% ../../nbs/core/05_folder_store.ipynb #890e9240
 import contextlib, ctypes, os, shutil, time, uuid
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -18,7 +18,7 @@ from .process import is_alive, pid_namespace_id
 from .store_protocol import (
     Corrupt, Stat, StoreError, check_key, checksum_in_key, conflict_error, not_found_error, sha256_of, verify_checksum)
 
-# %% ../../nbs/core/05_folder_store.ipynb #2b2dcf97
+# %% ../../nbs/core/05_folder_store.ipynb #fac80909
 def _load_syncfs():
     "The system's function that flushes a file system; None where there is none."
     if os.name != 'posix': return None
@@ -34,7 +34,7 @@ def _fsync_folder(
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../../nbs/core/05_folder_store.ipynb #7286e9d5
+# %% ../../nbs/core/05_folder_store.ipynb #45d46b33
 def _with_folder(
     path: Path, # file that is written
     action, # function without arguments that needs the file's folder
@@ -52,14 +52,14 @@ def _copy_into(
     if not isinstance(data, Path): return file.write(data)
     with open(data, 'rb') as source: shutil.copyfileobj(source, file, 1 << 20)
 
-# %% ../../nbs/core/05_folder_store.ipynb #dd24163e
+# %% ../../nbs/core/05_folder_store.ipynb #e8c93f1a
 def _write_atomically(
     path: Path, # file that is written or replaced
     data: bytes | Path, # content, or the file that holds it
     tmp: Path, # temporary file on the same file system
     sync: bool = True, # flush to the disk
 ):
-    "Write a file so that it is complete or not there; missing folders are created."
+    "Write a file atomically; missing folders are created."
     sync = sync or not _syncfs
     try:
         with _with_folder(tmp, lambda: open(tmp, 'wb')) as f:
@@ -72,11 +72,11 @@ def _write_atomically(
         with contextlib.suppress(OSError): tmp.unlink()
         raise
 
-# %% ../../nbs/core/05_folder_store.ipynb #0250edeb
+# %% ../../nbs/core/05_folder_store.ipynb #6913c1e9
 ONE_DAY = 86_400 # seconds
 
 def _new_tmp_file(
-    folder: Path, # of temporary files
+    folder: Path, # folder of temporary files
 ) -> Path: # does not exist yet
     "Name for a temporary file of this process."
     return folder/f'{os.getpid()}@{pid_namespace_id()}@{uuid.uuid4().hex}'
@@ -90,17 +90,17 @@ def _is_stale(
     return time.time() - file.stat().st_mtime > ONE_DAY
 
 def _remove_stale_files(
-    folder: Path, # of temporary files
+    folder: Path, # folder of temporary files
 ):
     "Remove the temporary files of processes that are gone."
     for file in folder.glob('*@*@*'):
         with contextlib.suppress(OSError):
             if _is_stale(file): file.unlink()
 
-# %% ../../nbs/core/05_folder_store.ipynb #e04b700a
+# %% ../../nbs/core/05_folder_store.ipynb #3ac8e461
 class FolderStore:
     "Objects as files in a folder; a `Store`."
-    threads = 2 # reading and hashing files is work for the processor
+    threads = 2 # reading and hashing files is limited by the CPU
 
     def __init__(self,
         root: Path | str, # folder of the store, created at the first put
@@ -117,10 +117,10 @@ class FolderStore:
         "Location of an object, as a URL."
         return f'{self._base_url}/{quote(check_key(key))}'
 
-# %% ../../nbs/core/05_folder_store.ipynb #00dd0d59
+# %% ../../nbs/core/05_folder_store.ipynb #29e224fc
 @contextlib.contextmanager
 def _raise_disk_errors(
-    key: str, # of the object, for the message
+    key: str, # key of the object, for error messages
 ):
     "Convert `OSError` to `StoreError`."
     try: yield
@@ -128,7 +128,7 @@ def _raise_disk_errors(
         raise StoreError(f'{key}: {e.strerror or e}. Nothing was changed. '
                          'Free some disk space or fix the permissions, then run again.') from e
 
-# %% ../../nbs/core/05_folder_store.ipynb #5255dce0
+# %% ../../nbs/core/05_folder_store.ipynb #c5715816
 @patch
 def _lock(self:FolderStore, key: str):
     "Context manager: one writer at a time for keys that may change."
@@ -143,10 +143,10 @@ def _recorded_checksum(self:FolderStore, key: str) -> str:
     try: return (self.checksums/key).read_text()
     except (FileNotFoundError, NotADirectoryError): return ''
 
-# %% ../../nbs/core/05_folder_store.ipynb #b3e77b20
+# %% ../../nbs/core/05_folder_store.ipynb #d0d29867
 @patch
 def stat(self:FolderStore,
-    key: str, # of the object
+    key: str, # key of the object
 ) -> Stat | None: # None if there is no such object
     "What is known of an object."
     try: status = (self.root/check_key(key)).stat()
@@ -156,9 +156,9 @@ def stat(self:FolderStore,
     modified = datetime.fromtimestamp(status.st_mtime, timezone.utc)
     return Stat(key, status.st_size, etag, self._recorded_checksum(key), modified)
 
-# %% ../../nbs/core/05_folder_store.ipynb #4c49fbfc
+# %% ../../nbs/core/05_folder_store.ipynb #cf39f0b8
 def _check_condition(
-    key: str, # of the object
+    key: str, # key of the object
     current: Stat | None, # the object as it is now
     if_absent: bool, # require that there is none
     if_match: str, # require this etag
@@ -167,11 +167,11 @@ def _check_condition(
     if if_absent and current: raise conflict_error(key)
     if if_match and (not current or current.etag != if_match): raise conflict_error(key)
 
-# %% ../../nbs/core/05_folder_store.ipynb #728629cd
+# %% ../../nbs/core/05_folder_store.ipynb #f5ffd71d
 @patch
 def put(self:FolderStore,
-    key: str, # of the object
-    data: bytes | Path, # its content, or the file that holds it
+    key: str, # key of the object
+    data: bytes | Path, # content of the object, or the file that holds it
     sha256: str = '', # checksum that the content must have
     if_absent: bool = False, # put only if there is no such object
     if_match: str = '', # put only if the object still has this etag
@@ -186,12 +186,14 @@ def put(self:FolderStore,
         else: self._put_with_checksum(key, data, checksum, sync)
     return self.stat(key)
 
-# %% ../../nbs/core/05_folder_store.ipynb #0a480c2f
+# %% ../../nbs/core/05_folder_store.ipynb #edd061df
 @patch
 def _put_with_checksum(self:FolderStore, key: str, data: bytes | Path, checksum: str, sync: bool):
-    "Replace an object and its checksum file; what a full disk can stop comes first."
-    path, record = self.root/key, self.checksums/key
-    new_record, old_record = _new_tmp_file(self.tmp), _new_tmp_file(self.tmp)
+    "Replace an object and its checksum file; the steps that a full disk can stop come first."
+    path = self.root/key
+    record = self.checksums/key
+    new_record = _new_tmp_file(self.tmp)
+    old_record = _new_tmp_file(self.tmp)
     before = self.stat(key)
     record.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -208,7 +210,7 @@ def _put_with_checksum(self:FolderStore, key: str, data: bytes | Path, checksum:
         new_record.unlink(missing_ok=True)
         old_record.unlink(missing_ok=True)
 
-# %% ../../nbs/core/05_folder_store.ipynb #789999e9
+# %% ../../nbs/core/05_folder_store.ipynb #41164fd2
 @patch
 def sync(self:FolderStore):
     "Make everything put with `sync=False` durable; raises `StoreError` if the disk fails."
@@ -219,7 +221,7 @@ def sync(self:FolderStore):
             if _syncfs(fd): raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     finally: os.close(fd)
 
-# %% ../../nbs/core/05_folder_store.ipynb #1ae01efe
+# %% ../../nbs/core/05_folder_store.ipynb #bfdf0431
 @patch
 def _get_once(self:FolderStore, key: str, sha256: str) -> bytes:
     "Read an object; raises `NotFound`, or `Corrupt` if its checksum is wrong."
@@ -230,7 +232,7 @@ def _get_once(self:FolderStore, key: str, sha256: str) -> bytes:
 
 @patch
 def get(self:FolderStore,
-    key: str, # of the object
+    key: str, # key of the object
     sha256: str = '', # checksum that it must have, in addition to the recorded one
 ) -> bytes: # the whole object
     "Read an object; raises `NotFound`, or `Corrupt` if its checksum is wrong."
@@ -240,10 +242,10 @@ def get(self:FolderStore,
             except Corrupt: time.sleep(.05)
         return self._get_once(key, sha256)
 
-# %% ../../nbs/core/05_folder_store.ipynb #f238be12
+# %% ../../nbs/core/05_folder_store.ipynb #a317d99d
 @patch
 def list(self:FolderStore,
-    prefix: str = '', # of the keys
+    prefix: str = '', # prefix of the keys
 ) -> Iterator[Stat]: # in the order of keys
     "Objects whose key begins with a prefix."
     folder = self.root/prefix.rpartition('/')[0]
@@ -254,10 +256,10 @@ def list(self:FolderStore,
         status = self.stat(key)
         if status: yield status # None: it was deleted in the meantime
 
-# %% ../../nbs/core/05_folder_store.ipynb #beee0fda
+# %% ../../nbs/core/05_folder_store.ipynb #826d3ae5
 @patch
 def delete(self:FolderStore,
-    key: str, # of the object
+    key: str, # key of the object
 ):
     "Remove an object; no error if it does not exist."
     with _raise_disk_errors(key), self._lock(key):

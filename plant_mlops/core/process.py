@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['cpu_cores', 'is_alive', 'pid_namespace_id']
 
-# %% ../../nbs/core/02_process.ipynb #49c99dfe
+# %% ../../nbs/core/02_process.ipynb #85e179a7
 import hashlib, math, os, platform
 from functools import cache
 from pathlib import Path
 
-# %% ../../nbs/core/02_process.ipynb #46bed75b
+# %% ../../nbs/core/02_process.ipynb #810b688c
 def _cgroup_cpu_limit(
     cgroup: Path, # folder of the control group
 ) -> float: # cores, such as 0.5; infinite where there is no limit
@@ -22,7 +22,7 @@ def _cgroup_cpu_limit(
     except (OSError, ValueError): return math.inf # no control group, or 'max 100000'
     return limit if limit > 0 else math.inf       # version 1 writes -1 for no limit
 
-# %% ../../nbs/core/02_process.ipynb #85574fe5
+# %% ../../nbs/core/02_process.ipynb #d580db5f
 def cpu_cores(
     cgroup: Path = Path('/sys/fs/cgroup'), # folder of this process's control group
 ) -> int: # ≥ 1
@@ -33,7 +33,7 @@ def cpu_cores(
     if limit >= available: return available
     return max(1, math.ceil(limit))
 
-# %% ../../nbs/core/02_process.ipynb #0375b91b
+# %% ../../nbs/core/02_process.ipynb #181a9300
 def is_alive(
     pid: int, # process ID in this PID namespace
 ) -> bool:
@@ -43,7 +43,7 @@ def is_alive(
     except PermissionError: return True # it exists, and belongs to another user
     return True
 
-# %% ../../nbs/core/02_process.ipynb #9fdb22d2
+# %% ../../nbs/core/02_process.ipynb #551b0434
 @cache
 def pid_namespace_id() -> str: # 12 hexadecimal digits
     "ID of this PID namespace: another machine, boot or container has another one."

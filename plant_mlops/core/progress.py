@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['progress_bar']
 
-# %% ../../nbs/core/09_progress.ipynb #0173174f
+# %% ../../nbs/core/09_progress.ipynb #71fa2891
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-# %% ../../nbs/core/09_progress.ipynb #b192dd63
+# %% ../../nbs/core/09_progress.ipynb #52b6ddd5
 @contextmanager
 def progress_bar(
-    title: str, # what is being done
-    total: int, # steps in all
-    show: bool = True, # nothing is shown if this is false, or there are no steps
+    title: str, # name of the work
+    total: int, # number of steps
+    show: bool = True, # whether the bar is shown; it never is without steps
 ) -> Iterator[Callable]: # a function `advance(steps=1)`
-    "Show a progress bar on standard error for the length of a `with`."
+    "Show a progress bar on standard error during a `with` statement."
     columns = [TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=Console(stderr=True), disable=not (show and total)) as bar:
         task = bar.add_task(title, total=total)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['s3_client', 'S3Store']
 
-# %% ../../nbs/core/06_s3_store.ipynb #b9e2d5eb
+# %% ../../nbs/core/06_s3_store.ipynb #a6144fdb
 import contextlib, io, os
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -15,15 +15,15 @@ from .config import Settings
 from .store_protocol import (
     Conflict, NotFound, Stat, StoreError, check_key, checksum_in_key, conflict_error, not_found_error, verify_checksum)
 
-# %% ../../nbs/core/06_s3_store.ipynb #52ca40e7
+# %% ../../nbs/core/06_s3_store.ipynb #d02f6ba9
 @lru_cache(8)
 def _create_client(
     endpoint: str, # URL; '': Amazon
-    key: str, # access key; '': as boto3 finds it
-    secret: str, # secret key; '': as boto3 finds it
-    timeout: float, # of a request, in seconds
-    region: str, # such as us-east-1
-    tries: int, # of a request
+    key: str, # access key; '': the one that boto3 finds
+    secret: str, # secret key; '': the one that boto3 finds
+    timeout: float, # time limit of a request, in seconds
+    region: str, # AWS region, such as us-east-1
+    tries: int, # number of tries of a request
 ):
     "A boto3 client; cached, because creating one is slow, and threads may share it."
     import boto3
@@ -38,38 +38,39 @@ def _create_client(
     except ValueError:
         raise StoreError(f'PLANT_S3_ENDPOINT_URL = {endpoint!r} is not a URL. Write it as http://host:9000.') from None
 
-# %% ../../nbs/core/06_s3_store.ipynb #8ed77a90
+# %% ../../nbs/core/06_s3_store.ipynb #2054bf38
 def s3_client(
     s: Settings, # endpoint, keys and timeout
-    tries: int = 8, # of a request: half a minute, in which a server may be restarted
+    tries: int = 8, # number of tries of a request: half a minute, in which a server may be restarted
 ): # boto3 client
     "Client for the configured S3, which retries with backoff; raises `StoreError` where the endpoint is not a URL."
     region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION') or 'us-east-1'
-    key, secret = s.s3_access_key.get_secret_value(), s.s3_secret_key.get_secret_value()
+    key = s.s3_access_key.get_secret_value()
+    secret = s.s3_secret_key.get_secret_value()
     return _create_client(s.s3_endpoint_url, key, secret, s.s3_timeout, region, tries)
 
-# %% ../../nbs/core/06_s3_store.ipynb #542156e5
+# %% ../../nbs/core/06_s3_store.ipynb #2bf4dcf7
 _NOT_FOUND = {'404', 'NoSuchKey', 'NotFound'}
 _CONFLICT = {'412', 'PreconditionFailed', '409', 'ConditionalRequestConflict'}
 _DENIED = {'403', 'AccessDenied', 'SignatureDoesNotMatch', 'InvalidAccessKeyId'}
 
 def _to_store_error(
     e, # botocore's `ClientError`
-    key: str, # of the object
-    where: str, # the store, in words
+    key: str, # key of the object
+    where: str, # description of the store, for error messages
 ) -> StoreError: # to be raised
-    "The store's error for an answer of S3 that is not a success."
+    "The store's error for an error response of S3."
     code = str(e.response['Error'].get('Code', ''))
     if code in _NOT_FOUND: return not_found_error(key, where)
     if code in _CONFLICT: return conflict_error(key)
-    advice = "Check the keys and the bucket's policy." if code in _DENIED else 'Run again when the server works again.'
+    advice = "Check the keys and the bucket's policy." if code in _DENIED else 'Run again when the server is available.'
     return StoreError(f'{key}: {where} answered {code}: {e.response["Error"].get("Message", "")} {advice}')
 
-# %% ../../nbs/core/06_s3_store.ipynb #8f8f4a54
+# %% ../../nbs/core/06_s3_store.ipynb #601808da
 @contextlib.contextmanager
 def _raise_s3_errors(
-    key: str, # of the object, for the message
-    where: str, # the store, in words
+    key: str, # key of the object, for error messages
+    where: str, # description of the store, for error messages
 ):
     "Convert boto3's errors to the store's."
     from boto3.exceptions import Boto3Error
@@ -80,7 +81,7 @@ def _raise_s3_errors(
         raise StoreError(f'{key}: {where} cannot be used ({e}). Is it running, and is PLANT_S3_ENDPOINT_URL right? '
                          'Nothing was lost: run again.') from e
 
-# %% ../../nbs/core/06_s3_store.ipynb #b3e3cb81
+# %% ../../nbs/core/06_s3_store.ipynb #6e7eb216
 _PART_SIZE = 8 << 20 # bytes; that of boto3's uploads
 
 class S3Store:
@@ -96,7 +97,7 @@ class S3Store:
         self.prefix = f'{prefix}/' if prefix else ''
         self.where = f'{s.s3_endpoint_url or "S3"} (bucket {self.bucket})'
         self.client = s3_client(s)
-        self._first_client = s3_client(s, tries=4) # fails sooner, for an address that was mistyped
+        self._first_client = s3_client(s, tries=4) # fails sooner, in case the address was mistyped
 
     def __repr__(self): return f's3://{self.bucket}/{self.prefix}'
 

@@ -14,10 +14,10 @@ from .s3_store import S3Store
 from .store_protocol import (
     Conflict, Corrupt, NotFound, Stat, Store, StoreError, checksum_in_key, sha256_of)
 
-# what can be imported from here, too; nbdev adds it to __all__
+# names that this module re-exports; nbdev adds them to __all__
 _all_ = [Conflict, Corrupt, FolderStore, NotFound, S3Store, Stat, Store, StoreError, checksum_in_key, sha256_of]
 
-# %% ../../nbs/core/07_store.ipynb #fdb7765c
+# %% ../../nbs/core/07_store.ipynb #79a191fa
 def _folder_of(
     url: str, # file:///…
 ) -> str: # path

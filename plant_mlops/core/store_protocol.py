@@ -6,7 +6,7 @@
 __all__ = ['StoreError', 'NotFound', 'Corrupt', 'Conflict', 'not_found_error', 'conflict_error', 'Stat', 'Store', 'sha256_of',
            'checksum_in_key', 'verify_checksum', 'check_key']
 
-# %% ../../nbs/core/04_store_protocol.ipynb #9816aa07
+# %% ../../nbs/core/04_store_protocol.ipynb #b05dac38
 import hashlib, re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,47 +16,47 @@ from pathlib import Path
 from typing import Protocol
 from .config import PlantError
 
-# %% ../../nbs/core/04_store_protocol.ipynb #a9fa06ce
+# %% ../../nbs/core/04_store_protocol.ipynb #8a70e322
 class StoreError(PlantError): "The store failed, or refused a request."
 class NotFound(StoreError): "There is no object with that key."
 class Corrupt(StoreError): "The bytes do not have the checksum they should have."
 class Conflict(StoreError): "Another writer changed the object first."
 
-# %% ../../nbs/core/04_store_protocol.ipynb #937f934b
+# %% ../../nbs/core/04_store_protocol.ipynb #89ef0afb
 def not_found_error(
-    key: str, # of the object
-    where: str, # the store, in words
+    key: str, # key of the object
+    where: str, # description of the store, for error messages
 ) -> NotFound: # to be raised
     "Error for an object that is not in the store."
     return NotFound(f'{key}: there is no such object in {where}.')
 
 def conflict_error(
-    key: str, # of the object
+    key: str, # key of the object
 ) -> Conflict: # to be raised
     "Error for a conditional put whose condition does not hold."
     return Conflict(f'{key}: another writer changed it in the meantime. Read it again, then decide.')
 
-# %% ../../nbs/core/04_store_protocol.ipynb #fa1702b1
+# %% ../../nbs/core/04_store_protocol.ipynb #d7ccad61
 @dataclass(frozen=True)
 class Stat:
     "What is known of an object without reading it."
-    key: str           # its name
-    size: int          # in bytes
+    key: str           # name of the object
+    size: int          # size in bytes
     etag: str          # changes when the object does; pass it to `put` as `if_match`
     sha256: str        # checksum recorded at put, '' if none was
     modified: datetime # time of the last put, UTC
 
-# %% ../../nbs/core/04_store_protocol.ipynb #49a9b5f9
+# %% ../../nbs/core/04_store_protocol.ipynb #e3307498
 class Store(Protocol):
     "Objects by key. Every method raises `StoreError` where the store cannot be used."
-    threads: int # threads that it is worth using at the same time
+    threads: int # number of threads that make sense at the same time
 
     def url(self, key: str) -> str:
         "Location of an object, as a URL."
 
     def put(self,
-        key: str, # of the object
-        data: bytes | Path, # its content, or the file that holds it
+        key: str, # key of the object
+        data: bytes | Path, # content of the object, or the file that holds it
         sha256: str = '', # checksum that the content must have
         if_absent: bool = False, # put only if there is no such object
         if_match: str = '', # put only if the object still has this etag
@@ -68,7 +68,7 @@ class Store(Protocol):
         "Make everything put with `sync=False` durable, so that it survives a power cut."
 
     def get(self,
-        key: str, # of the object
+        key: str, # key of the object
         sha256: str = '', # checksum that it must have, in addition to the recorded one
     ) -> bytes:
         "Read an object; raises `NotFound`, or `Corrupt` if its checksum is wrong."
@@ -82,7 +82,7 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         "Remove an object; no error if it does not exist."
 
-# %% ../../nbs/core/04_store_protocol.ipynb #5a2092cb
+# %% ../../nbs/core/04_store_protocol.ipynb #ab2e8c02
 def sha256_of(
     data: bytes | Path, # bytes, or the file that holds them
 ) -> str: # 64 hexadecimal digits
@@ -90,33 +90,33 @@ def sha256_of(
     if isinstance(data, (bytes, bytearray, memoryview)): return hashlib.sha256(data).hexdigest()
     with open(data, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../../nbs/core/04_store_protocol.ipynb #255eb313
+# %% ../../nbs/core/04_store_protocol.ipynb #d14d10e7
 @lru_cache(1000)
 def checksum_in_key(
-    key: str, # of an object
+    key: str, # key of an object
 ) -> str: # its checksum; '' if the key does not contain it
     "The checksum that a content-addressed key ends in."
     match = re.search(r'(?:^|/)([0-9a-f]{64})(?:\.\w+)?$', key)
     return match[1] if match else ''
 
-# %% ../../nbs/core/04_store_protocol.ipynb #03a411ff
+# %% ../../nbs/core/04_store_protocol.ipynb #6fd212df
 def verify_checksum(
-    key: str, # of the object, for the message
-    data: bytes | Path, # its content
+    key: str, # key of the object, for error messages
+    data: bytes | Path, # content of the object
     *expected: str, # checksums it must have; empty ones are ignored
 ) -> str: # the checksum
     "Compute the checksum of an object's content; raises `Corrupt` unless it is each of the expected ones."
     actual = sha256_of(data)
-    for e in expected:
-        if e and e != actual:
-            raise Corrupt(f'{key}: the checksum is {actual[:12]}…, expected {e[:12]}…. '
+    for checksum in expected:
+        if checksum and checksum != actual:
+            raise Corrupt(f'{key}: the checksum is {actual[:12]}…, expected {checksum[:12]}…. '
                           'The object is damaged: fetch or build it again.')
     return actual
 
-# %% ../../nbs/core/04_store_protocol.ipynb #e2ec1909
+# %% ../../nbs/core/04_store_protocol.ipynb #31cd4a00
 def check_key(
-    key: str, # of an object
-) -> str: # the same
+    key: str, # key of an object
+) -> str: # the same key
     "Return a key that every store can use; raises `StoreError` for any other."
     has_bad_part = any(not part or part.startswith('.') for part in key.split('/'))
     if has_bad_part or '\\' in key or '\0' in key:

@@ -35,22 +35,22 @@ plants_data = sa.Table('plants_data', metadata,
     sa.Column('updated_at', sa.DateTime, server_default=sa.func.current_timestamp()),
     mysql_charset='utf8mb4', mariadb_charset='utf8mb4')
 
-# %% ../../nbs/data/00_catalog.ipynb #68388d9b
+# %% ../../nbs/data/00_catalog.ipynb #f0129d64
 STATUSES = ('new', 'stored', 'failed', 'rejected')
 
 # %% ../../nbs/data/00_catalog.ipynb #ea59ef52
 def open_catalog(
-    s: Settings, # `catalog_url` says which database
+    s: Settings, # settings; `catalog_url` names the database
 ) -> sa.Engine: # connected; the table exists
     "The configured catalog; raises `PlantError` if the database cannot be used."
     return open_database(s, metadata)
 
 # %% ../../nbs/data/00_catalog.ipynb #397ef2bd
 def _check_row(
-    number: int, # of the row in its file, for the message
+    number: int, # number of the row in its file, for error messages
     row: dict, # `url_source` and `label`
-) -> dict: # the same, without surrounding space
-    "A row that can be added; raises `PlantError` for one without a usable URL."
+) -> dict: # the row, without surrounding space
+    "Check a row; raises `PlantError` if it has no usable URL."
     url = (row.get('url_source') or '').strip()
     label = (row.get('label') or '').strip()
     try: scheme = urlsplit(url).scheme
@@ -62,15 +62,17 @@ def _check_row(
                          f'(%-escapes count), the label {MAX_LABEL}. Nothing was added.')
     return dict(url_source=url, label=label or None)
 
-# %% ../../nbs/data/00_catalog.ipynb #637bc4ce
+# %% ../../nbs/data/00_catalog.ipynb #1212f81a
 def _merge_rows(
     rows: Iterable[dict], # with `url_source` and `label`
 ) -> list: # checked rows, one for each URL
-    "Check rows and join those of the same URL; raises `PlantError` where they have different labels."
-    merged, numbers = {}, {}
+    "Check rows and merge those of the same URL; raises `PlantError` where they have different labels."
+    merged = {}  # URL → row
+    numbers = {} # URL → number of its first row
     for number, raw in enumerate(rows, 1):
         row = _check_row(number, raw)
-        url, label = row['url_source'], row['label']
+        url = row['url_source']
+        label = row['label']
         first = merged.setdefault(url, row)
         numbers.setdefault(url, number)
         if label and first['label'] and label != first['label']:
@@ -81,64 +83,64 @@ def _merge_rows(
 
 # %% ../../nbs/data/00_catalog.ipynb #855bcdb4
 def count_rows(
-    c: sa.Connection, # to the catalog
+    c: sa.Connection, # connection to the catalog
 ) -> int:
     "Number of rows in the catalog."
     return c.scalar(sa.select(sa.func.count()).select_from(plants_data))
 
-# %% ../../nbs/data/00_catalog.ipynb #0f203ca8
+# %% ../../nbs/data/00_catalog.ipynb #751ce7dc
 def _update_labels(
-    c: sa.Connection, # in a transaction
+    c: sa.Connection, # connection in a transaction
     rows: list, # checked rows
-) -> int: # labels that changed
-    "Give existing rows the label that they come with now; a row without a label changes nothing."
+) -> int: # number of labels that changed
+    "Update the labels of existing rows; a row without a label changes nothing."
     t = plants_data.c
     labels = {r['url_source']: r['label'] for r in rows if r['label']}
     existing = c.execute(sa.select(t.id, t.url_source, t.label).where(t.url_source.in_(labels))).all()
     changes = [dict(row_id=row_id, new_label=labels[url]) for row_id, url, label in existing
-               if url in labels and label != labels[url]] # the database may not tell a from A
+               if url in labels and label != labels[url]] # the database may ignore case
     update = sa.update(plants_data).where(t.id == sa.bindparam('row_id')).values(label=sa.bindparam('new_label'))
     if changes: c.execute(update, changes)
     return len(changes)
 
-# %% ../../nbs/data/00_catalog.ipynb #5b280c87
+# %% ../../nbs/data/00_catalog.ipynb #e025fdd9
 @retry_transaction
 def _insert_checked_rows(
-    eng: sa.Engine, # catalog
+    engine: sa.Engine, # engine of the catalog
     rows: list, # checked rows
-) -> dict: # rows that are `new`, and rows `relabelled`
+) -> dict: # numbers of rows: `new` and `relabelled`
     "Add checked rows in one transaction."
     relabelled = 0
-    with eng.begin() as c:
+    with engine.begin() as c:
         before = count_rows(c)
         for i in range(0, len(rows), 500):
             part = rows[i:i + 500]
             relabelled += _update_labels(c, part)
-            c.execute(insert_or_ignore(eng.dialect.name, plants_data, 'url_source'), part)
+            c.execute(insert_or_ignore(engine.dialect.name, plants_data, 'url_source'), part)
         return dict(new=count_rows(c) - before, relabelled=relabelled)
 
 # %% ../../nbs/data/00_catalog.ipynb #17408e07
 def add_rows(
-    eng: sa.Engine, # catalog
+    engine: sa.Engine, # engine of the catalog
     rows: Iterable[dict], # with `url_source` and `label`
-) -> dict: # rows that are `new`, and rows `relabelled`
+) -> dict: # numbers of rows: `new` and `relabelled`
     "Add photos by URL, or update their labels; raises `PlantError` on an unusable URL, and on two labels for one URL."
-    return _insert_checked_rows(eng, _merge_rows(rows))
+    return _insert_checked_rows(engine, _merge_rows(rows))
 
-# %% ../../nbs/data/00_catalog.ipynb #0dcc2939
+# %% ../../nbs/data/00_catalog.ipynb #34f807ac
 @retry_transaction
 def remove_missing(
-    eng: sa.Engine, # catalog
-    prefix: str, # of the URLs that are considered
+    engine: sa.Engine, # engine of the catalog
+    prefix: str, # prefix of the URLs to check
     present: set, # URLs that still exist
     delete: bool = True, # False: only count
-) -> int: # rows that are missing
+) -> int: # number of rows whose URL does not exist any more
     "Delete the rows whose URL begins with a prefix and does not exist any more."
     t = plants_data.c
-    with eng.begin() as c:
+    with engine.begin() as c:
         rows = c.execute(sa.select(t.id, t.url_source).where(t.url_source.startswith(prefix, autoescape=True))).all()
         missing = [dict(row_id=row_id) for row_id, url in rows
-                   if url.startswith(prefix) and url not in present] # the database may not tell a from A
+                   if url.startswith(prefix) and url not in present] # the database may ignore case
         if missing and delete: c.execute(sa.delete(plants_data).where(t.id == sa.bindparam('row_id')), missing)
     return len(missing)
 
@@ -151,80 +153,80 @@ def _check_shard(
     if not 1 <= i <= n: raise PlantError(f'Shard {i}/{n} does not exist. The first of {n} is 1/{n}, the last {n}/{n}.')
 
 def _select_rows(
-    eng: sa.Engine, # catalog
+    engine: sa.Engine, # engine of the catalog
     *conditions, # SQL expressions that must hold
-    columns: tuple = (), # names; all if empty
-    limit: int | None = None, # at most so many
-    newest: bool = False, # in descending order of their ID
-) -> list: # dicts
+    columns: tuple = (), # names of the columns; empty: all
+    limit: int | None = None, # maximum number of rows
+    newest: bool = False, # whether to sort by descending ID
+) -> list: # rows as dicts
     "Rows of the catalog, in the order of their ID."
     selected = [plants_data.c[name] for name in columns] or [plants_data]
     order = plants_data.c.id.desc() if newest else plants_data.c.id
     query = sa.select(*selected).where(*conditions).order_by(order).limit(limit)
-    with eng.connect() as c: return [dict(row) for row in c.execute(query).mappings()]
+    with engine.connect() as c: return [dict(row) for row in c.execute(query).mappings()]
 
 # %% ../../nbs/data/00_catalog.ipynb #9f683f8d
 def list_pending(
-    eng: sa.Engine, # catalog
-    shard: tuple = (1, 1), # (i, n): rows of worker i of n
-    max_attempts: int = 5, # runs after which a failing row is left alone
+    engine: sa.Engine, # engine of the catalog
+    shard: tuple = (1, 1), # (i, n): the rows of worker i of n
+    max_attempts: int = 5, # number of runs after which a failing row is no longer retried
 ) -> list: # rows as dicts
     "Rows that the next `ingest` should fetch."
     _check_shard(shard)
     i, n = shard
     t = plants_data.c
     may_retry = sa.and_(t.status == 'failed', t.attempts < max_attempts)
-    return _select_rows(eng, t.id % n == i - 1, sa.or_(t.status == 'new', may_retry))
+    return _select_rows(engine, t.id % n == i - 1, sa.or_(t.status == 'new', may_retry))
 
-# %% ../../nbs/data/00_catalog.ipynb #42c528ce
+# %% ../../nbs/data/00_catalog.ipynb #431bbe76
 def list_stored(
-    eng: sa.Engine, # catalog
-    shard: tuple = (1, 1), # (i, n): photos of worker i of n, by their checksum
+    engine: sa.Engine, # engine of the catalog
+    shard: tuple = (1, 1), # (i, n): the photos of worker i of n, by their checksum
 ) -> list: # dicts of id, url_source, label, sha256
     "Photos whose bytes are in the store."
     _check_shard(shard)
     i, n = shard
     t = plants_data.c
     columns = ('id', 'url_source', 'label', 'sha256')
-    rows = _select_rows(eng, t.status == 'stored', t.sha256.is_not(None), columns=columns)
+    rows = _select_rows(engine, t.status == 'stored', t.sha256.is_not(None), columns=columns)
     return [r for r in rows if int(r['sha256'][:8], 16) % n == i - 1]
 
 # %% ../../nbs/data/00_catalog.ipynb #1218aae2
 def list_rows(
-    eng: sa.Engine, # catalog
-    status: str | None = None, # only these
-    limit: int | None = None, # at most so many
-    newest: bool = False, # in the reverse order of adding
+    engine: sa.Engine, # engine of the catalog
+    status: str | None = None, # only rows with this status
+    limit: int | None = None, # maximum number of rows
+    newest: bool = False, # whether the newest rows come first
 ) -> list: # rows as dicts
     "Rows of the catalog; raises `PlantError` for an unknown status."
     if status and status not in STATUSES:
         raise PlantError(f'There is no status {status!r}. It is one of {", ".join(STATUSES)}.')
     conditions = [plants_data.c.status == status] if status else []
-    return _select_rows(eng, *conditions, limit=limit, newest=newest)
+    return _select_rows(engine, *conditions, limit=limit, newest=newest)
 
-# %% ../../nbs/data/00_catalog.ipynb #f025555c
+# %% ../../nbs/data/00_catalog.ipynb #29128638
 def count_by_status(
-    eng: sa.Engine, # catalog
+    engine: sa.Engine, # engine of the catalog
 ) -> dict: # status → number of rows
-    "How many rows have which status."
+    "Number of rows by status."
     query = sa.select(plants_data.c.status, sa.func.count()).group_by(plants_data.c.status)
-    with eng.connect() as c: counts = dict(c.execute(query).all())
+    with engine.connect() as c: counts = dict(c.execute(query).all())
     return {status: counts.get(status, 0) for status in STATUSES}
 
 # %% ../../nbs/data/00_catalog.ipynb #4cefd8ea
 def _or_keep(
-    parameter: str, # of the statement
+    parameter: str, # name of a parameter of the statement
     column: sa.Column,
 ) -> sa.ColumnElement:
-    "The value of a parameter, or what the column has if it is NULL."
+    "The value of a parameter, or that of the column if it is NULL."
     return sa.func.coalesce(sa.bindparam(parameter, type_=sa.String), column)
 
 @retry_transaction
 def record_results(
-    eng: sa.Engine, # catalog
+    engine: sa.Engine, # engine of the catalog
     results: list, # dicts of id, status, and where known sha256, url_s3 and error
 ):
-    "Write results in one transaction, and count an attempt for each; a result without checksum keeps the one before."
+    "Write results in one transaction, and count an attempt for each; a result without checksum keeps the row's checksum."
     if not results: return
     t = plants_data.c
     update = sa.update(plants_data).where(t.id == sa.bindparam('row_id')).values(
@@ -233,16 +235,16 @@ def record_results(
         attempts=t.attempts + 1, updated_at=sa.func.current_timestamp())
     values = [dict(row_id=r['id'], new_status=r['status'], new_error=r.get('error'),
                    new_sha256=r.get('sha256'), new_url=r.get('url_s3')) for r in results]
-    with eng.begin() as c: c.execute(update, values)
+    with engine.begin() as c: c.execute(update, values)
 
-# %% ../../nbs/data/00_catalog.ipynb #f792e45d
+# %% ../../nbs/data/00_catalog.ipynb #ea42080f
 @retry_transaction
 def reset_rows(
-    eng: sa.Engine, # catalog
-    everything: bool = False, # stored ones too, as for a new store
-) -> int: # rows that were reset
-    "Make failed and rejected rows new again."
+    engine: sa.Engine, # engine of the catalog
+    everything: bool = False, # whether to reset stored rows too, for example for a new store
+) -> int: # number of rows that were reset
+    "Reset failed and rejected rows to new."
     statuses = ('stored', 'failed', 'rejected') if everything else ('failed', 'rejected')
     update = sa.update(plants_data).where(plants_data.c.status.in_(statuses))
     update = update.values(status='new', attempts=0, error=None)
-    with eng.begin() as c: return c.execute(update).rowcount
+    with engine.begin() as c: return c.execute(update).rowcount

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['add_folder', 'load_file']
 
-# %% ../../nbs/data/01_catalog_files.ipynb #0de57bbf
+# %% ../../nbs/data/01_catalog_files.ipynb #f0cc582f
 import csv, io, re
 from importlib import resources
 from pathlib import Path
@@ -18,19 +18,19 @@ from .catalog import add_rows, count_rows, remove_missing
 _PHOTO_SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff'}
 
 def _is_photo(
-    file: Path, # file or folder
-    root: Path, # folder of photos
+    file: Path, # path of a file or folder
+    root: Path, # path of the folder of photos
 ) -> bool:
     "Whether a file has the name of a photo, and is not hidden."
     is_hidden = any(part.startswith('.') for part in file.relative_to(root).parts)
     return file.suffix.lower() in _PHOTO_SUFFIXES and not is_hidden and file.is_file()
 
-# %% ../../nbs/data/01_catalog_files.ipynb #83698f98
+# %% ../../nbs/data/01_catalog_files.ipynb #faa8f86a
 def add_folder(
-    eng: sa.Engine, # catalog
+    engine: sa.Engine, # engine of the catalog
     path: Path | str, # folder with one folder for each class
     mirror: bool = False, # delete the rows of files that do not exist any more
-) -> dict: # rows that are `new`, `relabelled` and `gone` (of files that do not exist any more)
+) -> dict: # numbers of rows: `new`, `relabelled` and `gone` (their files do not exist any more)
     "Add the photos under a folder, labelled by the folder they are in; raises `PlantError` if there are none."
     root = Path(path).expanduser().absolute()
     if not root.is_dir():
@@ -40,22 +40,22 @@ def add_folder(
         raise PlantError(f'{root} contains no photo. '
                          f'Put photos into one folder for each class, as in {root.name}/grass/1.jpg.')
     rows = [dict(url_source=file.as_uri(), label=file.relative_to(root).parts[0]) for file in files]
-    result = add_rows(eng, rows)
-    gone = remove_missing(eng, f'{root.as_uri()}/', {r['url_source'] for r in rows}, delete=mirror)
+    result = add_rows(engine, rows)
+    gone = remove_missing(engine, f'{root.as_uri()}/', {r['url_source'] for r in rows}, delete=mirror)
     return dict(result, gone=gone)
 
 # %% ../../nbs/data/01_catalog_files.ipynb #825237f1
 def _load_csv(
-    eng: sa.Engine, # catalog
-    path: Path, # for the message
+    engine: sa.Engine, # engine of the catalog
+    path: Path, # path of the file, for error messages
     text: str, # content of the file
-) -> dict: # rows that are `new`, and rows `relabelled`
+) -> dict: # numbers of rows: `new` and `relabelled`
     "Add the rows of a CSV file; raises `PlantError` where one is not usable, adding nothing."
     rows = csv.DictReader(io.StringIO(text, newline=''))
     if 'url_source' not in (rows.fieldnames or []):
         raise PlantError(f'{path} has no column "url_source"; its columns are {rows.fieldnames or "none"}. '
                          'Name the column of the URLs url_source. Nothing was added.')
-    try: return add_rows(eng, list(rows))
+    try: return add_rows(engine, list(rows))
     except csv.Error as e:
         raise PlantError(f'{path} is not a CSV file ({e}, after line {rows.line_num}). Nothing was added.') from None
     except PlantError as e: raise PlantError(f'{path}: {e}') from None
@@ -71,16 +71,16 @@ def _split_statements(
     statements = re.split(r';\s*(?:\n|$)', '\n'.join(lines))
     return [s.strip() for s in statements if s.strip() and not _TRANSACTION_CONTROL.match(s)]
 
-# %% ../../nbs/data/01_catalog_files.ipynb #9e5de77b
+# %% ../../nbs/data/01_catalog_files.ipynb #b7fae935
 def _load_sql(
-    eng: sa.Engine, # catalog
-    path: Path, # for the message
+    engine: sa.Engine, # engine of the catalog
+    path: Path, # path of the file, for error messages
     text: str, # content of the file
-) -> dict: # rows that are `new`; none are `relabelled`
+) -> dict: # numbers of rows: `new` and `relabelled`, which is 0
     "Run an SQL script in one transaction; raises `PlantError` where a statement fails."
-    escapes_percent = eng.dialect.name != 'sqlite' # drivers of the others take % for the mark of a parameter
+    escapes_percent = engine.dialect.name != 'sqlite' # the drivers of other databases use % for parameters
     try:
-        with eng.begin() as c:
+        with engine.begin() as c:
             before = count_rows(c)
             for statement in _split_statements(text):
                 c.exec_driver_sql(statement.replace('%', '%%') if escapes_percent else statement)
@@ -88,27 +88,27 @@ def _load_sql(
     except sa.exc.SQLAlchemyError as e:
         raise PlantError(f'{path} failed: {database_message(e)}. Nothing was added.') from e
 
-# %% ../../nbs/data/01_catalog_files.ipynb #9da10bea
+# %% ../../nbs/data/01_catalog_files.ipynb #e5fba309
 def _find_file(
-    path: Path, # of a file, or the name of one in the package
-) -> Path: # of a file that exists
-    "Path of a file; raises `PlantError` if there is none."
+    path: Path, # path of a file, or name of a file in the package
+) -> Path: # path of a file that exists
+    "Find a file; raises `PlantError` if there is none."
     if path.is_file(): return path
     packaged = Path(str(resources.files('plant_mlops.data')/path.name))
     if not path.exists() and packaged.is_file(): return packaged
     raise PlantError(f'{path} is not a file. Give a .csv or .sql file; `plants_data.sql` comes with the package.')
 
-# %% ../../nbs/data/01_catalog_files.ipynb #9ce96ef1
+# %% ../../nbs/data/01_catalog_files.ipynb #1ea87020
 def load_file(
-    eng: sa.Engine, # catalog
-    path: Path | str, # a .csv or .sql file, or the name of a script in the package
-) -> dict: # rows that are `new`, and rows `relabelled`
+    engine: sa.Engine, # engine of the catalog
+    path: Path | str, # path of a .csv or .sql file, or name of a script in the package
+) -> dict: # numbers of rows: `new` and `relabelled`
     "Add the rows of a CSV file, or run an SQL script; raises `PlantError` if the file is not usable, adding nothing."
     path = _find_file(Path(path).expanduser())
     try: text = path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError:
         raise PlantError(f'{path} is not UTF-8 text. Save it as UTF-8, then load it again.') from None
     suffix = path.suffix.lower()
-    if suffix == '.csv': return _load_csv(eng, path, text)
-    if suffix == '.sql': return _load_sql(eng, path, text)
+    if suffix == '.csv': return _load_csv(engine, path, text)
+    if suffix == '.sql': return _load_sql(engine, path, text)
     raise PlantError(f'{path}: a {suffix or "nameless"} file cannot be loaded. Give a .csv or .sql file.')

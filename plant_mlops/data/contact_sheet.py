@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['TEXT_HEIGHT', 'CAPTION_HEIGHT', 'GAP', 'contact_sheet']
 
-# %% ../../nbs/data/05_contact_sheet.ipynb #c48ab324
+# %% ../../nbs/data/05_contact_sheet.ipynb #297861bb
 import io
 from collections.abc import Iterator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-# %% ../../nbs/data/05_contact_sheet.ipynb #9dfe8c64
-TEXT_HEIGHT = 24 # of a line of text, in pixels
-CAPTION_HEIGHT = 16 # below a picture, in pixels
-GAP = 4 # between pictures, in pixels
+# %% ../../nbs/data/05_contact_sheet.ipynb #dd33f1e5
+TEXT_HEIGHT = 24 # height of a line of text, in pixels
+CAPTION_HEIGHT = 16 # height of a caption, in pixels
+GAP = 4 # gap between pictures, in pixels
 
 def _sheet_lines(
     strips: list, # (heading, list of (JPEG bytes, caption))
-    title: str, # of the sheet
+    title: str, # title of the sheet
     columns: int, # pictures in a line
 ) -> Iterator: # a str for a line of text, a list of (JPEG bytes, caption) for a line of pictures
     "Lines of a contact sheet, from top to bottom."
@@ -28,19 +28,20 @@ def _sheet_lines(
 
 def _shorten(caption: str) -> str: return caption if len(caption) < 20 else caption[:18] + '…'
 
-# %% ../../nbs/data/05_contact_sheet.ipynb #6a317764
+# %% ../../nbs/data/05_contact_sheet.ipynb #18226095
 def contact_sheet(
     strips: list, # (heading, list of (JPEG bytes, caption)), a strip each
-    title: str, # of the sheet
+    title: str, # title of the sheet
     columns: int = 10, # pictures in a line
-    side: int = 112, # of a picture, in pixels
+    side: int = 112, # side of a picture, in pixels
 ) -> bytes: # JPEG
     "Pictures under headings."
     lines = list(_sheet_lines(strips, title, columns))
     heights = [TEXT_HEIGHT if isinstance(line, str) else side + CAPTION_HEIGHT for line in lines]
     sheet = Image.new('RGB', (columns*(side + GAP) + GAP, sum(heights)), 'white')
     draw = ImageDraw.Draw(sheet)
-    heading_font, caption_font = ImageFont.load_default(13), ImageFont.load_default(10)
+    heading_font = ImageFont.load_default(13)
+    caption_font = ImageFont.load_default(10)
     y = 0
     for line, height in zip(lines, heights):
         if isinstance(line, str): draw.text((GAP, y + GAP), line, 'black', heading_font)

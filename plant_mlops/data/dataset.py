@@ -38,7 +38,7 @@ def merge_duplicates(
     photos['conflict'] = photos.pop('n_labels') > 1
     return photos.reset_index()
 
-# %% ../../nbs/data/18_dataset.ipynb #60b44151
+# %% ../../nbs/data/18_dataset.ipynb #eaf9126e
 def make_manifest(
     photos: pd.DataFrame, # of `merge_duplicates`, with what `read_shards` knows of each
     embedding: np.ndarray | None, # (n, d), rows of length 1
@@ -54,7 +54,7 @@ def make_manifest(
 
 # %% ../../nbs/data/18_dataset.ipynb #bce6d05d
 def dataset_version(
-    manifest: pd.DataFrame, # of the dataset
+    manifest: pd.DataFrame, # manifest of the dataset
     **recipe, # how it was made
 ) -> str: # 12 hexadecimal digits
     "The same content has the same version, on any machine."
@@ -75,7 +75,7 @@ def _split_warnings(
     return warnings
 
 def make_card(
-    manifest: pd.DataFrame, # of the dataset
+    manifest: pd.DataFrame, # manifest of the dataset
     **more, # what else the card says: version, embedding, …
 ) -> dict: # can be written as JSON
     "Describe a dataset."
@@ -129,7 +129,7 @@ def _findings(card: dict) -> list:
 
 # %% ../../nbs/data/18_dataset.ipynb #4b0964fc
 def _drop_synthetic(
-    rows: list, # of the catalog
+    rows: list, # rows of the catalog
 ) -> tuple: # the rows to use, how many synthetic ones were left out
     "Without synthetic photos, if there is a real one."
     real = [row for row in rows if source_of([row['url_source']]) != 'synthetic']
@@ -139,10 +139,10 @@ def _drop_synthetic(
 def _dataset_photos(
     s: Settings, # settings
     store, # from `open_store`
-    eng, # the catalog
+    engine, # engine of the catalog
 ) -> tuple: # photos as a DataFrame, what was left out as a dict of counts
     "Labelled, prepared photos; raises `PlantError` where a classifier cannot be trained on them."
-    in_store, n = call_with_retry(list_stored, eng), call_with_retry(count_by_status, eng)
+    in_store, n = call_with_retry(list_stored, engine), call_with_retry(count_by_status, engine)
     if not in_store:
         raise PlantError(f'No photo is stored: of {sum(n.values()):,} rows in the catalog, {n["rejected"]:,} were '
                          f'rejected and {n["failed"]:,} failed; `plant-mlops catalog list` shows the reasons. '
@@ -163,10 +163,10 @@ def _dataset_photos(
                     unlabelled=len(usable) - len(labelled), unprepared=n_unprepared)
     return photos, left_out
 
-# %% ../../nbs/data/18_dataset.ipynb #81ea1735
+# %% ../../nbs/data/18_dataset.ipynb #3004f92f
 def _dataset_sheet(
     s: Settings, # settings
-    manifest: pd.DataFrame, # of the dataset
+    manifest: pd.DataFrame, # manifest of the dataset
     title: str, # of the sheet
     most: int = 20, # photos of a class
 ) -> bytes: # JPEG
@@ -191,7 +191,7 @@ def _json_bytes(value) -> bytes: return json.dumps(value, indent=1, ensure_ascii
 def _write_dataset(
     s: Settings, # settings
     store, # from `open_store`
-    manifest: pd.DataFrame, # of the dataset
+    manifest: pd.DataFrame, # manifest of the dataset
     embedding: np.ndarray | None, # (n, d), in the manifest's order
     card: dict, # of the dataset
 ):
@@ -212,14 +212,14 @@ def build_dataset(
     progress: bool = True, # show a bar
 ) -> str: # version
     "Make a version of all stored, prepared, labelled photos; raises `PlantError` where they are too few to train on."
-    store, eng = open_store(s), call_with_retry(open_catalog, s)
-    photos, left_out = _dataset_photos(s, store, eng)
+    store, engine = open_store(s), call_with_retry(open_catalog, s)
+    photos, left_out = _dataset_photos(s, store, engine)
     name, embedding = embedding_name(s, embed), None
     if embed: embedding = embed_photos(s, photos, embed, known_embeddings(s, name), progress)
     manifest = make_manifest(photos, embedding)
     version = dataset_version(manifest, embedding=name, side=s.photo_side)
     if store.stat(f'agg/{version}/card.json') is None:
-        reasons = Counter(row['error'] for row in call_with_retry(list_rows, eng, 'rejected')).most_common(20)
+        reasons = Counter(row['error'] for row in call_with_retry(list_rows, engine, 'rejected')).most_common(20)
         created = datetime.now(timezone.utc).isoformat(timespec='seconds')
         card = make_card(manifest, version=version, created=created, embedding=name, side=s.photo_side,
                          left_out=left_out, rejected=dict(reasons))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embedding_name', 'embed_photos', 'load_embeddings', 'known_embeddings']
 
-# %% ../../nbs/data/17_embeddings.ipynb #d5144dea
+# %% ../../nbs/data/17_embeddings.ipynb #051bab6b
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +27,10 @@ def embedding_name(
     if embed is None: return ''
     return getattr(embed, 'name', f'{s.arch} {s.pretrained}')
 
-# %% ../../nbs/data/17_embeddings.ipynb #8a0154b6
+# %% ../../nbs/data/17_embeddings.ipynb #784a060a
 def _squares(
     jpegs: list, # prepared photos
-    side: int, # of the squares, in pixels
+    side: int, # side of the squares, in pixels
 ) -> np.ndarray: # (n, side, side, 3) uint8
     "Prepared photos as squares."
     def to_square(jpeg): return resize_to_square(Image.open(io.BytesIO(jpeg)).convert('RGB'), side)
@@ -55,7 +55,7 @@ def embed_photos(
             advance(len(part))
     return np.stack([known[sha256] for sha256 in photos.sha256])
 
-# %% ../../nbs/data/17_embeddings.ipynb #6a92ea91
+# %% ../../nbs/data/17_embeddings.ipynb #9e60fd34
 def _read_embeddings(store, version: str) -> pd.DataFrame: # sha256, embedding
     "Embeddings of a dataset; raises `NotFound` if it was built without."
     return pd.read_parquet(io.BytesIO(store.get(f'agg/{version}/features.parquet')))

@@ -30,7 +30,7 @@ class PermanentFetchError(PlantError):
 class TransientFetchError(PlantError):
     "A photo could not be fetched this time; retried."
     def __init__(self,
-        message: str,
+        message: str, # reason, for the user
         retry_after: float | None = None, # seconds that the server asked to wait; None where it did not
     ):
         super().__init__(message)
@@ -39,14 +39,14 @@ class TransientFetchError(PlantError):
 # %% ../../nbs/data/04_fetch.ipynb #972b8da9
 class Download(NamedTuple):
     "A photo that was fetched."
-    data: bytes # as sent
-    sha256: str # of data, in hexadecimal
+    data: bytes # content as sent
+    sha256: str # checksum of the content, in hexadecimal
 
-# %% ../../nbs/data/04_fetch.ipynb #7b834f6a
+# %% ../../nbs/data/04_fetch.ipynb #064e2c9c
 class _Body:
     "Collects and hashes chunks of bytes, up to a limit."
     def __init__(self,
-        limit: int, # bytes
+        limit: int, # maximum size, in bytes
     ):
         self.limit = limit
         self.size = 0
@@ -69,10 +69,10 @@ class _Body:
         "The whole body."
         return Download(b''.join(self.chunks), self.hash.hexdigest())
 
-# %% ../../nbs/data/04_fetch.ipynb #03cf4c31
+# %% ../../nbs/data/04_fetch.ipynb #dfad4b28
 def _read_all(
-    read: Callable[[int], bytes], # returns at most so many bytes; none at the end
-    limit: int, # bytes
+    read: Callable[[int], bytes], # takes a number of bytes, returns at most that many; none at the end
+    limit: int, # maximum size, in bytes
 ) -> Download:
     "Read to the end; raises `PermanentFetchError` beyond the limit."
     body = _Body(limit)
@@ -82,9 +82,9 @@ def _read_all(
 # %% ../../nbs/data/04_fetch.ipynb #d50d6e3e
 def retry_delay(
     retry_after: str | None, # header `Retry-After`: seconds, or a date
-    max_delay: float = 30., # seconds
+    max_delay: float = 30., # longest wait, in seconds
 ) -> float | None: # seconds to wait; None where the header says nothing usable
-    "How long a busy server asks clients to wait."
+    "The wait that a busy server asks for."
     if retry_after is None: return None
     try: delay = float(retry_after)
     except ValueError:
@@ -97,8 +97,8 @@ RETRY_STATUSES = {408, 425, 429}
 _PHRASES = {int(status): status.phrase for status in HTTPStatus}
 
 def check_status(
-    status: int, # of the answer
-    retry_after: str | None = None, # header
+    status: int, # status of the response
+    retry_after: str | None = None, # header `Retry-After`
 ):
     "Raise `TransientFetchError` or `PermanentFetchError` unless the status is 200."
     if status == 200: return
@@ -111,10 +111,10 @@ REDIRECT_STATUSES = {301, 302, 303, 307, 308}
 MAX_REDIRECTS = 5
 
 async def fetch_http(
-    session: aiohttp.ClientSession, # of `open_fetcher`
-    url: str, # http or https
-    allowed: AllowedHosts, # exceptions to the rule that addresses are public
-    limit: int, # bytes
+    session: aiohttp.ClientSession, # session of `open_fetcher`
+    url: str, # http or https URL
+    allowed: AllowedHosts, # hosts and networks that are reached although they are not public
+    limit: int, # maximum size, in bytes
 ) -> Download:
     "Download from the web; raises `PermanentFetchError`, `TransientFetchError`, `UnsafeURLError` or aiohttp's errors."
     url = URL(url)
@@ -134,7 +134,7 @@ async def fetch_http(
 # %% ../../nbs/data/04_fetch.ipynb #6ed1ec08
 def fetch_file(
     url: str, # file:///…
-    limit: int, # bytes
+    limit: int, # maximum size, in bytes
 ) -> Download:
     "Read a file on this machine; raises `PermanentFetchError`."
     parts = urlsplit(url)
@@ -150,7 +150,7 @@ def fetch_file(
 # %% ../../nbs/data/04_fetch.ipynb #a670a071
 def fetch_s3(
     url: str, # s3://bucket/key
-    limit: int, # bytes
+    limit: int, # maximum size, in bytes
     client, # boto3 client
 ) -> Download:
     "Read an object in a bucket; raises `PermanentFetchError` or `TransientFetchError`."
@@ -162,11 +162,11 @@ def fetch_s3(
     except ClientError as e: check_status(e.response['ResponseMetadata'].get('HTTPStatusCode', 500))
     except BotoCoreError as e: raise TransientFetchError(f'The bucket does not answer: {e}') from None
 
-# %% ../../nbs/data/04_fetch.ipynb #bcf5f4cb
+# %% ../../nbs/data/04_fetch.ipynb #5d34ad18
 @contextmanager
 def _raise_fetch_errors(
-    url: str, # for the message
-    timeout: float, # seconds, for the message
+    url: str, # URL, for error messages
+    timeout: float, # time limit in seconds, for error messages
 ):
     "Convert errors of aiohttp and of the operating system to `PermanentFetchError` and `TransientFetchError`."
     try: yield
@@ -185,9 +185,9 @@ def _raise_fetch_errors(
 class Fetcher:
     "Fetches photos through shared connections; see `open_fetcher`."
     def __init__(self,
-        s: Settings, # limits and allow-list
-        session: aiohttp.ClientSession, # connections
-        allowed: AllowedHosts, # exceptions to the rule that addresses are public
+        s: Settings, # settings: limits and allowed hosts
+        session: aiohttp.ClientSession, # open session
+        allowed: AllowedHosts, # hosts and networks that are reached although they are not public
         first_wait: float, # seconds before the second try; doubles each time
     ):
         self.settings = s
@@ -202,7 +202,7 @@ class Fetcher:
         return s3_client(self.settings, tries=1)
 
     async def fetch(self,
-        url: str, # http, https, file or s3
+        url: str, # http, https, file or s3 URL
     ) -> Download:
         "Download a photo; raises `PermanentFetchError`, or `TransientFetchError` after the last try."
         for attempt in range(self.settings.ingest_retries):
@@ -217,7 +217,7 @@ class Fetcher:
         return min(self.first_wait * 2**attempt, 20) * random.uniform(.5, 1.5)
 
     async def _fetch_once(self, url: str) -> Download:
-        "Try once."
+        "Download without a retry."
         scheme = url.partition(':')[0].lower()
         if scheme not in self.schemes:
             raise PermanentFetchError(f'{url} begins with none of {", ".join(self.schemes)} (PLANT_INGEST_SCHEMES).')
@@ -231,9 +231,9 @@ class Fetcher:
 # %% ../../nbs/data/04_fetch.ipynb #c3222862
 @asynccontextmanager
 async def open_fetcher(
-    s: Settings, # limits and allow-list
+    s: Settings, # settings: limits and allowed hosts
     connect_to: dict[str, tuple[str, int]] | None = None, # host → (address, port) reached instead
-    lookup: Callable | None = None, # resolves names instead of `look_up_addresses`
+    lookup: Callable | None = None, # coroutine function that replaces `look_up_addresses`
     first_wait: float = .5, # seconds before the second try; doubles each time
 ):
     "Context manager that opens a connection pool; gives a coroutine function `fetch(url) -> Download`."

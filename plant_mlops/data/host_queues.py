@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['MAX_FAILURES', 'host_of', 'HostQueues', 'run_per_host']
 
-# %% ../../nbs/data/08_host_queues.ipynb #1bb6a2ee
+# %% ../../nbs/data/08_host_queues.ipynb #c7c04cc7
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable
 
-# %% ../../nbs/data/08_host_queues.ipynb #a0980856
-MAX_FAILURES = 50 # of one host, without a success between them
+# %% ../../nbs/data/08_host_queues.ipynb #1b010d7a
+MAX_FAILURES = 50 # failures of one host in a row
 
 def host_of(url: str) -> str: # '' for a file
     "The host, or the bucket, that a URL names."
     return url.partition('://')[2].partition('/')[0]
 
-# %% ../../nbs/data/08_host_queues.ipynb #815c27cc
+# %% ../../nbs/data/08_host_queues.ipynb #1ab39285
 class HostQueues:
     "Rows to be fetched, a queue for each host."
     def __init__(self,
         rows, # dicts with `url_source`
-        per_host: int, # workers at a time for one host
+        per_host: int, # maximum number of workers for one host
     ):
         self.queues = {}          # host → rows
         self.per_host = per_host
@@ -37,10 +37,10 @@ class HostQueues:
         return min(hosts, key=self.workers.__getitem__, default=None)
 
     async def work_on(self,
-        host: str, # whose queue it is
+        host: str, # host of the queue
         do: Callable, # coroutine function: row → status
     ):
-        "Take rows from a host's queue until it is empty or the host is given up."
+        "Take rows from a host's queue until it is empty, or skipped after too many failures."
         self.workers[host] += 1
         while self.queues.get(host):
             row = self.queues[host].popleft()
@@ -54,9 +54,9 @@ class HostQueues:
 async def run_per_host(
     rows, # dicts with `url_source`
     do: Callable, # coroutine function: row → its status
-    workers: int, # at a time
-    per_host: int, # at a time for one host
-) -> int: # rows that were skipped, because their host failed too often
+    workers: int, # maximum number of workers
+    per_host: int, # maximum number of workers for one host
+) -> int: # number of rows skipped because their host failed too often
     "Run `do` on all rows; the first exception ends it, as an `ExceptionGroup`."
     queues = HostQueues(rows, per_host)
 

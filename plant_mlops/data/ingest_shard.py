@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PhotoResult', 'store_photo', 'find_stored', 'ingest_photo', 'BatchWriter', 'ingest_shard']
 
-# %% ../../nbs/data/09_ingest_shard.ipynb #905278c9
+# %% ../../nbs/data/09_ingest_shard.ipynb #0c96359f
 import asyncio, time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -21,16 +21,16 @@ from .fetch import Download, PermanentFetchError, TransientFetchError, open_fetc
 from .host_queues import host_of, run_per_host
 from .photo import PhotoError, PhotoLimits, check_photo
 
-# %% ../../nbs/data/09_ingest_shard.ipynb #e33c79c1
+# %% ../../nbs/data/09_ingest_shard.ipynb #31bf7f7a
 @dataclass(frozen=True)
 class PhotoResult:
-    "What became of a photo."
-    id: int                    # of its row in the catalog
-    url: str                   # that it was fetched from
-    status: str                # stored; rejected: never will be; failed: the next run tries again
-    error: str | None = None   # why it is not stored
-    sha256: str | None = None  # of its bytes, if they are stored
-    url_s3: str | None = None  # where they are
+    "The result of ingesting a photo."
+    id: int                    # ID of its row in the catalog
+    url: str                   # URL that it was fetched from
+    status: str                # stored; rejected: permanently; failed: the next run tries again
+    error: str | None = None   # reason why it is not stored
+    sha256: str | None = None  # checksum of its bytes, if they are stored
+    url_s3: str | None = None  # location of its bytes, if they are stored
 
 # %% ../../nbs/data/09_ingest_shard.ipynb #f58a626f
 def _stored_result(store, row: dict, sha256: str) -> PhotoResult:
@@ -39,33 +39,33 @@ def _stored_result(store, row: dict, sha256: str) -> PhotoResult:
 
 def store_photo(
     store, # from `open_store`
-    limits: PhotoLimits, # what is accepted
-    row: dict, # of the catalog
-    download: Download, # its bytes and their checksum
+    limits: PhotoLimits, # which photos are accepted
+    row: dict, # row of the catalog
+    download: Download, # bytes and checksum of the photo
 ) -> PhotoResult:
     "Decode a photo, then put its bytes; raises `PhotoError` or `StoreError`."
     check_photo(download.data, limits)
     store.put(f'raw/{download.sha256}', download.data, sha256=download.sha256, sync=False)
     return _stored_result(store, row, download.sha256)
 
-# %% ../../nbs/data/09_ingest_shard.ipynb #fc92bf9b
+# %% ../../nbs/data/09_ingest_shard.ipynb #533a222b
 def find_stored(
     store, # from `open_store`
-    limits: PhotoLimits, # what is accepted
-    row: dict, # of the catalog
+    limits: PhotoLimits, # which photos are accepted
+    row: dict, # row of the catalog
 ) -> PhotoResult | None: # None: it has to be fetched
-    "Find a row's photo in the store, by the checksum that the row has."
+    "Find a row's photo in the store, by the checksum in the row."
     try: check_photo(store.get(f'raw/{row["sha256"]}'), limits)
     except (NotFound, Corrupt, PhotoError): return None
     return _stored_result(store, row, row['sha256'])
 
-# %% ../../nbs/data/09_ingest_shard.ipynb #abf07af7
+# %% ../../nbs/data/09_ingest_shard.ipynb #27d3e444
 async def ingest_photo(
-    row: dict, # of the catalog
+    row: dict, # row of the catalog
     fetch: Callable, # coroutine function: URL → `Download`
     store, # from `open_store`
-    limits: PhotoLimits, # what is accepted
-    pool: ThreadPoolExecutor, # for decoding and storing
+    limits: PhotoLimits, # which photos are accepted
+    pool: ThreadPoolExecutor, # threads for decoding and storing
 ) -> PhotoResult:
     "Find or fetch one photo and store it; raises `StoreError` where the store itself cannot be used."
     in_thread = partial(asyncio.get_running_loop().run_in_executor, pool)
@@ -82,32 +82,37 @@ async def ingest_photo(
 class BatchWriter:
     "Records results in the catalog, a batch at a time."
     def __init__(self,
-        store, # that photos were put into
-        eng, # catalog
-        batch: int, # results recorded at a time
+        store, # store that the photos were put into
+        engine, # engine of the catalog
+        batch: int, # number of results recorded at a time
         on_recorded: Callable = lambda results: None, # called with each list of `PhotoResult` once it is recorded
-        seconds: float = 5., # longest wait for a batch to fill
+        seconds: float = 5., # longest wait for a full batch
     ):
-        self.store, self.eng, self.batch, self.on_recorded, self.seconds = store, eng, batch, on_recorded, seconds
+        self.store = store
+        self.engine = engine
+        self.batch = batch
+        self.on_recorded = on_recorded
+        self.seconds = seconds
         self.waiting = []
         self.last_flush = time.monotonic()
         self.lock = asyncio.Lock()
         self.has_failed = False
 
     async def add(self, result: PhotoResult):
-        "Take a result; record a batch if it is full, or the last one was some seconds ago."
+        "Add a result; record the batch if it is full, or the last one was some seconds ago."
         self.waiting.append(result)
         is_due = len(self.waiting) >= self.batch or time.monotonic() - self.last_flush > self.seconds
         if is_due and not self.lock.locked(): await asyncio.shield(self.flush())
 
     async def flush(self):
-        "Record what is waiting, after its photos are on the disk; once that has failed, nothing more is recorded."
+        "Sync the photos of the waiting results, then record them; after a failure nothing more is recorded."
         async with self.lock:
-            results, self.last_flush = self.waiting[:], time.monotonic()
+            results = self.waiting[:]
+            self.last_flush = time.monotonic()
             if self.has_failed or not results: return
             self.has_failed = True # until both have succeeded
             await asyncio.to_thread(self.store.sync)
-            await asyncio.to_thread(call_with_retry, record_results, self.eng, [vars(result) for result in results])
+            await asyncio.to_thread(call_with_retry, record_results, self.engine, [vars(result) for result in results])
             self.has_failed = False
             del self.waiting[:len(results)]
             self.on_recorded(results)
@@ -115,21 +120,22 @@ class BatchWriter:
 # %% ../../nbs/data/09_ingest_shard.ipynb #295eb938
 async def _ingest_rows(
     s: Settings, # settings
-    eng, # catalog
+    engine, # engine of the catalog
     store, # from `open_store`
-    rows: list, # of the catalog
+    rows: list, # rows of the catalog
     connect_to: dict | None, # host → (address, port) reached instead
     on_result: Callable, # called with each `PhotoResult`
     on_recorded: Callable, # called with each list of `PhotoResult` once it is recorded
-) -> Counter: # photos of each status, and skipped ones
+) -> Counter: # number of photos by status, and of skipped ones
     "Ingest rows; raises the first `PlantError` of the store or the catalog."
-    counts, limits = Counter(), PhotoLimits(max_pixels=s.photo_max_pixels)
-    writer = BatchWriter(store, eng, s.ingest_batch, on_recorded)
+    counts = Counter()
+    limits = PhotoLimits(max_pixels=s.photo_max_pixels)
+    writer = BatchWriter(store, engine, s.ingest_batch, on_recorded)
     pool = ThreadPoolExecutor(store.threads)
-    threads = ThreadPoolExecutor(s.ingest_concurrency + 1) # for host names, files, buckets and the catalog
+    threads = ThreadPoolExecutor(s.ingest_concurrency + 1) # look up host names, read files and buckets, write the catalog
     asyncio.get_running_loop().set_default_executor(threads)
     async with open_fetcher(s, connect_to) as fetch:
-        slots = defaultdict(partial(asyncio.Semaphore, s.ingest_per_host)) # host → requests it may have at a time
+        slots = defaultdict(partial(asyncio.Semaphore, s.ingest_per_host)) # host → semaphore for its concurrent requests
 
         async def fetch_in_turn(url):
             async with slots[host_of(url)]: return await fetch(url)
@@ -152,14 +158,15 @@ async def _ingest_rows(
 # %% ../../nbs/data/09_ingest_shard.ipynb #8a1bfe27
 def ingest_shard(
     s: Settings, # settings of this process
-    shard: tuple, # (i, n): rows of worker i of n
+    shard: tuple, # (i, n): the rows of worker i of n
     connect_to: dict | None = None, # host → (address, port) reached instead
     on_result: Callable = lambda result: None, # called with each `PhotoResult`
     on_recorded: Callable = lambda results: None, # called with each list of `PhotoResult` once it is recorded
-) -> Counter: # photos stored, failed, rejected and skipped
+) -> Counter: # numbers of photos: stored, failed, rejected and skipped
     "Ingest the rows of a shard in this process; raises `PlantError` where store or catalog cannot be used."
-    store, eng = open_store(s), call_with_retry(open_catalog, s)
+    store = open_store(s)
+    engine = call_with_retry(open_catalog, s)
     try:
-        rows = call_with_retry(list_pending, eng, shard, s.ingest_attempts)
-        return run_async(_ingest_rows(s, eng, store, rows, connect_to, on_result, on_recorded))
-    finally: eng.dispose()
+        rows = call_with_retry(list_pending, engine, shard, s.ingest_attempts)
+        return run_async(_ingest_rows(s, engine, store, rows, connect_to, on_result, on_recorded))
+    finally: engine.dispose()

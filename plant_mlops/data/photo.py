@@ -22,14 +22,14 @@ class PhotoError(PlantError):
 @dataclass(frozen=True)
 class PhotoLimits:
     "Which photos are accepted."
-    max_pixels: int = 100_000_000 # of one frame: width × height
-    max_frames: int = 1000 # of an animation; the first is used
-    formats: tuple = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF') # as Pillow names them
+    max_pixels: int = 100_000_000 # largest width × height of a frame
+    max_frames: int = 1000 # largest number of frames of an animation; the first is used
+    formats: tuple = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF') # names of the formats in Pillow
 
 # %% ../../nbs/data/02_photo.ipynb #29270fdb
 def _open_header(
     data: bytes, # content of a file
-    limits: PhotoLimits, # what is accepted
+    limits: PhotoLimits, # which photos are accepted
 ) -> Image.Image: # not decoded yet
     "Open a photo; raises `PhotoError`."
     if not data: raise PhotoError('the file is empty')
@@ -48,9 +48,9 @@ def _open_header(
 
 # %% ../../nbs/data/02_photo.ipynb #c7f1ef42
 def _decode_frame(
-    img: Image.Image, # opened
-    side: int, # the shorter side that will be needed, in pixels
-    limits: PhotoLimits, # what is accepted
+    img: Image.Image, # opened photo
+    side: int, # shorter side that the caller needs, in pixels
+    limits: PhotoLimits, # which photos are accepted
 ) -> Image.Image: # decoded; its shorter side is at least `side`, if that of the original is
     "Decode the first frame; raises `PhotoError`."
     try:
@@ -68,15 +68,15 @@ def _decode_frame(
 @dataclass(frozen=True)
 class PhotoInfo:
     "Properties of a photo that can be decoded."
-    width: int # of the original when upright, in pixels
-    height: int # likewise
-    format: str # as Pillow names it
+    width: int # width of the upright original, in pixels
+    height: int # height of the upright original, in pixels
+    format: str # name of the format in Pillow
 
 def check_photo(
     data: bytes, # content of a file
-    limits: PhotoLimits = PhotoLimits(), # what is accepted
+    limits: PhotoLimits = PhotoLimits(), # which photos are accepted
 ) -> PhotoInfo: # its size and format
-    "Decode a photo as small as possible, to see that it is complete; raises `PhotoError`."
+    "Check that a photo is complete, by decoding it as small as possible; raises `PhotoError`."
     img = _open_header(data, limits)
     width, height = img.size
     _decode_frame(img, 1, limits)
@@ -87,8 +87,8 @@ def check_photo(
 
 # %% ../../nbs/data/02_photo.ipynb #d1726f53
 def _to_8_bits(
-    a: np.ndarray, # h × w, integers of up to 16 bits, or floats
-) -> np.ndarray: # h × w, uint8
+    a: np.ndarray, # greys [h, w]: integers of up to 16 bits, or floats
+) -> np.ndarray: # uint8 [h, w]
     "Scale greys to 0–255."
     maximum = a.max(initial=0)
     white = 255 if maximum > 1 else 1
@@ -96,7 +96,7 @@ def _to_8_bits(
     return np.clip(a.astype(np.float32) * (255 / white), 0, 255).astype(np.uint8)
 
 def _paste_on_white(
-    img: Image.Image, # with transparency
+    img: Image.Image, # image with transparency
 ) -> Image.Image: # mode RGB
     "Put a photo on a white background; in strips, because copies of a large one may not fit into memory."
     out = Image.new('RGB', img.size)
@@ -107,7 +107,7 @@ def _paste_on_white(
     return out
 
 def _to_rgb(
-    img: Image.Image, # any mode
+    img: Image.Image, # image of any mode
 ) -> Image.Image: # mode RGB
     "Convert a photo of any mode to RGB."
     if img.mode.startswith('I') or img.mode == 'F': img = Image.fromarray(_to_8_bits(np.asarray(img)))
@@ -137,7 +137,7 @@ def _resize(
 def open_photo(
     data: bytes, # content of a file
     side: int = 256, # shorter side of the result, in pixels
-    limits: PhotoLimits = PhotoLimits(), # what is accepted
+    limits: PhotoLimits = PhotoLimits(), # which photos are accepted
 ) -> Image.Image: # RGB, upright
     "Decode a photo, turn it upright and resize it; raises `PhotoError`."
     img = _decode_frame(_open_header(data, limits), side, limits)
@@ -153,21 +153,21 @@ def open_photo(
     return _resize(img, (max(side, round(width * scale)), max(side, round(height * scale))))
 
 # %% ../../nbs/data/02_photo.ipynb #4600d8df
-MAX_STRETCH = 2. # longer side / shorter side of a photo that is seen whole
+MAX_STRETCH = 2. # largest ratio of longer to shorter side that is not cropped
 
 def visible_size(
-    width: float, # of a photo
-    height: float, # likewise
-    stretch: float = MAX_STRETCH, # longer side / shorter side that is seen whole
+    width: float, # width of a photo
+    height: float, # height of a photo
+    stretch: float = MAX_STRETCH, # largest ratio of longer to shorter side that is not cropped
 ) -> tuple[float, float]: # width and height of the middle part
     "Size of the part of a photo that the network sees."
     return min(width, stretch*height), min(height, stretch*width)
 
-# %% ../../nbs/data/02_photo.ipynb #92b7865a
+# %% ../../nbs/data/02_photo.ipynb #665009a6
 def resize_to_square(
     img: Image.Image, # RGB
     size: int, # side of the result, in pixels
-    stretch: float = MAX_STRETCH, # longer side / shorter side that is seen whole; 1: crop to the middle square
+    stretch: float = MAX_STRETCH, # largest ratio of longer to shorter side that is not cropped; 1: crop to the middle square
 ) -> np.ndarray: # (size, size, 3) uint8
     "Squeeze a photo into a square."
     width, height = img.size
@@ -175,22 +175,22 @@ def resize_to_square(
     box = (width - seen_width)/2, (height - seen_height)/2, (width + seen_width)/2, (height + seen_height)/2
     return np.asarray(_resize(img, (size, size), box))
 
-# %% ../../nbs/data/02_photo.ipynb #47f52a94
+# %% ../../nbs/data/02_photo.ipynb #d1bcb44d
 def to_pixels(
     data: bytes, # content of a file
     size: int = 224, # side of the square that the network sees, in pixels
     side: int = 256, # shorter side that photos are prepared at, in pixels
-    stretch: float = MAX_STRETCH, # longer side / shorter side that is seen whole
-    limits: PhotoLimits = PhotoLimits(), # what is accepted
+    stretch: float = MAX_STRETCH, # largest ratio of longer to shorter side that is not cropped
+    limits: PhotoLimits = PhotoLimits(), # which photos are accepted
 ) -> np.ndarray: # (size, size, 3) uint8
     "Decode a photo as in training; raises `PhotoError`."
     return resize_to_square(open_photo(data, side, limits), size, stretch)
 
-# %% ../../nbs/data/02_photo.ipynb #1f04adf1
+# %% ../../nbs/data/02_photo.ipynb #49b2e911
 def decode_for_model(
     data: bytes, # content of a file
-    spec: dict, # the `input` of a model file's metadata
-    limits: PhotoLimits = PhotoLimits(), # what is accepted
+    spec: dict, # `input` of the model file's metadata
+    limits: PhotoLimits = PhotoLimits(), # which photos are accepted
 ) -> np.ndarray: # uint8, the model's input
     "Decode a photo for a model; raises `PhotoError`."
     parameters = {'size': spec['shape'][1], **spec.get('resize', {})}

@@ -6,14 +6,14 @@
 __all__ = ['random_colours', 'random_greens', 'draw_blades', 'draw_stem', 'draw_dandelion_from_above', 'draw_dandelion_from_side',
            'draw_seed_head', 'draw_rosette', 'draw_other_flower', 'draw_yellow_leaf', 'draw_grass_flower']
 
-# %% ../../nbs/data/06_plant_drawing.ipynb #bccf66ac
+# %% ../../nbs/data/06_plant_drawing.ipynb #08e76d44
 import math
 import numpy as np
 
 # %% ../../nbs/data/06_plant_drawing.ipynb #9e879a30
 def random_colours(
     rng, # numpy Generator
-    n: int, # how many colours
+    n: int, # number of colours
     hue: tuple, # range in degrees
     saturation: tuple, # range in 0..1
     value: tuple, # range in 0..1
@@ -30,7 +30,7 @@ def random_greens(rng, n: int) -> list:
     h, s, v = rng.uniform((70, .45, .35), (125, .9, .75))
     return random_colours(rng, n, (h - 14, h + 14), (s - .15, s + .1), (v - .25, v + .25))
 
-# %% ../../nbs/data/06_plant_drawing.ipynb #004a728f
+# %% ../../nbs/data/06_plant_drawing.ipynb #ce4c01e3
 def _rotation(
     angle: float, # radians
 ) -> np.ndarray: # (2,2)
@@ -86,8 +86,8 @@ def _draw_petals(
     xy: tuple, # centre, in pixels
     r: float, # radius, in pixels
     colours: list, # one is picked for each petal
-    n: int, # how many petals
-    half_width: float, # of a petal, as a share of r
+    n: int, # number of petals
+    half_width: float, # half width of a petal, as a fraction of r
     squash: float = 1., # 1 is seen from above, 0 from the side
     tilt: float = 0., # radians
 ):
@@ -100,12 +100,12 @@ def _draw_petals(
     shapes = np.stack([*left, along, *right], 1)
     _fill_polygons(d, rng, shapes*[1, squash] @ _rotation(tilt) + xy, colours)
 
-# %% ../../nbs/data/06_plant_drawing.ipynb #88a02c43
+# %% ../../nbs/data/06_plant_drawing.ipynb #17a14cc5
 def draw_stem(
     d, # ImageDraw
     rng, # numpy Generator
-    xy: tuple, # of the flower, in pixels
-    foot: tuple, # where it grows, in pixels
+    xy: tuple, # position of the flower, in pixels
+    foot: tuple, # foot of the stem, in pixels
     width: float, # in pixels
     colour: tuple, # red, green, blue
 ):
@@ -117,7 +117,7 @@ def draw_stem(
     d.line([xy, upper, lower, foot], fill=colour, width=max(2, int(width)), joint='curve')
 
 # %% ../../nbs/data/06_plant_drawing.ipynb #a70ec502
-_RINGS = ((1, 30), (.8, 26), (.6, 22), (.38, 16)) # radius as a share of the flower's, number of rays
+_RINGS = ((1, 30), (.8, 26), (.6, 22), (.38, 16)) # radius as a fraction of the flower's, number of rays
 
 def draw_dandelion_from_above(
     d, # ImageDraw
@@ -163,7 +163,7 @@ def draw_seed_head(
     "A dandelion's seed head, with a gap where seeds have flown away."
     x, y = xy
     n, white = int(rng.integers(70, 110)), int(rng.uniform(225, 255))
-    for share in np.linspace(.98, .4, 8): _draw_disc(d, xy, share*r, (white, white, white - 6, 20))
+    for fraction in np.linspace(.98, .4, 8): _draw_disc(d, xy, fraction*r, (white, white, white - 6, 20))
     _draw_disc(d, xy, .13*r, random_colours(rng, 1, (25, 60), (.25, .5), (.4, .65))[0])
     angles, lengths = rng.uniform(0, 2*np.pi, n), r*np.sqrt(rng.uniform(.1, 1, n))
     gap_start, gap = rng.uniform(0, 6), rng.uniform(0, 1.3)
@@ -218,7 +218,7 @@ def draw_other_flower(
     _draw_petals(d, rng, xy, r*.8, petals, n, half_width, squash, tilt=rng.normal(0, .6))
     _draw_disc(d, xy, .2*r, random_colours(rng, 1, middle, (.8, 1), (.6, .9))[0], squash)
 
-# %% ../../nbs/data/06_plant_drawing.ipynb #14cd5fc8
+# %% ../../nbs/data/06_plant_drawing.ipynb #e7b106db
 def draw_yellow_leaf(
     d, # ImageDraw
     rng, # numpy Generator
@@ -234,7 +234,7 @@ def draw_yellow_leaf(
     d.polygon(leaf.ravel().tolist(), fill=colour)
     d.line([tuple(leaf[0]), tuple(leaf[6])], fill=_shade(colour, .75), width=max(1, int(.06*r)))
 
-# %% ../../nbs/data/06_plant_drawing.ipynb #4840690c
+# %% ../../nbs/data/06_plant_drawing.ipynb #12ac96e0
 def draw_grass_flower(
     d, # ImageDraw
     rng, # numpy Generator

@@ -25,7 +25,7 @@ from .shards import PreparedPhoto, put_shard, read_shards
 def prepare_photo(
     data: bytes, # a file's content
     side: int = 256, # shorter side of the result, in pixels
-    limits: PhotoLimits = PhotoLimits(), # what is accepted
+    limits: PhotoLimits = PhotoLimits(), # which photos are accepted
 ) -> PreparedPhoto:
     "Make one photo small and measure it; raises `PhotoError`."
     import imagehash
@@ -46,7 +46,7 @@ def _prepare_stored(
     store, # from `open_store`
     sha256: str, # of a photo's bytes
     side: int, # shorter side of the result, in pixels
-    limits: PhotoLimits, # what is accepted
+    limits: PhotoLimits, # which photos are accepted
 ) -> PreparedPhoto | PrepareFailure:
     "Prepare one stored photo; raises `StoreError` where the store itself cannot be used."
     try: return prepare_photo(store.get(f'raw/{sha256}'), side, limits)
@@ -55,7 +55,7 @@ def _prepare_stored(
         return PrepareFailure('failed', f'{e} The next `ingest` fetches it again; if it has failed too often, '
                                         'run `plant-mlops catalog retry` first.')
 
-# %% ../../nbs/data/13_prepare.ipynb #eaa0e7d5
+# %% ../../nbs/data/13_prepare.ipynb #2317f881
 def _check_store_has_photos(
     store, # from `open_store`
     n_photos: int, # that the catalog says are stored
@@ -66,12 +66,12 @@ def _check_store_has_photos(
                      'Check PLANT_STORE_URL. If the store was emptied, run `plant-mlops catalog retry --all` and '
                      '`plant-mlops ingest`.')
 
-# %% ../../nbs/data/13_prepare.ipynb #944c95c7
+# %% ../../nbs/data/13_prepare.ipynb #38913fe2
 def _prepare_batch(
     store, # from `open_store`
     batch: list, # checksums of photos
     side: int, # shorter side of the results, in pixels
-    limits: PhotoLimits, # what is accepted
+    limits: PhotoLimits, # which photos are accepted
     pool: ThreadPoolExecutor, # for decoding
     advance: Callable, # called after each photo
 ) -> tuple: # list of `PreparedPhoto`, and a dict: checksum → `PrepareFailure`
@@ -96,14 +96,14 @@ def _failed_rows(
 # %% ../../nbs/data/13_prepare.ipynb #785a4852
 def prepare(
     s: Settings, # settings
-    shard: tuple = (1, 1), # (i, n): photos of worker i of n, by their checksum
+    shard: tuple = (1, 1), # (i, n): the photos of worker i of n, by their checksum
     progress: bool = True, # show a bar
 ) -> dict: # photos prepared, already there and failed, and seconds
     "Prepare all stored photos that are in no shard yet; raises `PlantError` where store or catalog cannot be used."
     start = time.perf_counter()
-    store, eng = open_store(s), call_with_retry(open_catalog, s)
+    store, engine = open_store(s), call_with_retry(open_catalog, s)
     rows_of = defaultdict(list) # checksum → rows of the catalog
-    for row in call_with_retry(list_stored, eng, shard): rows_of[row['sha256']].append(row)
+    for row in call_with_retry(list_stored, engine, shard): rows_of[row['sha256']].append(row)
     already = set(read_shards(store, columns=['sha256'], side=s.photo_side).sha256)
     todo = sorted(rows_of.keys() - already)
     if todo and not already: _check_store_has_photos(store, len(rows_of))
@@ -115,7 +115,7 @@ def prepare(
                 batch = todo[i:i+s.shard_photos]
                 photos, failures = _prepare_batch(store, batch, s.photo_side, limits, pool, advance)
                 if photos: put_shard(store, photos, s.photo_side)
-                call_with_retry(record_results, eng, _failed_rows(store, failures, rows_of))
+                call_with_retry(record_results, engine, _failed_rows(store, failures, rows_of))
                 n_failed += len(failures)
     finally: pool.shutdown(cancel_futures=True)
     return dict(prepared=len(todo) - n_failed, already=len(rows_of) - len(todo), failed=n_failed,

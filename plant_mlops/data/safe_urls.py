@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UnsafeURLError', 'is_public', 'check_address', 'look_up_addresses', 'CheckedResolver', 'check_url']
 
-# %% ../../nbs/data/03_safe_urls.ipynb #2a3e025a
+# %% ../../nbs/data/03_safe_urls.ipynb #426fcb1a
 import asyncio, socket
 from collections.abc import Callable
 from ipaddress import IPv4Address, ip_address, ip_network
@@ -13,14 +13,14 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 from ..core.config import AllowedHosts, PlantError
 
-# %% ../../nbs/data/03_safe_urls.ipynb #fffcedca
+# %% ../../nbs/data/03_safe_urls.ipynb #b45656f4
 class UnsafeURLError(PlantError):
     "A URL leads to an address that may not be reached."
 
 # %% ../../nbs/data/03_safe_urls.ipynb #46feb63e
 _GLOBAL_IPV6 = ip_network('2000::/3')
 _NAT64 = ip_network('64:ff9b::/96')
-_NEVER_PUBLIC = [ip_network(o) for o in (
+_NEVER_PUBLIC = [ip_network(network) for network in (
     '192.0.0.0/24', '192.88.99.0/24', '168.63.129.16', '2001::/32', '2002::/16', '3fff::/20')]
 
 def is_public(
@@ -36,9 +36,9 @@ def is_public(
 
 # %% ../../nbs/data/03_safe_urls.ipynb #61054f1c
 def check_address(
-    host: str, # as the URL names it
-    address: str, # one that it resolves to
-    allowed: AllowedHosts, # exceptions
+    host: str, # host of the URL
+    address: str, # address that the host resolves to
+    allowed: AllowedHosts, # hosts and networks that are reached although they are not public
 ):
     "Raise `UnsafeURLError` where an address is neither public nor allowed."
     if is_public(address) or host.rstrip('.').lower() in allowed.names: return
@@ -48,31 +48,31 @@ def check_address(
 
 # %% ../../nbs/data/03_safe_urls.ipynb #0a84b54d
 def _resolve_result(
-    host: str, # name
-    address: str, # IPv4 or IPv6
-    port: int,
-) -> ResolveResult: # as aiohttp takes it
+    host: str, # host name
+    address: str, # IPv4 or IPv6 address
+    port: int, # port
+) -> ResolveResult: # the type that aiohttp expects
     "One address of a host."
     family = socket.AF_INET6 if ':' in address else socket.AF_INET
     return ResolveResult(hostname=host, host=address, port=port, family=family, proto=0, flags=socket.AI_NUMERICHOST)
 
 async def look_up_addresses(
-    host: str, # name
-    port: int,
-    family: int, # of addresses: IPv4, IPv6 or both
+    host: str, # host name
+    port: int, # port
+    family: int, # address family: IPv4, IPv6 or both
 ) -> list: # a `ResolveResult` for each address
     "Resolve a name, in a thread; raises `OSError` where it has no address."
     results = await asyncio.to_thread(
         socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
     return [_resolve_result(host, *result[4][:2]) for result in results]
 
-# %% ../../nbs/data/03_safe_urls.ipynb #5eb7db93
+# %% ../../nbs/data/03_safe_urls.ipynb #03915a09
 class CheckedResolver(AbstractResolver):
     "Resolves names for aiohttp, and refuses those with an address that may not be reached."
     def __init__(self,
-        allowed: AllowedHosts, # exceptions
+        allowed: AllowedHosts, # hosts and networks that are reached although they are not public
         connect_to: dict[str, tuple[str, int]] | None = None, # host → (address, port) reached instead
-        lookup: Callable | None = None, # instead of `look_up_addresses`
+        lookup: Callable | None = None, # coroutine function that replaces `look_up_addresses`
     ):
         self.allowed = allowed
         self.connect_to = connect_to or {}
@@ -89,8 +89,8 @@ class CheckedResolver(AbstractResolver):
 
 # %% ../../nbs/data/03_safe_urls.ipynb #d3c436ae
 def check_url(
-    url: URL, # http or https
-    allowed: AllowedHosts, # exceptions
+    url: URL, # http or https URL
+    allowed: AllowedHosts, # hosts and networks that are reached although they are not public
 ):
     "Raise `UnsafeURLError` where a URL is not http(s), or its host is an address that may not be reached."
     if url.scheme not in ('http', 'https'):

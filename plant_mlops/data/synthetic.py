@@ -23,7 +23,7 @@ HOST = 'synthetic.invalid'
 SOURCE_NAMES = dict(synthetic='synthetic photos', photos='photos', mixed='photos, some of them synthetic')
 
 def source_of(
-    urls: Iterable[str], # of photos
+    urls: Iterable[str], # URLs of photos
 ) -> str: # a key of SOURCE_NAMES: synthetic, photos or mixed
     "Whether photos are synthetic, by their URLs."
     is_synthetic = {(urlsplit(url).hostname or '').endswith('.invalid') for url in urls}
@@ -58,7 +58,7 @@ def _blurred_distance(rng, size: tuple, greens: list) -> Image.Image:
         d.ellipse((x - r, y - r, x + r, y + r), fill=(*colour, opacity))
     return im.resize(size, Image.BICUBIC)
 
-# %% ../../nbs/data/07_synthetic.ipynb #35ea728f
+# %% ../../nbs/data/07_synthetic.ipynb #9e400ad3
 _GROUNDS = dict( # cells across, and hue, saturation and value of its two colours
     soil=((20, 90), (20, 40), (.25, .5), (.2, .55)),
     paving=((30, 120), (20, 220), (0, .12), (.35, .75)),
@@ -90,9 +90,9 @@ _GRASS_LENGTHS = dict(lawn=(14, 50), meadow=(60, 200), horizon=(60, 200), soil=(
 # %% ../../nbs/data/07_synthetic.ipynb #a45fee01
 def _random_points(
     rng, # numpy Generator
-    n: int, # how many
+    n: int, # number of shapes
     size: tuple, # width, height in pixels
-    top: float = 0., # none above it, as a share of the height
+    top: float = 0., # upper limit of the points, as a fraction of the height
 ) -> np.ndarray: # (n,2) in pixels, farthest first
     "Points in a scene."
     w, h = size
@@ -143,12 +143,12 @@ def _draw_several(
     d, # ImageDraw
     rng, # numpy Generator
     draw_part: Callable, # (d, rng, xy, r): draws one
-    n: int, # how many
-    radius: tuple, # range, as a share of the shorter side
+    n: int, # number of shapes
+    radius: tuple, # range of the radius, as a fraction of the shorter side
     size: tuple, # of the scene: width, height in pixels
-    stems: float = .75, # share of them on a stem
+    stems: float = .75, # fraction of the parts that have a stem
 ):
-    "Several of a part of a plant, here and there in the scene."
+    "Several copies of a part of a plant, scattered over the scene."
     w, h = size
     points = _random_points(rng, n, (w, h*.75), .1).clip((.08*w, .1*h), (.92*w, .85*h))
     centre, reach = np.array(size)/2, .33*min(size)
@@ -161,7 +161,7 @@ def _draw_several(
             draw_stem(d, rng, (x, y), foot, .09*r + 1, green)
         draw_part(d, rng, (x, y), r)
 
-# %% ../../nbs/data/07_synthetic.ipynb #a9835464
+# %% ../../nbs/data/07_synthetic.ipynb #5a756753
 def _draw_dandelion_flower(d, rng, xy: tuple, r: float):
     "A dandelion's flower, from above or from the side."
     draw_part = draw_dandelion_from_above if rng.random() < .75 else draw_dandelion_from_side
@@ -184,9 +184,9 @@ def _draw_dandelions(d, rng, size: tuple):
     n = int(rng.integers(1, 3) if is_big else rng.integers(2, 9))
     _draw_several(d, rng, draw_part, n, (.17, .36) if is_big else (.085, .15), size)
 
-# %% ../../nbs/data/07_synthetic.ipynb #284ff7b9
+# %% ../../nbs/data/07_synthetic.ipynb #7715ec23
 def _draw_other_plants(d, rng, size: tuple):
-    "Up to three kinds of what else is found in grass."
+    "Up to three kinds of other things that are found in grass."
     for draw_part, stems in ((draw_other_flower, 1), (draw_yellow_leaf, 0), (draw_grass_flower, 1)):
         if rng.random() > .42: continue
         is_big = rng.random() < .3
@@ -222,18 +222,18 @@ def draw(
 # %% ../../nbs/data/07_synthetic.ipynb #dfa24852
 def draw_jpeg(
     label: str, # one of LABELS
-    seed: int, # of the whole set
-    i: int, # number in the set
+    seed: int, # seed of the whole set
+    i: int, # number of the drawing in the set
 ) -> bytes: # JPEG
     "A drawing as a file, marked synthetic in its comment; equal arguments give equal bytes."
     out = io.BytesIO()
     draw(label, (seed, i)).save(out, 'JPEG', quality=90, comment=f'synthetic {label} {seed}/{i}')
     return out.getvalue()
 
-# %% ../../nbs/data/07_synthetic.ipynb #c357f0df
+# %% ../../nbs/data/07_synthetic.ipynb #95ae20ac
 def synthetic_rows(
-    n: int, # how many, the classes in turn
-    seed: int = 0, # of the whole set
+    n: int, # number of drawings, the classes in turn
+    seed: int = 0, # seed of the whole set
 ) -> list: # dicts of url_source, label
     "Catalog rows for n drawings."
     labels = [LABELS[i % len(LABELS)] for i in range(n)]

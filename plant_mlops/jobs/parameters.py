@@ -6,7 +6,7 @@
 __all__ = ['TYPES', 'notebook_of', 'read_cells', 'Parameter', 'parameters_of', 'ParameterError', 'parse_shard',
            'check_parameters', 'route_parameters']
 
-# %% ../../nbs/jobs/01_parameters.ipynb #e457c492
+# %% ../../nbs/jobs/01_parameters.ipynb #4589a2cb
 import ast, json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from ..core.workload import Job
 
 # %% ../../nbs/jobs/01_parameters.ipynb #cfc0751c
 def notebook_of(
-    job: Job, # of the table
+    job: Job, # job from the job table
 ) -> Path:
     "The path of a job's notebook; raises `PlantError` where it does not exist."
     path = Path(job.notebook)
@@ -25,41 +25,42 @@ def notebook_of(
                      'Install its package again, or correct the path in its workload.')
 
 def read_cells(
-    path: Path, # of a notebook
+    path: Path, # path of a notebook
 ) -> list: # its cells, as in the file
     "The cells of a notebook; raises `PlantError` where it cannot be read."
     try: return json.loads(path.read_text(encoding='utf-8'))['cells']
     except (ValueError, KeyError, TypeError) as e:
         raise PlantError(f'{path} is not a notebook ({e}). Open it in Jupyter and save it.') from None
 
-# %% ../../nbs/jobs/01_parameters.ipynb #320f25fd
+# %% ../../nbs/jobs/01_parameters.ipynb #01cc2401
 class Parameter(NamedTuple):
     "A parameter of a job."
-    type: Any # int, or int | None …
-    default: Any # value
-    description: str # for people
+    type: Any # type, such as int or int | None
+    default: Any # default value
+    description: str # human-readable description
 
-TYPES = {o.__name__: o for o in (str, int, float, bool)}
+TYPES = {cls.__name__: cls for cls in (str, int, float, bool)}
 
 def _parse_type(
     annotation: ast.expr,
 ): # str, int, float or bool, perhaps | None
     "The type that an annotation names; raises `ValueError` for any other."
     names = ast.unparse(annotation).split(' | ')
-    known = [TYPES[o] for o in names if o in TYPES]
+    known = [TYPES[name] for name in names if name in TYPES]
     if len(known) != 1 or {*names} - {*TYPES, 'None'}:
-        raise ValueError(f'{ast.unparse(annotation)} is none of {", ".join(TYPES)}, with or without | None')
+        raise ValueError(f'{ast.unparse(annotation)} is not one of {", ".join(TYPES)}, with or without | None')
     return known[0] | None if 'None' in names else known[0]
 
 # %% ../../nbs/jobs/01_parameters.ipynb #e563e65e
 def parameters_of(
-    job: Job, # of the table
+    job: Job, # job from the job table
 ) -> dict: # name → `Parameter`
     "The parameters of a job, from its notebook; raises `PlantError` where they cannot be read."
     path = notebook_of(job)
     tagged = [c for c in read_cells(path) if 'parameters' in c['metadata'].get('tags', ())]
     source = ''.join(tagged[0]['source']) if tagged else ''
-    lines, parameters = source.splitlines(), {}
+    lines = source.splitlines()
+    parameters = {}
     try:
         for node in ast.parse(source).body:
             if not isinstance(node, ast.AnnAssign): continue
@@ -75,20 +76,20 @@ class ParameterError(PlantError):
     exit_code = 2
 
 def parse_shard(
-    shard: str, # such as 2/4
-) -> tuple: # (i, n)
-    "Which part of the work, of how many; raises `ParameterError` where it is none."
+    shard: str, # shard of the work, such as 2/4
+) -> tuple: # (i, n): shard i of n
+    "Read the number of a shard and the number of shards; raises `ParameterError` where the text is not valid."
     try: i, n = map(int, shard.split('/'))
     except ValueError: i, n = 0, 0
     if 1 <= i <= n: return i, n
-    raise ParameterError(f'{shard!r} is no part of the work: write i/n with 1 ≤ i ≤ n, such as 2/4.')
+    raise ParameterError(f'{shard!r} is not a shard: write i/n with 1 ≤ i ≤ n, such as 2/4.')
 
 # %% ../../nbs/jobs/01_parameters.ipynb #ac01bbfe
 def check_parameters(
-    job: Job, # of the table
+    job: Job, # job from the job table
     values: dict, # name → value, as text or with its type
 ) -> dict: # name → value with its type
-    "Parameters with their types; raises `ParameterError` for an unknown one, or a value of another type."
+    "Convert and check parameters; raises `ParameterError` for an unknown one, or a value of another type."
     known = parameters_of(job)
     for k in values:
         if k in known: continue
@@ -97,7 +98,7 @@ def check_parameters(
     model = create_model(job.name, __config__=config, **{k: (p.type, p.default) for k, p in known.items()})
     try: checked = model(**values).model_dump(include=set(values))
     except ValidationError as e:
-        problems = [f"{job.name}: {o['loc'][0]} = {o['input']!r}: {o['msg']}" for o in e.errors()]
+        problems = [f"{job.name}: {error['loc'][0]} = {error['input']!r}: {error['msg']}" for error in e.errors()]
         raise ParameterError('; '.join(problems) + '.') from None
     if 'shard' in checked: parse_shard(checked['shard'])
     return checked
@@ -107,11 +108,11 @@ def route_parameters(
     chain: list, # jobs
     values: dict, # name → value
 ) -> dict: # name of a job → its parameters, checked
-    "Parameters for the jobs that have them; raises `ParameterError` for one that no job has."
+    "The parameters of each job; raises `ParameterError` for one that no job has."
     known = {j.name: parameters_of(j) for j in chain}
     everything = list(dict.fromkeys(k for parameters in known.values() for k in parameters))
     for k in values:
         if k in everything: continue
-        jobs, names = ', '.join(known), ', '.join(everything)
-        raise ParameterError(f'None of {jobs} has a parameter {k!r}. They have: {names}.')
+        jobs = ', '.join(known)
+        raise ParameterError(f'None of {jobs} has a parameter {k!r}. They have: {", ".join(everything)}.')
     return {j.name: check_parameters(j, {k: v for k, v in values.items() if k in known[j.name]}) for j in chain}

@@ -15,14 +15,14 @@ from ..core.config import PlantError, Settings
 from ..core.workload import Job
 from .runner import kernel_environment
 from .runs import JobRun, history, newest_runs, utc_now
-from .table import job_of, jobs_for, schedule_of
+from .table import find_job, jobs_for, schedule_of
 
 # %% ../../nbs/jobs/08_scheduler.ipynb #c030419d
 def next_time(
     cron: str, # expression, in UTC
     after: datetime, # UTC
 ) -> datetime: # UTC
-    "The first time of a cron expression after a moment; raises `PlantError` where there is none."
+    "The first time of a cron expression after another time; raises `PlantError` where there is none."
     try: trigger = CronTrigger.from_crontab(cron, timezone.utc)
     except ValueError as e:
         raise PlantError(f'{cron!r} is not a cron expression ({e}). Write minute, hour, day, month and day of the '
@@ -46,7 +46,7 @@ def _triggering_asset(job: Job, last: JobRun | None, runs: list, now: datetime) 
     return ''
 
 def _is_scheduled(job: Job, cron: str, last: JobRun | None, now: datetime, since: datetime) -> bool:
-    "Whether the time of a job has come."
+    "Whether a job is due by its schedule."
     if not cron: return False
     if last is None and not job.triggers: return True
     return next_time(cron, last.started_at if last else since) <= now
@@ -57,11 +57,11 @@ def _is_retry_due(job: Job, last: JobRun, now: datetime) -> bool:
     delay = timedelta(seconds=RETRY_DELAY*2**(last.attempt - 1))
     return now >= (last.ended_at or last.started_at) + delay
 
-# %% ../../nbs/jobs/08_scheduler.ipynb #3787b1f8
+# %% ../../nbs/jobs/08_scheduler.ipynb #7b5d8045
 def why_due(
     s: Settings, # uses `schedules`
-    job: Job, # of the table
-    runs: list, # of `JobRun`, of all jobs, newest first
+    job: Job, # job from the job table
+    runs: list, # `JobRun`s of all jobs, newest first
     now: datetime, # UTC
     since: datetime, # UTC, when the scheduler was started
 ) -> str: # the name of an asset, schedule, or retry; '' where it is not due
@@ -83,9 +83,9 @@ def recent_runs(
     return runs + [r for job, last in newest_runs(s).items() if job not in seen for r in last]
 
 def next_attempt(
-    why: str, # the job is due
-    job: str, # its name
-    runs: list, # of `JobRun`, newest first
+    why: str, # reason why the job is due
+    job: str, # name of the job
+    runs: list, # `JobRun`s, newest first
 ) -> int: # 1 for the first
     "Which attempt a run would be."
     if why != 'retry': return 1
@@ -94,11 +94,12 @@ def next_attempt(
 # %% ../../nbs/jobs/08_scheduler.ipynb #f7654b79
 def check_due(
     s: Settings, # configured settings
-    name: str, # of the job
+    name: str, # name of the job
 ) -> tuple: # (why, attempt); ('', 0) where it is not due
-    "Whether a job should start now; raises `PlantError` where that cannot be known."
-    runs, now = recent_runs(s), utc_now()
-    why = why_due(s, job_of(s, name), runs, now, now)
+    "Whether a job is due now; raises `PlantError` where the runs cannot be read."
+    runs = recent_runs(s)
+    now = utc_now()
+    why = why_due(s, find_job(s, name), runs, now, now)
     return (why, next_attempt(why, name, runs)) if why else ('', 0)
 
 # %% ../../nbs/jobs/08_scheduler.ipynb #fa7ea90f
@@ -106,11 +107,11 @@ log = logging.getLogger(__name__)
 
 def start_job(
     s: Settings, # configured settings
-    job: str, # its name
-    why: str, # for the record
-    attempt: int = 1, # 2 for the first retry
+    job: str, # name of the job
+    why: str, # reason for the run, for the record
+    attempt: int = 1, # number of the attempt: 2 for the first retry
 ) -> subprocess.Popen:
-    "Start a job as a process that gets its signals only from here."
+    "Start a job as a process that gets signals only from the scheduler."
     command = [sys.executable, '-m', 'plant_mlops', 'job', 'run', job, '--why', why, '--attempt', str(attempt)]
     return subprocess.Popen(command, env=kernel_environment(s), start_new_session=True, stdin=subprocess.DEVNULL)
 
@@ -124,15 +125,16 @@ def _collect_ended(running: dict, paused: dict, now: datetime):
 
 def start_due_jobs(
     s: Settings, # configured settings
-    running: dict, # job → process; changed here
+    running: dict, # jobs that run: name → process; updated
     now: datetime, # UTC
     since: datetime, # UTC, when the scheduler was started
-    paused: dict, # job → until when, of those that failed; changed here
-    start: Callable = start_job, # how a job is started
+    paused: dict, # jobs that failed: name → end of the pause; updated
+    start: Callable = start_job, # function that starts a job
 ) -> list: # (job, why) of those started
-    "Start what is due; raises `PlantError` where that cannot be known."
+    "Start all jobs that are due; raises `PlantError` where the runs cannot be read."
     _collect_ended(running, paused, now)
-    runs, started = recent_runs(s), []
+    runs = recent_runs(s)
+    started = []
     for j in jobs_for(s):
         if len(running) >= s.jobs_at_once: break
         if j.name in running or now < paused.get(j.name, now): continue
@@ -157,9 +159,9 @@ def _signal_all(running: dict, number: int):
         if p.poll() is None: p.send_signal(number)
 
 def stop_jobs(
-    running: dict, # job → process
-    grace: float, # seconds to end by themselves
-    hurry: threading.Event, # set: do not wait for that
+    running: dict, # jobs that run: name → process
+    grace: float, # seconds before they are cancelled
+    hurry: threading.Event, # if set, they are cancelled at once
 ):
     "Let jobs end, then cancel them, then kill them."
     _wait_for(running, grace, hurry)
@@ -176,13 +178,16 @@ class Scheduler:
     def __init__(self,
         s: Settings, # configured settings
     ):
-        self.s, self.since = s, utc_now()
-        self.running, self.paused = {}, {} # job → process; job → until when it is paused
-        self.stopping, self.hurry = threading.Event(), threading.Event()
-        self.last_error = '' # that was logged
+        self.s = s
+        self.since = utc_now()
+        self.running = {} # job → process
+        self.paused = {} # job → end of its pause
+        self.stopping = threading.Event() # set by the first signal
+        self.hurry = threading.Event() # set by the second signal
+        self.last_error = '' # last error that was logged
 
     def on_signal(self, number, frame):
-        "Stop; the second time without waiting."
+        "Stop after the running jobs; the second time without waiting."
         if self.stopping.is_set(): self.hurry.set()
         self.stopping.set()
 
@@ -193,7 +198,7 @@ class Scheduler:
             if cron: log.info('%s: next at %s UTC', j.name, next_time(cron, self.since).strftime('%a %d %b %H:%M'))
 
     def step(self):
-        "Start what is due. A database that is not reachable is logged once; it may come back."
+        "Start all jobs that are due. A database that is not reachable is logged once, and tried again at the next step."
         try: start_due_jobs(self.s, self.running, utc_now(), self.since, self.paused)
         except (PlantError, OSError) as e:
             if str(e) != self.last_error: log.warning('%s', e)
@@ -211,14 +216,14 @@ class Scheduler:
             if self.running: log.info('stopping: %s may take %g s to end', ' and '.join(self.running), self.s.job_grace)
             stop_jobs(self.running, self.s.job_grace, self.hurry)
 
-# %% ../../nbs/jobs/08_scheduler.ipynb #e70173c2
+# %% ../../nbs/jobs/08_scheduler.ipynb #0d0b2358
 def run_scheduler(
     s: Settings, # configured settings
 ):
     "Run jobs when they are due, until SIGTERM or Ctrl-C; raises `PlantError` where a schedule cannot be read."
     scheduler = Scheduler(s)
     scheduler.log_schedule()
-    handlers = {o: signal.signal(o, scheduler.on_signal) for o in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.signal(n, scheduler.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try: scheduler.loop()
     finally:
         for number, handler in handlers.items(): signal.signal(number, handler)

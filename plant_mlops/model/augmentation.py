@@ -6,12 +6,13 @@
 __all__ = ['ZOOM', 'MIN_SCALE', 'LIGHT', 'TrainingCrop', 'ValidationResize', 'crop_size', 'make_dataloaders']
 
 # %% ../../nbs/model/01_augmentation.ipynb #effb1394
+# before fastai: it turns off a warning that libraries print while they are imported
+from .backbone import Backbone, get_device
 import numpy as np
 from fastai.vision import all as fv
 from ..core.config import Settings
 from ..core.process import cpu_cores
 from ..data.photo import resize_to_square, visible_size
-from .backbone import Backbone, get_device
 
 # %% ../../nbs/model/01_augmentation.ipynb #479b1957
 ZOOM, MIN_SCALE, LIGHT = .9, .35, .2 # training crops are 0.9 of image_size wide, and show at least 35 % of the photo

@@ -8,6 +8,9 @@ __all__ = ['VIEWS', 'STRENGTHS', 'LABEL_SMOOTHING', 'WEIGHT_DECAY', 'AVERAGE', '
            'check_trainable', 'fit_learner']
 
 # %% ../../nbs/model/02_learner.ipynb #54a14865
+# before fastai: it turns off a warning that libraries print while they are imported
+from .backbone import (Backbone, build_backbone, extract_features, get_device, keep_freed_memory,
+                                        unit_rows)
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -24,8 +27,6 @@ from ..core.config import PlantError, Settings
 from ..core.progress import progress_bar
 from ..data.photo import resize_to_square
 from .augmentation import make_dataloaders
-from .backbone import (Backbone, build_backbone, extract_features, get_device, keep_freed_memory,
-                                        unit_rows)
 
 # %% ../../nbs/model/02_learner.ipynb #f108146f
 def set_seed(

@@ -6,6 +6,8 @@
 __all__ = ['log_training', 'recipe', 'train']
 
 # %% ../../nbs/model/04_train.ipynb #30e5a335
+# before fastai: it turns off a warning that libraries print while they are imported
+from .backbone import get_device
 import matplotlib.pyplot as plt
 import numpy as np
 from fastai.vision import all as fv
@@ -14,7 +16,6 @@ from ..data.dataset import load_dataset
 from ..data.photo import resize_to_square
 from ..data.shards import load_jpegs
 from .augmentation import LIGHT, MIN_SCALE, ZOOM
-from .backbone import get_device
 from .figures import plot_activations, plot_validation_confusion, top_losses
 from .learner import (AVERAGE, LABEL_SMOOTHING, VIEWS, WEIGHT_DECAY, TrainedNetwork,
                                        check_trainable, fit_learner)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['status']
 
-# %% ../../nbs/monitor/06_status.ipynb #62eb6acc
+# %% ../../nbs/monitor/06_status.ipynb #37755770
 from ..core.config import Settings
 from ..core.store import open_store
-from ..core.workload import workload_of
+from ..core.workload import configured_workload
 from ..serve.champion import NoModelError, champion_pointer
 
 # %% ../../nbs/monitor/06_status.ipynb #c95d8897
@@ -18,7 +18,7 @@ def status(
     "What is in production. Where nothing is, `note` says what to do."
     try: pointer, note = champion_pointer(open_store(s), s.model), None
     except NoModelError as e: pointer, note = {}, str(e)
-    w, metrics = workload_of(s), pointer.get('metrics') or {}
+    w, metrics = configured_workload(s), pointer.get('metrics') or {}
     interval = [metrics.get('accuracy_low'), metrics.get('accuracy_high')]
     figures = {'accuracy': metrics.get('accuracy'), 'interval': interval, f'test_{w.examples}': metrics.get('n')} if metrics else {}
     return dict(model=s.model, version=pointer.get('version'), **figures, source=pointer.get('source'), dataset=pointer.get('dataset'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embed_thumbnails', 'example_home']
 
-# %% ../../nbs/photos/03_example_home.ipynb #71563f4e
+# %% ../../nbs/photos/03_example_home.ipynb #c5f1753e
 import numpy as np
 from PIL import Image
 from ..core.config import Settings
@@ -18,7 +18,7 @@ from ..registry.registry import register
 from ..registry.release import promote
 from ..registry.tracking import experiment_id, mlflow_client
 
-# %% ../../nbs/photos/03_example_home.ipynb #9492a607
+# %% ../../nbs/photos/03_example_home.ipynb #eddc9d54
 def embed_thumbnails(
     images, # uint8 [N, side, side, 3]
 ): # float [N, 192], rows of length 1
@@ -35,7 +35,7 @@ def _add_photos(s: Settings, n: int, relabel: int):
     add_rows(engine, wrong + [dict(url_source='file:///nowhere/lost.jpg', label='grass')])
     engine.dispose()
 
-# %% ../../nbs/photos/03_example_home.ipynb #ba1273d9
+# %% ../../nbs/photos/03_example_home.ipynb #fea5d665
 def _log_training(s: Settings, dataset: str, version: int) -> str:
     "An MLflow run with the curves of a training; returns its ID."
     parameters = dict(arch='mean colour', epochs=3, lr=version*1e-3, dataset=dataset)
@@ -48,12 +48,12 @@ def _log_training(s: Settings, dataset: str, version: int) -> str:
         c.set_terminated(run)
     return run
 
-# %% ../../nbs/photos/03_example_home.ipynb #4f9086fe
+# %% ../../nbs/photos/03_example_home.ipynb #9387048b
 def example_home(
-    s: Settings, # its home is filled
-    n: int = 60, # drawn photos
-    versions: int = 2, # of the model; the last one is in production
-    relabel: int = 2, # photos with the wrong label
+    s: Settings, # settings; their home folder is filled
+    n: int = 60, # number of drawn photos
+    versions: int = 2, # number of versions of the model; the last one is in production
+    relabel: int = 2, # number of photos with the wrong label
 ) -> Dataset:
     "Fill a home: catalog, store, dataset, runs, registered models and a champion."
     _add_photos(s, n, relabel)

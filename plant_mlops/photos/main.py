@@ -6,7 +6,7 @@
 __all__ = ['run_stage', 'describe_counts', 'describe_catalog', 'describe_dataset', 'describe_training', 'predict_test_photo',
            'run', 'retrain_photos']
 
-# %% ../../nbs/photos/01_main.ipynb #7b2c822c
+# %% ../../nbs/photos/01_main.ipynb #db4a2603
 import re, time
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,11 @@ from .stages import dataset, ingest, load_catalog, train
 
 # %% ../../nbs/photos/01_main.ipynb #97a6f2af
 def run_stage(
-    console: Console, # to print to
-    name: str, # of the stage
-    stage: Callable, # () → dict of figures
-    describe: Callable, # (figures) → text
-) -> dict: # figures of the stage
+    console: Console, # console to print to
+    name: str, # name of the stage
+    stage: Callable, # () → result of the stage, a dict
+    describe: Callable, # (result) → text
+) -> dict: # result of the stage
     "Run a stage, and print its line."
     start = time.perf_counter()
     if console.is_terminal: console.print(f'[dim]…[/] {name}', end='\r', highlight=False)
@@ -34,14 +34,14 @@ def run_stage(
 
 # %% ../../nbs/photos/01_main.ipynb #e810f5a3
 def describe_counts(
-    figures: dict, # of a stage
-    *names: str, # of its counts
+    figures: dict, # result of a stage
+    *names: str, # names of the counts
 ) -> str:
     "Counts that are not zero, such as `40 stored, 2 failed`."
     return ', '.join(f'{figures[k]:,} {k}' for k in names if figures.get(k)) or 'nothing to do'
 
 def describe_catalog(
-    figures: dict, # of `load_catalog`
+    figures: dict, # result of `load_catalog`
 ) -> str:
     "What was added to the catalog."
     gone = figures.get('gone')
@@ -49,23 +49,23 @@ def describe_catalog(
     return describe_counts(figures, *(k for k in figures if k != 'gone')) + kept
 
 def describe_dataset(
-    card: dict, # of `dataset`
+    card: dict, # result of `dataset`
 ) -> str:
     "A dataset in a few words."
     source = 'synthetic ' if card['source'] == 'synthetic' else ''
     return f"{card['version']}: {card['photos']:,} {source}photos of {', '.join(card['classes'])}"
 
 def describe_training(
-    model: str, # its name
-    figures: dict, # of `train`
+    model: str, # name of the model
+    figures: dict, # result of `train`
 ) -> str:
     "The new version, and the precision of its file."
     return f"version {figures['version']} of {model}, {figures['precision']}: {figures['why']}"
 
-# %% ../../nbs/photos/01_main.ipynb #2242a882
+# %% ../../nbs/photos/01_main.ipynb #7fcdff79
 def predict_test_photo(
     s: Settings, # uses store and home
-    version: str, # of the dataset
+    version: str, # version of the dataset
 ) -> dict: # file, and the prediction of the model in production; raises `NoModelError`
     "A prediction for one test photo, which is left as a file to look at."
     from plant_mlops.data.dataset import load_dataset
@@ -95,7 +95,7 @@ def run(
     photos: Path | None = None, # folder with one folder of photos for each class
     manifest: Path | None = None, # CSV or SQL file
     synthetic: int = 320, # photos to draw if there are none
-    console: Console | None = None, # for a line a stage; None: standard error
+    console: Console | None = None, # console for one line a stage; None: standard error
 ) -> dict: # model, version, champion, promoted, source, dataset, evaluation, gate, prediction
     "The main job; raises `PlantError` where the gate lets nothing into production."
     from plant_mlops.data.prepare import prepare

@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from ..core.config import PlantError, Settings
 from ..core.database import call_with_retry
-from ..core.workload import workload_of
+from ..core.workload import configured_workload
 from ..data.catalog import add_rows, count_by_status, list_pending, list_rows, open_catalog
 from ..data.catalog_files import add_folder, load_file
 from ..data.ingest import ingest as ingest_photos
@@ -22,7 +22,7 @@ from ..data.synthetic import HOST, serve_synthetic, synthetic_rows
 
 # %% ../../nbs/photos/00_stages.ipynb #569126c8
 def _drawn_rows(
-    rows: list, # of the catalog
+    rows: list, # rows of the catalog
     n: int, # photos to draw
 ) -> list: # rows to add; none where the catalog holds other photos
     "Drawn photos for a catalog that has no others: always the same ones, whatever the seed of training."
@@ -49,7 +49,7 @@ def load_catalog(
 # %% ../../nbs/photos/00_stages.ipynb #3a04fc94
 def ingest(
     s: Settings, # uses catalog and store
-    shard: tuple = (1, 1), # (i, n): worker i of n
+    shard: tuple = (1, 1), # shard (i, n): worker i of n
     progress: bool = True, # show a bar
 ) -> dict: # photos stored, failed, rejected and skipped, and seconds
     "Fetch the photos that are due; drawn ones from a server on this machine."
@@ -100,12 +100,12 @@ def check_workload(
     s: Settings, # uses `model`
 ):
     "Raise `PlantError` where the configured model is not one of photos."
-    if workload_of(s).default: return
+    if configured_workload(s).default: return
     raise PlantError(f'`train` is for photos, but the configured model is {s.model!r} (PLANT_MODEL). '
                      '`plant-mlops run` trains that one.')
 
 def train(
-    s: Settings, # uses of training
+    s: Settings, # settings of training
     dataset: str = 'latest', # version of it
     progress: bool = True, # show a bar
 ) -> dict: # run, version of the model, dataset, precision of its file and why
@@ -139,10 +139,10 @@ def cross_validation_home(
                                     tracking_uri=f'sqlite:///{home}/mlflow.db'))
 
 def cross_validate(
-    s: Settings, # uses of training
+    s: Settings, # settings of training
     photos: Path | None = None, # folder with one folder of photos for each class; None: the photos that are prepared
-    folds: int = 5, # folds
-    seeds: list | None = None, # one cross-validation for each; None: the configured seed
+    folds: int = 5, # number of folds
+    seeds: list | None = None, # seeds, one cross-validation for each; None: the configured seed
     progress: bool = True, # show a bar
 ) -> dict: # accuracy: pooled out-of-fold figure, its interval, and the figures of each seed
     "Out-of-fold figures of the training recipe."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assets', 'jobs', 'workload', 'photo_manifest', 'photo_inputs', 'catalog_counts']
 
-# %% ../../nbs/photos/02_workload.ipynb #5cfd8f09
+# %% ../../nbs/photos/02_workload.ipynb #e246df67
 import json
 from importlib import resources
 from ..core.config import PlantError, Settings
@@ -15,7 +15,7 @@ from ..core.workload import Asset, Job, Reader, Workload
 # %% ../../nbs/photos/02_workload.ipynb #10158419
 def photo_manifest(
     s: Settings, # uses store_url
-    dataset: str, # its version
+    dataset: str, # version of the dataset
 ): # DataFrame with id, label, group and split
     "The photos of a dataset."
     from plant_mlops.data.dataset import load_dataset
@@ -23,7 +23,7 @@ def photo_manifest(
 
 def photo_inputs(
     s: Settings, # uses store_url
-    dataset: str, # its version
+    dataset: str, # version of the dataset
     ids: list, # checksums of photos
     spec: dict, # `input` of the model's metadata
 ): # uint8 [N, height, width, 3]
@@ -63,7 +63,7 @@ def _evaluation_state(s: Settings) -> str:
     from plant_mlops.registry.registry import versions
     return next((v['version'] for v in versions(s) if v['metrics']), '')
 
-# %% ../../nbs/photos/02_workload.ipynb #8f1fd3cc
+# %% ../../nbs/photos/02_workload.ipynb #4282a289
 def catalog_counts(
     s: Settings, # uses catalog_url
 ) -> dict | None: # status → rows; None where no database library is installed

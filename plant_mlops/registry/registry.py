@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from ..core.config import PlantError, Settings
 from ..core.store import sha256_of
-from ..core.workload import workload_of, workloads
+from ..core.workload import configured_workload, workloads
 from .model_file import check_model_file, load_model_file, open_session, stamp
 from .tracking import mlflow_client
 
@@ -59,7 +59,7 @@ def _check_workload(
     meta: dict, # metadata of a model file
 ):
     "Raise `PlantError` for a model of photos under the name of another workload, and the other way round."
-    expected, known = workload_of(s), workloads(s)
+    expected, known = configured_workload(s), workloads(s)
     default = next((w.name for w in known.values() if w.default), '')
     actual = meta['input'].get('reader') or default
     if actual == expected.name or expected.default and actual not in known: return

@@ -20,7 +20,7 @@ from .features import FEATURES, compute_features, label_days
 
 # %% ../../nbs/stocks/02_dataset.ipynb #ebb644e2
 def examples_of(
-    df: pd.DataFrame, # of `DAY_COLUMNS`, sorted by share and day
+    df: pd.DataFrame, # days: the columns `DAY_COLUMNS`, sorted by share and day
 ) -> pd.DataFrame: # id, group, label, split, then `FEATURES`; by day
     "Examples made of days; raises `PlantError` where they are too few to be split."
     days = label_days(df)
@@ -35,42 +35,45 @@ def examples_of(
 
 # %% ../../nbs/stocks/02_dataset.ipynb #8dd6822c
 class StockDataset(NamedTuple):
-    "A version of the examples."
+    "A version of the days and examples."
     version: str
     card: dict # version, source, path, days, shares, first, last, splits, created
-    examples: pd.DataFrame # as of `examples_of`
-    days: pd.DataFrame # of `DAY_COLUMNS`
+    examples: pd.DataFrame # examples, as from `examples_of`
+    days: pd.DataFrame # days: the columns `DAY_COLUMNS`
 
     def __repr__(self):
-        card, shares = self.card, ', '.join(self.card['shares'][:5])
+        card = self.card
+        shares = ', '.join(card['shares'][:5])
         return (f'dataset {self.version}: {card["days"]:,} days of {shares} ({card["source"]}), '
                 f'{card["first"]} to {card["last"]}')
 
 def _make_stock_card(
-    version: str, # of the dataset
-    days: pd.DataFrame, # of `DAY_COLUMNS`
-    examples: pd.DataFrame, # as of `examples_of`
-    **more, # what else the card says: source, path …
+    version: str, # version of the dataset
+    days: pd.DataFrame, # days: the columns `DAY_COLUMNS`
+    examples: pd.DataFrame, # examples, as from `examples_of`
+    **more, # further fields of the card: source, path …
 ) -> dict: # can be written as JSON
     "Describe a version."
     splits = {split: int(n) for split, n in examples.split.value_counts(sort=False).items()}
     shares = sorted(map(str, days.Ticker.unique()))
-    first, last = f'{days.Date.min():%Y-%m-%d}', f'{days.Date.max():%Y-%m-%d}'
+    first = f'{days.Date.min():%Y-%m-%d}'
+    last = f'{days.Date.max():%Y-%m-%d}'
     created = datetime.now(timezone.utc).isoformat(timespec='seconds')
     return dict(version=version, days=len(days), shares=shares, first=first, last=last, splits=splits,
                 created=created, **more)
 
 # %% ../../nbs/stocks/02_dataset.ipynb #6db808c4
-ROOT = 'stocks' # of the keys in the store
+ROOT = 'stocks' # prefix of the keys in the store
 
 def save_stock_dataset(
     s: Settings, # settings
-    days: pd.DataFrame, # of `DAY_COLUMNS`, sorted by share and day
-    request: dict | None = None, # parameters of `ingest`
-    **more, # of the card: source, path …
-) -> dict: # its card
-    "Make a version of these days, unless it exists, and make it the newest one."
-    store, examples = open_store(s), examples_of(days)
+    days: pd.DataFrame, # days: the columns `DAY_COLUMNS`, sorted by share and day
+    request: dict | None = None, # parameters of the `ingest` that read the days
+    **more, # further fields of the card: source, path …
+) -> dict: # card of the version
+    "Save a version of these days, unless it exists, and make it the newest."
+    store = open_store(s)
+    examples = examples_of(days)
     version = sha256_of(days[DAY_COLUMNS].to_csv(index=False).encode() + ' '.join(examples.id).encode())[:12]
     folder = f'{ROOT}/{version}'
     if not store.stat(f'{folder}/card.json'):
@@ -84,8 +87,8 @@ def save_stock_dataset(
 # %% ../../nbs/stocks/02_dataset.ipynb #a7198710
 def load_stock_card(
     s: Settings, # settings
-    version: str = 'latest', # of the dataset
-) -> dict: # empty where there is none yet
+    version: str = 'latest', # version of the dataset
+) -> dict: # empty where there is no dataset yet
     "The card of a version; raises `PlantError` where that version does not exist."
     store = open_store(s)
     try:
@@ -96,13 +99,14 @@ def load_stock_card(
         raise PlantError(f'There is no dataset {version!r} of stocks in {store}. '
                          '`plant-mlops job history stocks-ingest` lists those that were made.') from None
 
-# %% ../../nbs/stocks/02_dataset.ipynb #7aa538b0
+# %% ../../nbs/stocks/02_dataset.ipynb #a303ed28
 def load_stock_dataset(
     s: Settings, # settings
-    version: str = 'latest', # of the dataset
+    version: str = 'latest', # version of the dataset
 ) -> StockDataset:
     "A version of the dataset; raises `PlantError` where that version does not exist."
-    store, card = open_store(s), load_stock_card(s, version)
+    store = open_store(s)
+    card = load_stock_card(s, version)
     if not card: raise PlantError('There is no dataset of stocks yet. Make one: plant-mlops job run stocks-ingest')
     def read(name): return pd.read_parquet(io.BytesIO(store.get(f'{ROOT}/{card["version"]}/{name}.parquet')))
     return StockDataset(card['version'], card, read('examples'), read('days'))
@@ -112,26 +116,27 @@ FIRST_REQUEST = dict(path='synthetic', days=2500, signal=-.4)
 
 def _complete_request(
     s: Settings, # settings
-    path: str, # parameters of `ingest`
-    days: int | None,
-    signal: float | None,
+    path: str, # file, 'synthetic', or '' where it was not given
+    days: int | None, # number of days, or None where it was not given
+    signal: float | None, # correlation, or None where it was not given
 ) -> dict: # path, days, signal
-    "Parameters of `ingest`; those that are not given are as the last time."
+    "All parameters of `ingest`; those that were not given are taken from the last ingestion."
     try: last = json.loads(open_store(s).get(f'{ROOT}/latest.json')).get('asked', {})
     except NotFound: last = {}
     if path and path != 'synthetic': path = str(Path(path).expanduser().absolute())
     given = dict(path=path, days=days, signal=signal)
     return FIRST_REQUEST | last | {name: value for name, value in given.items() if value not in (None, '')}
 
-# %% ../../nbs/stocks/02_dataset.ipynb #e6d9888f
+# %% ../../nbs/stocks/02_dataset.ipynb #2f5cfb2c
 def ingest(
     s: Settings, # settings
-    path: str = '', # CSV or Parquet file; 'synthetic': generated days; '': as the last time
-    days: int | None = None, # to generate; None: as the last time, at first 2500
-    signal: float | None = None, # correlation of neighbouring days' returns; None: as the last time, at first -0.4
-) -> dict: # card of the newest version, and whether it is a new one
-    "Read or generate days, and make a version of the dataset; raises `PlantError` where they cannot be used."
-    request, before = _complete_request(s, path, days, signal), load_stock_card(s)
+    path: str = '', # CSV or Parquet file; 'synthetic': generated days; '': as in the last ingestion
+    days: int | None = None, # number of days to generate; None: as in the last ingestion, at first 2500
+    signal: float | None = None, # correlation of neighbouring returns; None: as in the last ingestion, at first -0.4
+) -> dict: # card of the newest version, and `new`: whether this call created it
+    "Read or generate days, and save a version of the dataset; raises `PlantError` where the days cannot be used."
+    request = _complete_request(s, path, days, signal)
+    before = load_stock_card(s)
     if request['path'] == 'synthetic':
         table = load_or_generate_data(None, request['days'], s.seed, request['signal'])
         origin = dict(source='synthetic', signal=request['signal'])
@@ -144,24 +149,24 @@ def ingest(
 # %% ../../nbs/stocks/02_dataset.ipynb #4f5adb5f
 def list_examples(
     s: Settings, # settings
-    dataset: str, # its version
+    dataset: str, # version of the dataset
 ) -> pd.DataFrame: # id, group, label, split
     "The examples of a version."
     return load_stock_dataset(s, dataset).examples[['id', 'group', 'label', 'split']]
 
 def read_example_inputs(
     s: Settings, # settings
-    dataset: str, # its version
-    ids: list, # of examples
-    spec: dict, # the model's `input`
+    dataset: str, # version of the dataset
+    ids: list, # IDs of examples
+    spec: dict, # `input` of the model's metadata
 ) -> np.ndarray: # float32 [N, 22]
-    "The numbers of examples, in the model's own order of features."
+    "The features of examples, in the order that the model expects."
     examples = load_stock_dataset(s, dataset).examples.set_index('id')
     return examples.loc[ids, spec['names']].to_numpy(np.float32)
 
 # %% ../../nbs/stocks/02_dataset.ipynb #63a748b2
 def latest_days(
-    dataset: StockDataset, # of `load_stock_dataset`
+    dataset: StockDataset, # a version of the dataset
 ) -> pd.DataFrame: # Date, Ticker and `FEATURES`, a row for each share
     "The last day of each share that has enough days for all features."
     days = dataset.days[['Date', 'Ticker']].join(compute_features(dataset.days))

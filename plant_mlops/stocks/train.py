@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOLERANCE', 'to_onnx', 'training_recipe', 'train', 'load_walk', 'evaluate_with_baselines']
 
-# %% ../../nbs/stocks/04_train.ipynb #1df286fc
+# %% ../../nbs/stocks/04_train.ipynb #7267a149
 import io, tempfile
 from pathlib import Path
 import numpy as np
@@ -25,22 +25,22 @@ from .forecast import (
 
 # %% ../../nbs/stocks/04_train.ipynb #b902a4fb
 def to_onnx(
-    model: Pipeline, # of `fit_classifier`
-    example: np.ndarray, # float [22], from the data
-    **metadata, # keys of `METADATA_TYPES`
-) -> onnx.ModelProto: # without a version
+    model: Pipeline, # scaler and classifier
+    example: np.ndarray, # features of one example, float [22]
+    **metadata, # further metadata, with keys of `METADATA_TYPES`
+) -> onnx.ModelProto: # model file, without a version
     "A trained model as a model file."
     return from_sklearn(model, FEATURES, example, 'stocks', targets=[0, 1], **metadata)
 
 # %% ../../nbs/stocks/04_train.ipynb #63038f66
-TOLERANCE = 1e-5 # of a probability, between scikit-learn and the file
+TOLERANCE = 1e-5 # largest difference of a probability between scikit-learn and the file
 
 def _export_checked(
-    model: Pipeline, # of `fit_classifier`
-    examples: pd.DataFrame, # to compare on; the last becomes the file's example
-    **metadata, # keys of `METADATA_TYPES`
-) -> onnx.ModelProto: # without a version
-    "A model as a file that predicts the same; raises `PlantError` where it does not."
+    model: Pipeline, # scaler and classifier
+    examples: pd.DataFrame, # examples to compare on; the last becomes the file's example
+    **metadata, # further metadata, with keys of `METADATA_TYPES`
+) -> onnx.ModelProto: # model file, without a version
+    "Convert a model and check the file; raises `PlantError` where its predictions differ."
     inputs = to_inputs(examples)
     file = to_onnx(model, inputs[-1], **metadata)
     difference = compare_with_sklearn(file, model, inputs)
@@ -52,21 +52,21 @@ def _export_checked(
 # %% ../../nbs/stocks/04_train.ipynb #8482449e
 def training_recipe(
     s: Settings, # settings
-    kind: str, # of `CLASSIFIERS`
+    kind: str, # kind of classifier, a key of `CLASSIFIERS`
 ) -> dict: # name → value
-    "All parameters that decide what is learnt from given days; raises `PlantError` for an unknown kind."
+    "All parameters that the model depends on, besides the days; raises `PlantError` for an unknown kind."
     return dict(arch=kind, seed=s.seed, classifier=' '.join(str(new_classifier(kind, s.seed)).split()))
 
 # %% ../../nbs/stocks/04_train.ipynb #f55429ed
 def _record_training(
     client, # MlflowClient
-    run: str, # its ID
-    params: dict, # name → value
-    metrics: dict, # of `forecast_metrics`, on the validation split
-    walk: pd.DataFrame, # of `walk_forward`
-    title: str, # of the picture
+    run: str, # ID of the run
+    params: dict, # parameters: name → value
+    metrics: dict, # result of `forecast_metrics` on the validation split
+    walk: pd.DataFrame, # result of `walk_forward`
+    title: str, # title of the plot
 ):
-    "Record a training in MLflow."
+    "Record a training run in MLflow."
     for name, value in params.items(): client.log_param(run, name, value)
     numbers = {f'valid_{name}': value for name, value in metrics.items()}
     numbers |= {f'walk_{name}': value for name, value in walk[['accuracy', *BASELINES]].mean().items()}
@@ -79,13 +79,15 @@ def _record_training(
 # %% ../../nbs/stocks/04_train.ipynb #8135d2ef
 def train(
     s: Settings, # settings
-    dataset: str = 'latest', # version of it
-    kind: str = 'random_forest', # of `CLASSIFIERS`
+    dataset: str = 'latest', # version of the dataset
+    kind: str = 'random_forest', # kind of classifier, a key of `CLASSIFIERS`
 ) -> str: # version of the model
-    "Train on a dataset and register the model; raises `PlantError` where there is no dataset, or too little in it."
+    "Train on a dataset and register the model; raises `PlantError` where there is no dataset, or it is too small."
     data = load_stock_dataset(s, dataset)
-    source, examples = data.card['source'], data.examples
-    past, valid = examples[examples.split == 'train'], examples[examples.split == 'valid']
+    source = data.card['source']
+    examples = data.examples
+    past = examples[examples.split == 'train']
+    valid = examples[examples.split == 'valid']
     not_test = examples[examples.split != 'test']
     with (mlflow_client(s) as client, new_run(client, s, dataset=data.version, source=source) as run,
           tempfile.TemporaryDirectory() as folder):
@@ -102,9 +104,9 @@ def train(
 # %% ../../nbs/stocks/04_train.ipynb #dc7c57a2
 def load_walk(
     s: Settings, # settings
-    run: str, # that made a model
-) -> pd.DataFrame: # of `walk_forward`
-    "Figures of a model in one period after another, as recorded when it was trained."
+    run: str, # ID of the training run
+) -> pd.DataFrame: # result of `walk_forward`
+    "Metrics of a model in consecutive periods, as recorded during training."
     with mlflow_client(s) as client, tempfile.TemporaryDirectory() as folder:
         text = Path(client.download_artifacts(run, 'walk_forward.json', folder)).read_text()
     return pd.read_json(io.StringIO(text), convert_dates=False)
@@ -112,10 +114,11 @@ def load_walk(
 # %% ../../nbs/stocks/04_train.ipynb #ad207ca4
 def evaluate_with_baselines(
     s: Settings, # settings
-    version: str | None = None, # of the model; None: the newest
-) -> dict: # what `registry.evaluate` returns, `interval_by_day` and `baseline_accuracies`
-    "Figures of a registered model on its test split, and those of forecasts without a model."
+    version: str | None = None, # version of the model; None: the newest
+) -> dict: # results of `registry.evaluate`, `interval_by_day` and `baseline_accuracies`
+    "Metrics of a registered model on its test split, and accuracies of the baselines."
     metrics = evaluate(s, version)
     examples = load_stock_dataset(s, metrics['dataset']).examples
-    past, test = examples[examples.split == 'train'], examples[examples.split == 'test']
+    past = examples[examples.split == 'train']
+    test = examples[examples.split == 'test']
     return metrics | interval_by_day(metrics['accuracy'], test) | baseline_accuracies(past, test)

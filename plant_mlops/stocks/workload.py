@@ -31,9 +31,9 @@ def _page(s):
 assets = {'stocks-dataset': Asset('the newest version of the days of shares', _dataset_state)}
 
 jobs = (
-    Job('stocks-ingest', 'Read the days that are new, and make a version of their dataset', 'stocks_ingestion',
+    Job('stocks-ingest', 'Read new days, and build a version of the dataset', 'stocks_ingestion',
         produces=('stocks-dataset',)),
-    Job('stocks-train', 'Train on the newest days, judge the model, and register it', 'stocks_training',
+    Job('stocks-train', 'Train on the newest days, evaluate the model, and register it', 'stocks_training',
         consumes=('stocks-dataset',), produces=('stocks-model',), triggers=('stocks-dataset', 'stocks-drift'), retries=1))
 
 workload = Workload(

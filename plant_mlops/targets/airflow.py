@@ -16,11 +16,11 @@ from ..core.config import settings
 from ..core.workload import Job
 from ..jobs.parameters import notebook_of, parameters_of
 from ..jobs.run_notes import new_run_id, read_outcome
-from ..jobs.table import job_of, jobs_for, schedule_of
+from ..jobs.table import find_job, jobs_for, schedule_of
 
 # %% ../../nbs/targets/00_airflow.ipynb #7ab651ae
 def _archive_report(
-    kernel: str, # name of the training environment's
+    kernel: str, # name of the training environment's kernel
     file: Path, # executed notebook
 ):
     "Have the training environment archive a report; a lost report is logged, and no reason to repeat the work."
@@ -40,7 +40,7 @@ def operator_class() -> type:
     class JobOperator(PapermillOperator):
         "The job that has the name of the task."
         def execute(self, context):
-            known, run_id = parameters_of(job_of(settings(), self.task_id)), new_run_id(self.task_id)
+            known, run_id = parameters_of(find_job(settings(), self.task_id)), new_run_id(self.task_id)
             given = {k: v for k, v in context['params'].items() if k in known and v is not None}
             self.parameters = given | (self.parameters or {})
             why = f"airflow {context['run_id']}"[:200]
@@ -68,9 +68,9 @@ def json_type(
     may_be_empty = len(options) > 1 or name == 'string'
     return [name, 'null'] if may_be_empty else name
 
-# %% ../../nbs/targets/00_airflow.ipynb #2b71bfc8
+# %% ../../nbs/targets/00_airflow.ipynb #b5427c6a
 def _dag_params(
-    jobs: list, # of a group
+    jobs: list, # jobs of a group
 ) -> dict: # name → Param
     "The parameters of a group of jobs; instead of a shard one gives the number of shards."
     from airflow.sdk import Param
@@ -86,7 +86,7 @@ def _airflow_asset(name: str):
     return Asset(name=name, uri=f'plant://{name}')
 
 def _dag_schedule(
-    jobs: list, # of a group
+    jobs: list, # jobs of a group
 ):
     "When a group runs, as `schedule` of a DAG; None for never."
     from airflow.sdk import AssetAny, AssetOrTimeSchedule, CronTriggerTimetable
@@ -101,8 +101,8 @@ def _dag_schedule(
 
 # %% ../../nbs/targets/00_airflow.ipynb #3066fd8b
 def _dag_task(
-    job: Job, # of the table
-    retries: int | None, # None: as in the table
+    job: Job, # job from the job table
+    retries: int | None, # number of retries; None: as in the job table
 ):
     "The task of a job; one for each shard where its notebook has that parameter."
     from airflow.sdk import task
@@ -120,9 +120,9 @@ def _dag_task(
     return operator_class().partial(**options).expand(parameters=shards())
 
 def _group_dag(
-    group: str, # its name
-    jobs: list, # of the group
-    retries: int | None, # None: as in the table
+    group: str, # name of the group
+    jobs: list, # jobs of the group
+    retries: int | None, # number of retries; None: as in the job table
 ):
     "The DAG of a group."
     from airflow.sdk import DAG
@@ -135,9 +135,9 @@ def _group_dag(
                 if set(before.produces) & set(job.triggers): tasks[before.name] >> tasks[job.name]
     return dag
 
-# %% ../../nbs/targets/00_airflow.ipynb #4cf29714
+# %% ../../nbs/targets/00_airflow.ipynb #af8ed09e
 def dags(
-    retries: int | None = None, # of every job; None: as in the table
+    retries: int | None = None, # number of retries of every job; None: as in the job table
 ) -> dict: # group → DAG
     "A DAG for each group of jobs, for a file in Airflow's folder of DAGs."
     groups = {}

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Callable, NamedTuple, get_args
 from unittest.mock import patch
 from ..core.config import PlantError, Settings, settings
-from ..core.workload import Job, workload_of
+from ..core.workload import Job, configured_workload
 from ..jobs.parameters import ParameterError, parameters_of, route_parameters
-from ..jobs.table import chain_for, job_of
+from ..jobs.table import chain_for, find_job
 
 # %% ../../nbs/targets/01_kubeflow.ipynb #804900b3
 def pipeline_parameters(
@@ -41,12 +41,12 @@ def signature(
 
 # %% ../../nbs/targets/01_kubeflow.ipynb #37e92993
 def run_step(
-    name: str, # of the job
-    values: dict, # its parameters; '' for one that was not given
+    name: str, # name of the job
+    values: dict, # parameters of the job; '' for one that was not given
 ) -> str: # JSON of run, outputs and news
     "What a step does, in its container, or in a process here."
     from plant_mlops.jobs.runner import run_job
-    known = parameters_of(job_of(settings(), name))
+    known = parameters_of(find_job(settings(), name))
     given = {k: v for k, v in values.items() if v != '' or not get_args(known[k].type)}
     run = run_job(settings(), name, given, why='kubeflow')
     return json.dumps(dict(run=run.id, outputs=run.outputs, news=run.news))
@@ -60,14 +60,14 @@ TEMPLATE = """def {name}{signature}:
 """
 
 def identifier(
-    job: str, # its name
+    job: str, # name of the job
 ) -> str:
     "The name of a job as a Python identifier."
     return job.replace('-', '_')
 
 def component(
-    job: Job, # of the table
-    image: str, # of its container, with plant_mlops and kfp in it
+    job: Job, # job from the job table
+    image: str, # image of its container, with plant_mlops and kfp in it
 ): # a component of kfp
     "A job as a component; nothing is installed when it runs."
     from kfp import dsl
@@ -81,15 +81,15 @@ def component(
 # %% ../../nbs/targets/01_kubeflow.ipynb #a44a3e50
 class StepOptions(NamedTuple):
     "How the containers of the steps run."
-    image: str # with plant_mlops and kfp in it
-    retry: bool = True # as the table says
-    env: dict = {} # name → value, in every step
+    image: str # image with plant_mlops and kfp in it
+    retry: bool = True # whether failed steps are retried as the job table says
+    env: dict = {} # environment variables of every step: name → value
     secrets: dict = {} # name of a Kubernetes secret → the variables in it
-    needs: dict = {} # job → its cpu, memory and gpu
+    needs: dict = {} # resources: job → its cpu, memory and gpu
 
 def _configure_task(
-    task, # of kfp
-    job: Job, # of the table
+    task, # kfp task
+    job: Job, # job from the job table
     options: StepOptions,
 ): # the task
     "Retries, time limit, variables and resources of a step."
@@ -107,10 +107,10 @@ def _configure_task(
 
 # %% ../../nbs/targets/01_kubeflow.ipynb #08a2bcc6
 def _add_job(
-    job: Job, # of the chain
+    job: Job, # job of the chain
     values: dict, # parameters of the pipeline: name → value
-    before: list, # tasks
-    shards: int, # parts that ingestion is divided into
+    before: list, # tasks that have to end first
+    shards: int, # number of parts that ingestion is divided into
     options: StepOptions,
 ) -> list: # tasks
     "The steps of a job."
@@ -122,11 +122,11 @@ def _add_job(
 def pipeline(
     s: Settings, # uses `model`
     options: StepOptions,
-    shards: int = 1, # parts that ingestion is divided into
+    shards: int = 1, # number of parts that ingestion is divided into
 ): # a pipeline of kfp
     "The jobs that put the configured model into production."
     from kfp import dsl
-    chain, known, w = chain_for(s), pipeline_parameters(s), workload_of(s)
+    chain, known, w = chain_for(s), pipeline_parameters(s), configured_workload(s)
     returns = NamedTuple('Done', [(identifier(j.name), str) for j in chain])
     def plants(*args):
         values, tasks = dict(zip(known, args)), {}
@@ -144,7 +144,7 @@ def compile_pipeline(
     s: Settings, # uses `model`
     path: Path, # YAML file to write
     options: StepOptions,
-    shards: int = 1, # parts that ingestion is divided into
+    shards: int = 1, # number of parts that ingestion is divided into
 ) -> Path: # the file
     "Write the pipeline as Kubeflow Pipelines 2 reads it."
     from kfp import compiler
@@ -192,7 +192,7 @@ def _ignore_step(step: str, status: str): "Do nothing."
 def run_pipeline(
     s: Settings, # configured settings
     values: dict | None = None, # parameters: name → value
-    shards: int = 1, # parts that ingestion is divided into
+    shards: int = 1, # number of parts that ingestion is divided into
     on_step: Callable = _ignore_step, # (step, status): called when a step has ended
 ) -> dict: # job → dict of run, outputs and news
     "Run the pipeline here, one process a step; raises `PlantError` where one fails."

@@ -16,7 +16,7 @@ from ..jobs.table import job_table, jobs_for, schedule_of
 # %% ../../nbs/targets/02_kubernetes.ipynb #8ad0bc6a
 def poll_schedule(
     s: Settings, # uses `workloads`
-    job: Job, # of the table
+    job: Job, # job from the job table
 ) -> str: # cron expression
     "When a job polls: every ten minutes, each job at another minute."
     minute = 2*[*job_table(s).jobs].index(job.name) % 10
@@ -24,7 +24,7 @@ def poll_schedule(
 
 def is_ever_started(
     s: Settings, # uses `schedules`
-    job: Job, # of the table
+    job: Job, # job from the job table
 ) -> bool:
     "Whether a job has a schedule, or waits for news of a job that is ever started."
     seen, queue = set(), [job]
@@ -35,13 +35,13 @@ def is_ever_started(
         queue += [o for o in job_table(s).jobs.values() if set(o.produces) & set(j.triggers) and o.name not in seen]
     return False
 
-# %% ../../nbs/targets/02_kubernetes.ipynb #93504395
+# %% ../../nbs/targets/02_kubernetes.ipynb #2c58db2a
 def _labels(job: Job) -> dict: return {'app.kubernetes.io/component': 'job', 'plant-mlops/job': job.name}
 
 def cronjob(
     s: Settings, # uses `schedules`
-    job: Job, # of the table
-    image: str, # of the container, with the extras train and jobs
+    job: Job, # job from the job table
+    image: str, # image of the container, with the extras train and jobs
 ) -> dict: # manifest
     "A job as a CronJob."
     polls = bool(job.triggers)
@@ -58,7 +58,7 @@ def cronjob(
 
 def cronjobs(
     s: Settings, # uses `schedules`
-    image: str = 'plant-mlops/train', # of the containers
+    image: str = 'plant-mlops/train', # image of the containers
 ) -> str: # YAML
     "Every job of the table as a CronJob."
     return '---\n'.join(yaml.safe_dump(cronjob(s, j, image), sort_keys=False, width=160) for j in jobs_for(s))
@@ -90,7 +90,7 @@ def late_rules(
 
 # %% ../../nbs/targets/02_kubernetes.ipynb #8cbb43c8
 def prometheus_rule(
-    folder: Path | str, # of rule files
+    folder: Path | str, # folder of rule files
 ) -> str: # YAML
     "Rule files of Prometheus as one PrometheusRule."
     files = sorted(Path(folder).glob('*.yml'))
