@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'CLOSE_AFTER', 'SECTIONS', 'render_view', 'show_parts', 'bind_control', 'Section', 'Board']
 
-# %% ../../nbs/apps/01_board.ipynb #dda07a03
+# %% ../../nbs/apps/01_board.ipynb #a6a86370
 import asyncio, contextlib, logging
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +18,14 @@ from fastcore.basics import patch
 from .parts import CSS, note_card, to_html
 from ..core.config import PlantError, Settings
 
-# %% ../../nbs/apps/01_board.ipynb #d9ce39cb
+# %% ../../nbs/apps/01_board.ipynb #c7f76612
 log = logging.getLogger(__name__)
 
 def render_view(
-    view: Callable, # yields parts
-    *args, # of the view
+    view: Callable, # function that yields parts
+    *args, # arguments of the view
 ) -> Iterable: # widgets, and HTML as text
-    "The parts of a view, one after another; an error becomes a card."
+    "Yield the parts of a view; an error becomes a card."
     try:
         for part in view(*args): yield part if isinstance(part, W.Widget) else to_html(part)
     except PlantError as e: yield str(note_card(str(e)))
@@ -34,8 +34,8 @@ def render_view(
         message = f'This section failed ({type(e).__name__}: {e}). The log of the dashboard has the traceback.'
         yield str(note_card(message, 'error'))
 
-# %% ../../nbs/apps/01_board.ipynb #0a37918d
-CLOSE_AFTER = 180 # seconds, by which even a slow browser has stopped drawing a removed widget
+# %% ../../nbs/apps/01_board.ipynb #32a2e8ba
+CLOSE_AFTER = 180 # seconds until a removed widget is closed; a slow browser has drawn it by then
 
 def _close_widget(widget: W.Widget):
     "Close a widget and everything that belongs to it."
@@ -45,16 +45,16 @@ def _close_widget(widget: W.Widget):
     widget.close()
 
 def _html_widget(text: str, old: W.Widget | None) -> W.HTML:
-    "A widget with this HTML: the old one, if it is of that kind."
+    "A widget with this HTML; the old widget is reused if it is an HTML widget."
     widget = old if type(old) is W.HTML else W.HTML()
     widget.value = text
     return widget
 
 def show_parts(
-    box: W.VBox, # changed in place
+    box: W.VBox, # box that is changed in place
     parts: list, # widgets, and HTML as text
 ):
-    "Show parts in a box, and close what was there before and is not needed any more."
+    "Show parts in a box, and close the widgets that they replace."
     old = box.children
     pairs = zip_longest(parts, old[:len(parts)])
     new = [part if isinstance(part, W.Widget) else _html_widget(part, old_widget) for part, old_widget in pairs]
@@ -64,19 +64,19 @@ def show_parts(
 
 # %% ../../nbs/apps/01_board.ipynb #076789aa
 def bind_control(
-    control: W.Widget, # with a value
-    view: Callable, # value → parts
+    control: W.Widget, # widget with a value
+    view: Callable, # function: value → parts
 ) -> W.VBox: # the control, and the parts for its value
-    "A control with a view of its value below."
+    "A control, with the parts of a view below that follow its value."
     box = W.VBox()
     def show(_=None): show_parts(box, list(render_view(view, control.value)))
     control.observe(show, 'value')
     show()
     return W.VBox([control, box])
 
-# %% ../../nbs/apps/01_board.ipynb #06d21d88
+# %% ../../nbs/apps/01_board.ipynb #fff24800
 def _placeholder() -> W.VBox:
-    "What a section shows before it is filled."
+    "The content of a section before it is filled."
     box = W.VBox([W.HTML(note_card('Loading …'))])
     box.add_class('pm')
     return box
@@ -84,12 +84,12 @@ def _placeholder() -> W.VBox:
 @dataclass(eq=False)
 class Section:
     "A section of the page."
-    view: Callable # settings, and the value of the control if there is one → parts
-    control: W.Widget | None = None
-    fingerprint: Callable | None = None # settings → value that changes with the data; None: not polled
-    last_fingerprint: Hashable = None # when the section was last filled
-    is_filled: bool = False
-    box: W.VBox = field(default_factory=_placeholder) # on the page
+    view: Callable # function: settings, and the value of the control if there is one → parts
+    control: W.Widget | None = None # widget whose value is passed to the view
+    fingerprint: Callable | None = None # function: settings → value that changes with the data; None: not polled
+    last_fingerprint: Hashable = None # fingerprint when the section was last filled
+    is_filled: bool = False # whether it has been filled
+    box: W.VBox = field(default_factory=_placeholder) # its content on the page
     lock: asyncio.Lock = field(default_factory=asyncio.Lock) # held while the section is being filled
 
     def choice(self) -> tuple: # nothing, or the value of the control
@@ -104,13 +104,13 @@ def _status(text: str) -> str: return to_html(X.Span(text, cls='pm-small pm-stat
 class Board:
     "A page of sections."
     def __init__(self,
-        s: Settings,
+        s: Settings, # settings
     ):
         self.s = s
         self.sections = []
-        self.tasks = set() # running, so that they are not garbage-collected
+        self.tasks = set() # running tasks, kept here so that they are not garbage-collected
         self.executor = ThreadPoolExecutor(1)
-        self.n_filling = 0 # sections being filled
+        self.n_filling = 0 # number of sections being filled
         self.status = W.HTML(_status('Loading …'))
         self.refresh_button = W.Button(description='Refresh')
         self.refresh_button.add_class('pm-button')
@@ -120,7 +120,7 @@ class Board:
         self.poll_button.on_click(lambda _: self.start(self.poll()))
 
     def start(self,
-        work, # coroutine
+        work, # coroutine to run
     ):
         "Run a coroutine in the background."
         task = asyncio.get_running_loop().create_task(work)
@@ -128,20 +128,20 @@ class Board:
         task.add_done_callback(self.tasks.discard)
 
     async def run_in_thread(self,
-        f: Callable,
-        *args, # of `f`
+        f: Callable, # function to call
+        *args, # arguments of `f`
     ):
-        "What a function returns, called in the one thread that runs the views."
+        "Call a function in the thread that runs the views, and return its result."
         return await asyncio.get_running_loop().run_in_executor(self.executor, f, *args)
 
     async def wait(self):
-        "Wait for everything that was started."
+        "Wait until all background tasks have finished."
         while self.tasks: await asyncio.gather(*self.tasks)
 
 # %% ../../nbs/apps/01_board.ipynb #10dcb5cf
 @patch
 def _count_filling(self:Board, change: int):
-    "Update the bar when the filling of a section starts (1) or ends (-1)."
+    "Update the toolbar when the filling of a section starts (1) or ends (-1)."
     self.n_filling += change
     self.refresh_button.disabled = self.n_filling > 0
     self.status.value = _status('Loading …' if self.n_filling else f'{datetime.now():%H:%M:%S}')
@@ -149,17 +149,17 @@ def _count_filling(self:Board, change: int):
 @patch
 @contextlib.asynccontextmanager
 async def show_busy(self:Board):
-    "Say in the bar that a section is being filled."
+    "Show in the toolbar that a section is being filled."
     self._count_filling(1)
     try: yield
     finally: self._count_filling(-1)
 
-# %% ../../nbs/apps/01_board.ipynb #c88df489
+# %% ../../nbs/apps/01_board.ipynb #d11f341d
 @patch
 async def read_fingerprint(self:Board,
-    section: Section,
-) -> Hashable: # None where the section has none
-    "The fingerprint of a section now. An error counts as one too: the view reports it."
+    section: Section, # section of the board
+) -> Hashable: # None where the section is not polled
+    "The current fingerprint of a section. An error's text serves as one; the view shows the error."
     if not section.fingerprint: return None
     try: return await self.run_in_thread(section.fingerprint, self.s)
     except Exception as e: return str(e)
@@ -167,9 +167,9 @@ async def read_fingerprint(self:Board,
 # %% ../../nbs/apps/01_board.ipynb #894baa84
 @patch
 async def fill(self:Board,
-    section: Section,
+    section: Section, # section of the board
 ):
-    "Show what a view yields now: part by part the first time, all at once later."
+    "Fill a section: part by part the first time, all at once later."
     async with self.show_busy(), section.lock:
         section.last_fingerprint = await self.read_fingerprint(section)
         is_first = not section.is_filled
@@ -186,10 +186,10 @@ async def fill(self:Board,
 # %% ../../nbs/apps/01_board.ipynb #0c6e7066
 @patch
 def new_section(self:Board,
-    view: Callable, # settings → parts
-    control: W.Widget | None = None, # its value goes to the view as well
-    fingerprint: Callable | None = None, # settings → value that changes with the data; None: not polled
-) -> W.VBox: # for the page
+    view: Callable, # function: settings → parts
+    control: W.Widget | None = None, # widget whose value is passed to the view
+    fingerprint: Callable | None = None, # function: settings → value that changes with the data; None: not polled
+) -> W.VBox: # the section, to be shown on the page
     "Add a section to the page."
     section = Section(view, control, fingerprint)
     self.sections.append(section)
@@ -215,7 +215,7 @@ async def poll(self:Board):
     "Fill the sections that are empty or have changed."
     await asyncio.gather(*map(self._fill_if_changed, self.sections))
 
-# %% ../../nbs/apps/01_board.ipynb #a90c6124
+# %% ../../nbs/apps/01_board.ipynb #ddc10b45
 @patch
 def toolbar(self:Board) -> W.HBox: # for the top of the page
     "Links to the sections, the time of the last update, the refresh button, and the style sheet."

@@ -6,7 +6,7 @@
 __all__ = ['MAX_CHECKED', 'view_splits', 'view_flags', 'view_duplicates', 'find_doubtful_labels', 'view_doubtful_labels',
            'view_rejected', 'view_data']
 
-# %% ../../nbs/apps/05_data.ipynb #70668e66
+# %% ../../nbs/apps/05_data.ipynb #c09f2c35
 from collections.abc import Iterable
 import fastcore.xml as X
 import ipywidgets as W
@@ -33,14 +33,14 @@ def view_splits(
     rows = [row(name, counts) for name, counts in card['classes'].items()]
     totals = {column: sum(counts[column] for counts in card['classes'].values()) for column in columns}
     created = card['created'][:16].replace('T', ' ')
-    what = f'{card["photos"]:,} {SOURCE_NAMES[card["source"]]}'
-    yield heading('Photos', f'Dataset {dataset.version}: {what}, created {created} UTC.')
+    photos = f'{card["photos"]:,} {SOURCE_NAMES[card["source"]]}'
+    yield heading('Photos', f'Dataset {dataset.version}: {photos}, created {created} UTC.')
     yield html_table([*rows, row('all', totals)], columns)
     if card['warnings']: yield note_card(' '.join(card['warnings']), 'warning')
 
 # %% ../../nbs/apps/05_data.ipynb #bdd3e888
 def _count_photos(n: int) -> str:
-    "A number of photos in words; says if not all are shown."
+    "The number of photos, with a note if not all are shown."
     return f'{n:,} photo{"s" if n != 1 else ""}' + (f', the first {MAX_PHOTOS}' if n > MAX_PHOTOS else '')
 
 def _flag_name(flag: str) -> str: return flag.replace('_', ' ')
@@ -51,7 +51,7 @@ def _rows_with_photos(s: Settings, rows) -> Iterable: # (JPEG bytes, row)
     return zip(load_jpegs(s, rows), rows.itertuples())
 
 def view_flags(
-    s: Settings,
+    s: Settings, # settings
     dataset, # `Dataset`
 ) -> Iterable: # parts
     "Flagged photos, by flag."
@@ -76,10 +76,10 @@ def view_flags(
 
 # %% ../../nbs/apps/05_data.ipynb #072962dd
 def view_duplicates(
-    s: Settings,
+    s: Settings, # settings
     dataset, # `Dataset`
-    limit: int = 12, # groups shown
-    per_group: int = 6, # photos shown of a group
+    limit: int = 12, # maximum number of groups shown
+    per_group: int = 6, # maximum number of photos shown of a group
 ) -> Iterable: # parts
     "Groups of photos that look alike, those with more than one label first."
     rows = dataset.manifest[dataset.manifest['flags'].str.contains('near_duplicate')]
@@ -102,7 +102,7 @@ def view_duplicates(
     yield X.Div(*map(render, names), cls='pm-groups')
 
 # %% ../../nbs/apps/05_data.ipynb #0175090d
-MAX_CHECKED = 2000 # photos whose labels are checked: takes seconds, with ten classes
+MAX_CHECKED = 2000 # number of photos whose labels are checked; takes seconds, with ten classes
 
 def _cross_validated_probabilities(x, y, groups, folds: int) -> np.ndarray: # float [N, C]
     "Out-of-fold probabilities of a linear classifier."
@@ -116,9 +116,9 @@ def find_doubtful_labels(
     dataset, # `Dataset`
     embeddings: np.ndarray, # float [N, D], in the order of the manifest
     folds: int = 5, # a class with fewer groups of photos is left out
-    limit: int = MAX_CHECKED, # photos checked; of more, so many chosen at random
+    limit: int = MAX_CHECKED, # number of photos to check; if there are more, a random sample
 ):  # DataFrame: rows of the manifest, the most doubtful first, with the class they `look_like` and its `probability`
-    "Photos that look like another class than their label says."
+    "Photos that look like another class than that of their label."
     from cleanlab.filter import find_label_issues
     rows = dataset.manifest[dataset.manifest.split != 'none']
     if len(rows) > limit: rows = rows.sample(limit, random_state=0)
@@ -131,9 +131,9 @@ def find_doubtful_labels(
     best = probabilities[issues]
     return rows.iloc[issues].assign(look_like=classes[best.argmax(1)], probability=best.max(1))
 
-# %% ../../nbs/apps/05_data.ipynb #cd3a48bc
+# %% ../../nbs/apps/05_data.ipynb #48addbd4
 def view_doubtful_labels(
-    s: Settings,
+    s: Settings, # settings
     dataset, # `Dataset`
 ) -> Iterable: # parts
     "Photos whose label is probably wrong."
@@ -161,8 +161,8 @@ def _rejected_row(row: dict) -> dict:
             'reason': X.Span(row['error'] or '', cls='pm-long'), 'attempts': row['attempts']}
 
 def view_rejected(
-    s: Settings,
-    limit: int = 20, # rows shown
+    s: Settings, # settings
+    limit: int = 20, # maximum number of rows shown
 ) -> Iterable: # parts
     "Rows of the catalog without a photo in the dataset, and why."
     from plant_mlops.data.catalog import count_by_status, open_catalog, list_rows
@@ -181,9 +181,9 @@ def view_rejected(
 
 # %% ../../nbs/apps/05_data.ipynb #52fe7b33
 def view_data(
-    s: Settings,
+    s: Settings, # settings
 ) -> Iterable: # parts
-    "The newest dataset; for a workload other than photos, what it shows itself."
+    "The newest dataset, or the view of another workload."
     if not configured_workload(s).default:
         yield from view_workload_page(s, s.model)
         return

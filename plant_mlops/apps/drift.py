@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DriftFinding', 'read_finding', 'DriftVerdict', 'drift_verdict', 'view_drift', 'drift_fingerprint']
 
-# %% ../../nbs/apps/07_drift.ipynb #5a0caf65
+# %% ../../nbs/apps/07_drift.ipynb #a21cf577
 import json
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
@@ -20,21 +20,21 @@ from ..serve.champion import NoModelError, champion_pointer
 # %% ../../nbs/apps/07_drift.ipynb #70ed4597
 @dataclass
 class DriftFinding:
-    "What `plant-mlops drift` wrote. Older versions of the file lack some of the fields."
-    checked_at: datetime # UTC
-    version: str = '' # of the model
-    dataset: str = '' # it was trained on
-    n: int = 0 # recent inputs
-    reference: int = 0 # examples they were compared with
-    score: float | None = None # share of the inputs unlike the training data
-    threshold: float | None = None # of the score, above which it is drift
-    drifted: bool = False
+    "The result of `plant-mlops drift`. Older versions of the file lack some of the fields."
+    checked_at: datetime # time of the check, in UTC
+    version: str = '' # version of the model
+    dataset: str = '' # version of the dataset it was trained on
+    n: int = 0 # number of recent inputs
+    reference: int = 0 # number of examples they were compared with
+    score: float | None = None # fraction of the inputs that are unlike the training data
+    threshold: float | None = None # a score above it counts as drift
+    drifted: bool = False # whether the score is above the threshold
     enough: bool = True # whether there were enough inputs and examples
     columns: dict = field(default_factory=dict) # name → dict of score and drifted
-    report: str | None = None # key in the store
+    report: str | None = None # key of the report in the store
 
 def read_finding(
-    s: Settings,
+    s: Settings, # settings
 ) -> DriftFinding | None: # None where `plant-mlops drift` has not run
     "The last finding about drift; raises `PlantError` where it cannot be read."
     try: content = json.loads(open_store(s).get(f'models/{s.model}/drift.json'))
@@ -45,17 +45,17 @@ def read_finding(
     known = {name: content[name] for name in DriftFinding.__dataclass_fields__ if name in content}
     return DriftFinding(**known | dict(checked_at=datetime.fromisoformat(content['checked_at'])))
 
-# %% ../../nbs/apps/07_drift.ipynb #6169dac5
+# %% ../../nbs/apps/07_drift.ipynb #92fb9396
 class DriftVerdict(NamedTuple):
     "A finding in words."
-    title: str
-    kind: str # of card: 'empty', 'warning' or 'ok'
-    sentence: str
+    title: str # short text, such as 'No drift'
+    kind: str # kind of card: 'empty', 'warning' or 'ok'
+    sentence: str # details; may be empty
 
 def drift_verdict(
-    finding: DriftFinding,
-) -> DriftVerdict:
-    "What a finding says."
+    finding: DriftFinding, # result of `read_finding`
+) -> DriftVerdict: # title, kind and sentence
+    "Describe a finding in words."
     if not finding.enough:
         sentence = f'{finding.n:,} recent inputs and {finding.reference:,} training examples: too few to compare.'
         return DriftVerdict('Too few inputs', 'empty', sentence)
@@ -66,7 +66,7 @@ def drift_verdict(
     if finding.drifted: return DriftVerdict('Drift detected', 'warning', sentence)
     return DriftVerdict('No drift', 'ok', sentence)
 
-# %% ../../nbs/apps/07_drift.ipynb #54082031
+# %% ../../nbs/apps/07_drift.ipynb #1f9af76f
 def _columns_chart(columns: dict) -> X.FT: # HTML
     "The score of each column as a bar, the highest first."
     ranked = sorted(columns.items(), key=lambda item: -item[1].get('score', 0))
@@ -79,7 +79,7 @@ def _columns_chart(columns: dict) -> X.FT: # HTML
     return X.Ul(*(bar(name, column) for name, column in ranked), cls='pm-bars')
 
 def _drift_tiles(finding: DriftFinding) -> X.FT: # HTML
-    "The figures of a finding."
+    "The numbers of a finding, as tiles."
     limit = '' if finding.threshold is None else f'drift above {finding.threshold:.2f}'
     return tile_row(
         Tile('Checked', time_ago(finding.checked_at), f'{finding.checked_at:%Y-%m-%d %H:%M}'),
@@ -92,9 +92,9 @@ def _champion_version(s: Settings) -> str | None:
     try: return champion_pointer(open_store(s), s.model)['version']
     except NoModelError: return None
 
-# %% ../../nbs/apps/07_drift.ipynb #022c62f4
+# %% ../../nbs/apps/07_drift.ipynb #666257e1
 def view_drift(
-    s: Settings,
+    s: Settings, # settings
 ) -> Iterable: # parts
     "The last finding about drift."
     finding = read_finding(s)
@@ -113,7 +113,7 @@ def view_drift(
 
 # %% ../../nbs/apps/07_drift.ipynb #903c43bf
 def drift_fingerprint(
-    s: Settings,
+    s: Settings, # settings
 ) -> Hashable: # None where `plant-mlops drift` has not run
     "Changes with each check for drift."
     finding = open_store(s).stat(f'models/{s.model}/drift.json')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PHOTOS', 'MatrixGrid', 'matrix_choices', 'load_photos', 'view_cell', 'view_version', 'view_mistakes']
 
-# %% ../../nbs/apps/03_mistakes.ipynb #d30c89f9
+# %% ../../nbs/apps/03_mistakes.ipynb #5d67905c
 from collections.abc import Callable, Iterable
 import fastcore.xml as X
 import ipywidgets as W
@@ -22,18 +22,18 @@ _CORRECT, _WRONG = np.array((34, 166, 82)), np.array((220, 80, 50)) # RGB
 
 def _cell_colour(
     is_correct: bool, # whether the cell is on the diagonal
-    share: float, # of the examples of its class, 0 … 1
+    fraction: float, # fraction of the examples of its class, 0 … 1
 ) -> str: # '#rrggbb'
-    "Colour of a cell: green where the answer is correct, red where it is wrong; deeper for a larger share."
-    strength = .06 + .7*share if share else .03
+    "Colour of a cell: green where the answer is correct, red where it is wrong; deeper for a larger fraction."
+    strength = .06 + .7*fraction if fraction else .03
     full = _CORRECT if is_correct else _WRONG
     red, green, blue = (255 - (255 - full)*strength).astype(int)
     return f'#{red:02x}{green:02x}{blue:02x}'
 
-# %% ../../nbs/apps/03_mistakes.ipynb #5d1318ac
-def _cell_button(count: int, share: float, true: str, predicted: str) -> W.Button:
+# %% ../../nbs/apps/03_mistakes.ipynb #693197f1
+def _cell_button(count: int, fraction: float, true: str, predicted: str) -> W.Button:
     "A cell of the matrix."
-    style = dict(button_color=_cell_colour(true == predicted, share), text_color='#1c1917')
+    style = dict(button_color=_cell_colour(true == predicted, fraction), text_color='#1c1917')
     button = W.Button(description=str(count), tooltip=f'{count} of {true}, predicted as {predicted}', style=style)
     button.add_class('pm-cell')
     return button
@@ -44,11 +44,11 @@ class MatrixGrid(W.GridBox):
     "A confusion matrix of buttons."
     def __init__(self,
         counts: np.ndarray, # int [C, C], true class by predicted class
-        classes: list, # C names
-        on_choose: Callable, # called with (true, predicted), two indices
+        classes: list, # names of the C classes
+        on_choose: Callable, # called with the indices of the true and the predicted class
     ):
         n = len(classes)
-        shares = counts/np.maximum(counts.sum(1, keepdims=True), 1)
+        fractions = counts/np.maximum(counts.sum(1, keepdims=True), 1)
         self.on_choose = on_choose
         self.cells = {}
         children = [_matrix_label('true ↓ predicted →', 'pm-corner')]
@@ -56,7 +56,7 @@ class MatrixGrid(W.GridBox):
         for i in range(n):
             children.append(_matrix_label(classes[i], 'pm-row'))
             for j in range(n):
-                button = _cell_button(counts[i, j], shares[i, j], classes[i], classes[j])
+                button = _cell_button(counts[i, j], fractions[i, j], classes[i], classes[j])
                 button.on_click(lambda _, i=i, j=j: self.choose(i, j))
                 self.cells[i, j] = button
                 children.append(button)
@@ -65,10 +65,10 @@ class MatrixGrid(W.GridBox):
         self.add_class('pm-matrix')
 
     def choose(self,
-        i: int, # true class
-        j: int, # predicted class
+        i: int, # index of the true class
+        j: int, # index of the predicted class
     ):
-        "Mark a cell, and report it."
+        "Mark a cell, and call `on_choose`."
         for cell in self.cells.values(): cell.remove_class('pm-chosen')
         self.cells[i, j].add_class('pm-chosen')
         self.on_choose(i, j)
@@ -76,19 +76,19 @@ class MatrixGrid(W.GridBox):
 # %% ../../nbs/apps/03_mistakes.ipynb #28b33d2d
 def matrix_choices(
     counts: np.ndarray, # int [C, C], true class by predicted class
-    classes: list, # C names
+    classes: list, # names of the C classes
 ) -> list: # (text, (true, predicted))
-    "The cells of a confusion matrix that are not zero: mistakes first, the most frequent first."
+    "The non-zero cells of a confusion matrix: mistakes first, then by frequency."
     cells = sorted(np.argwhere(counts).tolist(), key=lambda cell: (cell[0] == cell[1], -counts[*cell]))
     return [(f'{classes[i]} → {classes[j]} ({counts[i, j]:,})', (i, j)) for i, j in cells]
 
 # %% ../../nbs/apps/03_mistakes.ipynb #44c55c1f
-MAX_PHOTOS = 24 # shown at a time
+MAX_PHOTOS = 24 # number of photos shown at a time
 
 def load_photos(
-    s: Settings,
-    dataset: str, # version of it
-    ids: list, # of examples
+    s: Settings, # settings
+    dataset: str, # version of the dataset
+    ids: list, # IDs of examples
 ) -> list | None: # prepared photos, JPEG bytes; None where the dataset has no photos
     "The photos of examples."
     from plant_mlops.data.dataset import load_dataset
@@ -98,22 +98,22 @@ def load_photos(
     except PlantError: return None
     return load_jpegs(s, manifest.loc[ids]) if ids else []
 
-# %% ../../nbs/apps/03_mistakes.ipynb #e9eed894
+# %% ../../nbs/apps/03_mistakes.ipynb #e6ff47c5
 def view_cell(
-    s: Settings,
-    predictions, # `Predictions` of a version
-    i: int, # true class
-    j: int, # predicted class
+    s: Settings, # settings
+    predictions, # `Predictions` of a model version
+    i: int, # index of the true class
+    j: int, # index of the predicted class
 ) -> Iterable: # parts
-    "The examples of one cell of the confusion matrix; names, where they are not photos."
+    "The examples of a cell of the confusion matrix: photos, or a table of their names."
     classes = predictions.classes
     probabilities = np.array(predictions.probabilities)
     is_true = np.array(predictions.labels) == classes[i]
     is_predicted = probabilities.argmax(1) == j
     rows = np.flatnonzero(is_true & is_predicted).tolist()
     rows.sort(key=lambda k: probabilities[k, j], reverse=i != j)
-    what = f'{classes[i]}, predicted as {classes[j]}' if i != j else f'{classes[i]}, predicted correctly'
-    yield heading(f'{len(rows):,} of {what}', f'The first {MAX_PHOTOS}.' if len(rows) > MAX_PHOTOS else None)
+    description = f'{classes[i]}, predicted as {classes[j]}' if i != j else f'{classes[i]}, predicted correctly'
+    yield heading(f'{len(rows):,} of {description}', f'The first {MAX_PHOTOS}.' if len(rows) > MAX_PHOTOS else None)
     rows = rows[:MAX_PHOTOS]
     ids = [predictions.ids[k] for k in rows]
     confidence = [format_percent(probabilities[k, j]) for k in rows]
@@ -122,30 +122,30 @@ def view_cell(
     elif photos: yield photo_grid([Photo(jpeg, classes[j], c) for jpeg, c in zip(photos, confidence)])
 
 def _name_table(ids: list, predicted: str, confidence: list) -> Iterable:
-    "Examples that are not photos, by name."
+    "A table of the names of examples that are not photos."
     yield X.P('The inputs of this model are not photos, so these are the names of its examples.', cls='pm-small')
     rows = [dict(example=str(id), predicted=predicted, probability=c) for id, c in zip(ids, confidence)]
     if rows: yield html_table(rows, ('probability',))
 
 # %% ../../nbs/apps/03_mistakes.ipynb #0a7986a8
 def _known_examples(predictions) -> tuple: # class indices [N], probabilities [N, C]
-    "Examples whose class the model knows."
+    "Labels and probabilities of the examples whose class the model knows."
     classes = predictions.classes
     rows = [k for k, label in enumerate(predictions.labels) if label in classes]
     labels = np.array([classes.index(predictions.labels[k]) for k in rows], int)
     return labels, np.array(predictions.probabilities)[rows]
 
 def _reliability_plot(labels, probabilities, version: str) -> W.HTML:
-    "How the confidence compares with the accuracy."
+    "The reliability plot: confidence and accuracy."
     from plant_mlops.registry.metrics import plot_reliability
     ax = new_axes(4.2, 3.2)
     plot_reliability(labels, (f'version {version}', probabilities), ax=ax)
     return W.HTML(to_html(svg_figure(ax, 'Reliability: confidence and accuracy')))
 
 def view_version(
-    s: Settings,
-    version: str, # of the model
-    max_classes: int = 10, # for a matrix of buttons; with more there is a list
+    s: Settings, # settings
+    version: str, # version of the model
+    max_classes: int = 10, # largest number of classes for a matrix of buttons; with more there is a list
 ) -> Iterable: # parts
     "The mistakes of a version, and its calibration."
     from plant_mlops.registry.metrics import confusion_matrix
@@ -173,11 +173,11 @@ def view_version(
     columns.add_class('pm-columns')
     yield columns
 
-# %% ../../nbs/apps/03_mistakes.ipynb #642f57c0
+# %% ../../nbs/apps/03_mistakes.ipynb #753778db
 def view_mistakes(
-    s: Settings,
+    s: Settings, # settings
 ) -> Iterable: # parts
-    "The mistakes of each version; at first, of the one in production."
+    "The mistakes of a chosen version, at first the one in production."
     versions = [run.version for run in list_training_runs(s) if 'accuracy' in run.metrics]
     if not versions: raise PlantError('No version has been evaluated on its test split. Run `plant-mlops evaluate`.')
     from plant_mlops.registry.registry import champion

@@ -17,7 +17,7 @@ import fastcore.xml as X
 from PIL import Image
 from ..serve.presentation import CARD_CSS, message_html
 
-# %% ../../nbs/apps/00_parts.ipynb #52915be5
+# %% ../../nbs/apps/00_parts.ipynb #866bd469
 def to_html(
     *parts, # fastcore's tags, or text, which is escaped
 ) -> str: # HTML
@@ -31,7 +31,7 @@ CSS = CARD_CSS + files('plant_mlops.apps').joinpath('dashboard.css').read_text(e
 def preview(
     *parts, # fastcore's tags, or HTML as text
 ): # IPython's HTML
-    "Parts as the output of a notebook cell."
+    "Show parts as the output of a notebook cell."
     from IPython.display import HTML
     return HTML(''.join(part if isinstance(part, str) else to_html(part) for part in parts))
 
@@ -46,10 +46,10 @@ def note_card(
     "A card with a message."
     return X.Safe(message_html(text, kind))
 
-# %% ../../nbs/apps/00_parts.ipynb #4df46f10
+# %% ../../nbs/apps/00_parts.ipynb #0dbcfcc1
 def heading(
-    title: str, # of a part
-    *paragraphs, # below it; None is left out
+    title: str, # title of a part
+    *paragraphs, # paragraphs below the title; None is left out
 ) -> X.FT: # HTML
     "A heading within a section."
     below = [X.P(text, cls='pm-small') for text in paragraphs if text]
@@ -57,7 +57,7 @@ def heading(
 
 # %% ../../nbs/apps/00_parts.ipynb #7c71971a
 def _cell_content(value):
-    "What a table's cell shows of a value."
+    "The content of a table cell for a value."
     if value is None: return ''
     return value if isinstance(value, X.FT) else str(value)
 
@@ -65,23 +65,23 @@ def html_table(
     rows: list, # dicts with the same keys: column → text, number or HTML; None leaves a cell empty
     numeric: tuple = (), # columns of numbers, aligned to the right
 ) -> X.FT: # HTML
-    "Rows as a table, which scrolls by itself on a narrow screen."
+    "Rows as a table, which can be scrolled sideways on a narrow screen."
     def css_class(column): return 'pm-num' if column in numeric else None
     def cells(row): return [X.Td(_cell_content(value), cls=css_class(column)) for column, value in row.items()]
     head = X.Tr(*(X.Th(column, cls=css_class(column)) for column in rows[0]))
     body = [X.Tr(*cells(row)) for row in rows]
     return X.Div(X.Table(X.Thead(head), X.Tbody(*body), cls='pm-table'), cls='pm-scroll')
 
-# %% ../../nbs/apps/00_parts.ipynb #e51ce61c
+# %% ../../nbs/apps/00_parts.ipynb #e3533bf1
 class Tile(NamedTuple):
-    "A figure with a label."
+    "A value with a label."
     label: str
     value: str | int # shown large
     detail: str = '' # shown small, below the value
     is_alarm: bool = False # whether the value needs attention
 
 def tile_row(
-    *tiles: Tile,
+    *tiles: Tile, # tiles from left to right
 ) -> X.FT: # HTML
     "Tiles side by side."
     def render(tile):
@@ -89,29 +89,29 @@ def tile_row(
         return X.Div(X.Span(tile.label, cls='pm-small'), value, X.Span(tile.detail, cls='pm-small'))
     return X.Div(*map(render, tiles), cls='pm-tiles')
 
-# %% ../../nbs/apps/00_parts.ipynb #08d8af70
+# %% ../../nbs/apps/00_parts.ipynb #ceab7b65
 def format_share(
-    share: float, # 0 … 1
-) -> str:
-    "A share in percent."
+    share: float, # fraction, 0 … 1
+) -> str: # such as '98.0 %'
+    "A fraction in percent."
     return f'{100*share:.1f} %'
 
-# %% ../../nbs/apps/00_parts.ipynb #70a651b4
+# %% ../../nbs/apps/00_parts.ipynb #42e790f5
 _UNITS = ((86_400, 'day'), (3600, 'hour'), (60, 'minute'), (1, 'second')) # seconds of each
 
 def format_duration(
-    seconds: float, # ≥ 0
+    seconds: float, # number of seconds, ≥ 0
 ) -> str: # such as '3 minutes'
     "A duration in its largest whole unit."
-    size, unit = next((u for u in _UNITS if seconds >= u[0]), _UNITS[-1])
+    size, unit = next(((size, unit) for size, unit in _UNITS if seconds >= size), _UNITS[-1])
     n = int(seconds//size)
     return f'{n} {unit}' if n == 1 else f'{n} {unit}s'
 
 def time_ago(
-    time: datetime, # UTC
-    now: datetime | None = None, # UTC; None: now
+    time: datetime, # time in UTC
+    now: datetime | None = None, # present time in UTC; None: the clock's
 ) -> str: # such as '3 minutes ago'
-    "How long ago something was."
+    "The time that has passed since then, in words."
     now = now or datetime.now(timezone.utc)
     seconds = (now.replace(tzinfo=None) - time.replace(tzinfo=None)).total_seconds()
     return 'just now' if seconds < 2 else f'{format_duration(seconds)} ago'
@@ -119,7 +119,7 @@ def time_ago(
 # %% ../../nbs/apps/00_parts.ipynb #f111494d
 def _thumbnail_url(
     jpeg: bytes, # prepared photo
-    side: int = 208, # longer side, in pixels
+    side: int = 208, # longer side of the copy, in pixels
 ) -> str: # data URL
     "A small copy of a photo."
     image = Image.open(io.BytesIO(jpeg)).convert('RGB')
@@ -135,8 +135,8 @@ class Photo(NamedTuple):
     detail: str = '' # shown small, below the caption
 
 def photo_grid(
-    photos: list[Photo],
-    css_class: str = '', # of the grid, besides `pm-photos`
+    photos: list[Photo], # photos in their order
+    css_class: str = '', # CSS class of the grid, in addition to `pm-photos`
 ) -> X.FT: # HTML
     "Photos side by side."
     def render(photo):
@@ -151,9 +151,9 @@ PALETTE = (GREEN, '#2f7fb8', AMBER, '#a855a0', '#0f766e', '#c2703a', '#6366f1', 
 _INK = '#57534e' # colour of text
 
 def new_axes(
-    width: float = 4.6, # in inches
-    height: float = 2.6, # in inches
-    **properties, # of `Axes.set`: xlabel, ylabel, ylim …
+    width: float = 4.6, # width of the figure, in inches
+    height: float = 2.6, # height of the figure, in inches
+    **properties, # arguments of `Axes.set`: xlabel, ylabel, ylim …
 ):
     "Matplotlib axes without a frame, in a figure of their own."
     from matplotlib.figure import Figure
@@ -167,12 +167,12 @@ def new_axes(
     for label in (ax.xaxis.label, ax.yaxis.label): label.set(size=9, color=_INK)
     return ax
 
-# %% ../../nbs/apps/00_parts.ipynb #5bcf910a
+# %% ../../nbs/apps/00_parts.ipynb #5de3f761
 _savefig_lock = Lock() # matplotlib's rcParams belong to the whole process
 
 def svg_figure(
     ax, # matplotlib axes
-    title: str = '', # above the figure
+    title: str = '', # title above the figure
 ) -> X.FT: # HTML
     "A figure as SVG with a title."
     from matplotlib import rc_context

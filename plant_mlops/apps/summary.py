@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['view_summary']
 
-# %% ../../nbs/apps/09_summary.ipynb #90e77097
+# %% ../../nbs/apps/09_summary.ipynb #5b8e0550
 from collections.abc import Iterable
 from datetime import datetime, timedelta, timezone
 from .drift import drift_verdict, read_finding
@@ -19,7 +19,7 @@ from ..serve.champion import NoModelError, champion_pointer
 
 # %% ../../nbs/apps/09_summary.ipynb #276b74a3
 def _source_note(source: str | None, examples: str) -> str:
-    "What to add to an accuracy that was measured on synthetic examples."
+    "A note for an accuracy that was measured on synthetic examples."
     if source == 'synthetic': return f', synthetic {examples}'
     if source == 'mixed': return f', partly synthetic {examples}'
     return ''
@@ -36,16 +36,16 @@ def _production_tile(s: Settings) -> Tile:
     note = _source_note(pointer.get('source'), configured_workload(s).examples)
     return Tile(label, version, f'accuracy {accuracy} on its test split ({low} to {high}{note})')
 
-# %% ../../nbs/apps/09_summary.ipynb #ef289d26
+# %% ../../nbs/apps/09_summary.ipynb #fc7db04b
 def _data_tile(s: Settings) -> Tile:
-    "The newest dataset; the workload, where that is not photos."
+    "The newest dataset, or the name of another workload."
     workload = configured_workload(s)
     if not workload.default: return Tile('Workload', workload.name, workload.description)
     card = newest_card(open_store(s))
     if not card: return Tile('Data', 'none yet', 'plant-mlops run')
     return Tile('Data', f'{card["photos"]:,}', f'photos of {len(card["classes"])} classes, dataset {card["version"]}')
 
-# %% ../../nbs/apps/09_summary.ipynb #dbd9a377
+# %% ../../nbs/apps/09_summary.ipynb #08c07d51
 def _traffic_tile(s: Settings) -> Tile:
     "Predictions of the last hour."
     import sqlalchemy as sa
@@ -62,7 +62,7 @@ def _traffic_tile(s: Settings) -> Tile:
     detail = f'predictions, the last one {time_ago(last)}' if last else 'predictions; plant-mlops serve'
     return Tile('In the last hour', f'{n:,}', detail)
 
-# %% ../../nbs/apps/09_summary.ipynb #24c734bb
+# %% ../../nbs/apps/09_summary.ipynb #1d6d8146
 def _drift_tile(s: Settings) -> Tile:
     "The last finding about drift."
     finding = read_finding(s)
@@ -71,17 +71,17 @@ def _drift_tile(s: Settings) -> Tile:
     detail = ', '.join(filter(None, (verdict.sentence, time_ago(finding.checked_at))))
     return Tile('Drift', verdict.title.lower(), detail, is_alarm=verdict.kind == 'warning')
 
-# %% ../../nbs/apps/09_summary.ipynb #2f4309d5
+# %% ../../nbs/apps/09_summary.ipynb #b4932451
 _TILES = {'In production': _production_tile, 'Data': _data_tile,
           'In the last hour': _traffic_tile, 'Drift': _drift_tile}
 
 def _tile_or_error(label: str, make_tile, s: Settings) -> Tile:
-    "A tile; what cannot be read becomes its text."
+    "A tile; if its data cannot be read, it shows the error."
     try: return make_tile(s)
     except PlantError as e: return Tile(label, '–', str(e))
 
 def view_summary(
-    s: Settings,
+    s: Settings, # settings
 ) -> Iterable: # parts
     "The model in production, its data, its traffic and its drift."
     yield tile_row(*(_tile_or_error(label, make_tile, s) for label, make_tile in _TILES.items()))

@@ -7,7 +7,7 @@ __all__ = ['MAX_PREDICTIONS', 'SPANS', 'query_predictions', 'recent_predictions'
            'make_bars', 'plot_traffic', 'plot_confidence', 'plot_latency', 'versions_table', 'predictions_table',
            'view_traffic']
 
-# %% ../../nbs/apps/06_traffic.ipynb #5d3370ea
+# %% ../../nbs/apps/06_traffic.ipynb #7fc0745a
 from collections.abc import Callable, Hashable, Iterable
 from datetime import datetime, timedelta, timezone
 from typing import NamedTuple
@@ -20,12 +20,12 @@ from ..core.config import Settings
 from ..core.statistics import wilson_interval
 from ..serve.presentation import format_percent
 
-# %% ../../nbs/apps/06_traffic.ipynb #6c66fa36
+# %% ../../nbs/apps/06_traffic.ipynb #010bd239
 def query_predictions(
-    s: Settings,
-    query: Callable, # engine → result
+    s: Settings, # settings
+    query: Callable, # function: engine → result
 ):
-    "The result of a query of the prediction log."
+    "Run a query on the prediction log, and return its result."
     from plant_mlops.core.database import call_with_retry
     from plant_mlops.serve.prediction_log import open_prediction_log
     engine = call_with_retry(open_prediction_log, s)
@@ -33,14 +33,14 @@ def query_predictions(
     finally: engine.dispose()
 
 # %% ../../nbs/apps/06_traffic.ipynb #67baa0b6
-MAX_PREDICTIONS = 20_000 # read and drawn; the newest
+MAX_PREDICTIONS = 20_000 # number of newest predictions that are read and drawn
 
 def recent_predictions(
-    s: Settings,
-    since: datetime | None = None, # UTC; None: all
-    limit: int = MAX_PREDICTIONS, # the newest
-): # DataFrame of the columns of `predictions`, and `label`; newest first
-    "Predictions, with the true label where feedback gave one."
+    s: Settings, # settings
+    since: datetime | None = None, # earliest time, in UTC; None: all predictions
+    limit: int = MAX_PREDICTIONS, # maximum number of predictions; the newest are kept
+): # DataFrame with the columns of the table `predictions`, and `label`; newest first
+    "Recent predictions, with the label from feedback where there is any."
     import pandas as pd, sqlalchemy as sa
     from plant_mlops.serve.prediction_log import predictions, select_latest_feedback
     feedback = select_latest_feedback()
@@ -52,9 +52,9 @@ def recent_predictions(
         with engine.connect() as connection: return pd.read_sql(query, connection)
     return query_predictions(s, read)
 
-# %% ../../nbs/apps/06_traffic.ipynb #55f5d36d
+# %% ../../nbs/apps/06_traffic.ipynb #80fd60cd
 def traffic_fingerprint(
-    s: Settings,
+    s: Settings, # settings
 ) -> Hashable:
     "Changes with a prediction or feedback, and every minute."
     import sqlalchemy as sa
@@ -68,23 +68,23 @@ def traffic_fingerprint(
 _BAR_WIDTHS = [1, 5, 10, 30, *(60*n for n in (1, 5, 10, 30, 60, 180, 360, 720, 1440, 7*1440))] # seconds
 
 def bar_width(
-    seconds: float, # of the axis
-    max_bars: int = 60,
-) -> int: # seconds of each bar
+    seconds: float, # length of the axis, in seconds
+    max_bars: int = 60, # maximum number of bars
+) -> int: # width of a bar, in seconds
     "The width of the bars of a time axis."
     return next((width for width in _BAR_WIDTHS if seconds <= width*max_bars), _BAR_WIDTHS[-1])
 
 # %% ../../nbs/apps/06_traffic.ipynb #25b3690e
 class TimeBars(NamedTuple):
-    "Bars of a time axis, and which of them each prediction belongs to."
-    width: int # seconds of a bar
-    starts: list # of the bars, in UTC
-    index: object # Series: bar of each prediction
+    "Bars of a time axis, and the bar of each prediction."
+    width: int # width of a bar, in seconds
+    starts: list # start of each bar, in UTC
+    index: object # Series: index of the bar of each prediction
 
 def make_bars(
-    predictions, # from `recent_predictions`
-    start: datetime, # UTC
-    end: datetime, # UTC
+    predictions, # result of `recent_predictions`
+    start: datetime, # start of the axis, in UTC
+    end: datetime, # end of the axis, in UTC
 ) -> TimeBars:
     "Divide the time from start to end into bars."
     seconds = (end - start).total_seconds()
@@ -94,7 +94,7 @@ def make_bars(
     index = (predictions.timestamp - start).dt.total_seconds()//width
     return TimeBars(width, starts, index.astype(int).clip(0, n - 1))
 
-# %% ../../nbs/apps/06_traffic.ipynb #229f6b65
+# %% ../../nbs/apps/06_traffic.ipynb #5ddc8e15
 def _format_time_axis(ax, start: datetime, end: datetime):
     "Label the x-axis with times."
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
@@ -105,10 +105,10 @@ def _format_time_axis(ax, start: datetime, end: datetime):
 
 # %% ../../nbs/apps/06_traffic.ipynb #d5f50c7e
 def plot_traffic(
-    predictions, # from `recent_predictions`
-    start: datetime, # UTC
-    end: datetime, # UTC
-    max_classes: int = 7, # with a colour of their own; the others are counted together
+    predictions, # result of `recent_predictions`
+    start: datetime, # start of the axis, in UTC
+    end: datetime, # end of the axis, in UTC
+    max_classes: int = 7, # number of classes with a colour of their own; the others are counted together
 ):
     "Predictions by class and time; matplotlib axes."
     bars = make_bars(predictions, start, end)
@@ -130,7 +130,7 @@ def plot_traffic(
 
 # %% ../../nbs/apps/06_traffic.ipynb #5de8cef2
 def plot_confidence(
-    predictions, # from `recent_predictions`
+    predictions, # result of `recent_predictions`
 ):
     "Distribution of the probabilities of the answers; matplotlib axes."
     ax = new_axes(xlabel='probability of the answer', ylabel='predictions')
@@ -139,11 +139,11 @@ def plot_confidence(
     ax.xaxis.set_major_formatter('{x:.0%}')
     return ax
 
-# %% ../../nbs/apps/06_traffic.ipynb #3cc681b1
+# %% ../../nbs/apps/06_traffic.ipynb #fbddff37
 def plot_latency(
-    predictions, # from `recent_predictions`
-    start: datetime, # UTC
-    end: datetime, # UTC
+    predictions, # result of `recent_predictions`
+    start: datetime, # start of the axis, in UTC
+    end: datetime, # end of the axis, in UTC
 ):
     "Median and 95th percentile of the latency by time; matplotlib axes."
     bars = make_bars(predictions, start, end)
@@ -160,27 +160,27 @@ def plot_latency(
 
 # %% ../../nbs/apps/06_traffic.ipynb #966df25f
 def _format_seconds(
-    seconds: float | None, # NaN where it is unknown
+    seconds: float | None, # latency in seconds; None or NaN: unknown
 ) -> str:
     "A latency in milliseconds."
     if seconds is None or np.isnan(seconds): return ''
     return f'{1000*seconds:.0f} ms' if seconds >= .01 else f'{1000*seconds:.2g} ms'
 
 def _share_with_interval(k: int, n: int) -> str:
-    "A share with its 95% interval."
+    "A fraction in percent, with its 95% interval."
     if not n: return ''
     low, high = wilson_interval(k, n)
     return f'{format_share(k/n)} ({format_share(low)} to {format_share(high)})'
 
 def versions_table(
-    predictions, # from `recent_predictions`
-    correct: list, # from `count_correct`
+    predictions, # result of `recent_predictions`
+    correct: list, # result of `count_correct`
 ) -> X.FT: # HTML
     "Predictions of each version and variant."
-    judged = {(row['version'], row['variant']): row for row in correct}
+    with_feedback = {(row['version'], row['variant']): row for row in correct}
     rows = []
     for (version, variant), group in predictions.groupby(['version', 'variant']):
-        counts = judged.get((version, variant), dict(right=0, n=0))
+        counts = with_feedback.get((version, variant), dict(right=0, n=0))
         row = {'version': version, 'variant': variant, 'predictions': f'{len(group):,}'}
         row['novel'] = format_share(group.novel.mean())
         row['median probability'] = format_percent(group.probability.median())
@@ -190,7 +190,7 @@ def versions_table(
         rows.append(row)
     return html_table(rows, [column for column in rows[0] if column not in ('version', 'variant')])
 
-# %% ../../nbs/apps/06_traffic.ipynb #0030a60c
+# %% ../../nbs/apps/06_traffic.ipynb #65e25a4d
 def _prediction_row(row) -> dict:
     "A prediction as a row of the table."
     chip = X.Span('novel', cls='pm-chip pm-amber') if row.novel else ''
@@ -201,18 +201,18 @@ def _prediction_row(row) -> dict:
             'feedback': row.label}
 
 def predictions_table(
-    predictions, # from `recent_predictions`
-    limit: int = 10, # rows
+    predictions, # result of `recent_predictions`
+    limit: int = 10, # maximum number of rows
 ) -> X.FT: # HTML
     "The last predictions."
     rows = [_prediction_row(row) for row in predictions.head(limit).itertuples()]
     return html_table(rows, ('probability', 'novelty', 'latency'))
 
-# %% ../../nbs/apps/06_traffic.ipynb #30ed00b7
+# %% ../../nbs/apps/06_traffic.ipynb #43871d78
 SPANS = {'Hour': timedelta(hours=1), 'Day': timedelta(days=1), 'Week': timedelta(days=7), 'All': None}
 
 def _no_traffic(s: Settings, span: str) -> X.Safe: # HTML
-    "What to say where the chosen time has no predictions."
+    "The card that is shown if the chosen time has no predictions."
     last = recent_predictions(s, limit=1)
     if len(last):
         when = time_ago(last.timestamp[0])
@@ -220,7 +220,7 @@ def _no_traffic(s: Settings, span: str) -> X.Safe: # HTML
     return note_card('No prediction yet. `plant-mlops serve` starts a server; its predictions appear here.')
 
 def _traffic_tiles(predictions, correct: list) -> X.FT: # HTML
-    "The figures at the top of the section."
+    "The tiles at the top of the section."
     n = sum(row['n'] for row in correct)
     n_correct = sum(row['right'] for row in correct)
     latency = _format_seconds(predictions.seconds.median())
@@ -233,8 +233,8 @@ def _traffic_tiles(predictions, correct: list) -> X.FT: # HTML
 
 # %% ../../nbs/apps/06_traffic.ipynb #50067364
 def view_traffic(
-    s: Settings,
-    span: str = 'Day', # one of SPANS
+    s: Settings, # settings
+    span: str = 'Day', # chosen time, a key of SPANS
 ) -> Iterable: # parts
     "Predictions of the servers, and how often they were correct."
     from plant_mlops.serve.prediction_log import count_correct
@@ -247,8 +247,8 @@ def view_traffic(
     correct = query_predictions(s, lambda engine: count_correct(engine, since, s.model))
     is_cut = len(predictions) == MAX_PREDICTIONS
     if is_cut:
-        yield note_card(f'There are more than {MAX_PREDICTIONS:,} predictions: what follows is about the newest. '
-                        'Only feedback is counted for all.')
+        yield note_card(f'There are more than {MAX_PREDICTIONS:,} predictions; only the newest are shown. '
+                        'Feedback is counted for all.')
     yield _traffic_tiles(predictions, correct)
     start = predictions.timestamp.min() if is_cut or not since else since
     yield X.Div(svg_figure(plot_traffic(predictions, start, now), 'Predictions'),

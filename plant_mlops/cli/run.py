@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'run']
 
-# %% ../../nbs/cli/03_run.ipynb #aff5032a
+# %% ../../nbs/cli/03_run.ipynb #17e0c888
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -34,7 +34,7 @@ def _home_option(home: Path | None) -> str: # '' where none was given
     "The option `--home` for the next command."
     return f' --home {home}' if home else ''
 
-# %% ../../nbs/cli/03_run.ipynb #11da2dce
+# %% ../../nbs/cli/03_run.ipynb #e7baa2f8
 def _print_photos_run(result: dict, home: Path | None):
     "Print the result of `run` for photos, and the next commands."
     _print_accuracy(result['prediction'], result['evaluation'], 'photos', result['source'] == 'synthetic')
@@ -81,7 +81,7 @@ def run(
         '-p', metavar='NAME VALUE', help='Parameter of the jobs of a workload; `job show NAME` lists them')] = None,
     as_json: JsonOption = False,
 ):
-    "Run all stages: ingest, prepare, dataset, train (and register), evaluate, promote, predict."
+    "Run all stages, from photos to a prediction. These: ingest, prepare, dataset, train, evaluate, promote, predict."
     s = settings(home=home, seed=seed)
     configured = configured_workload(s)
     workload = workload or configured.name

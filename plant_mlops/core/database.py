@@ -6,7 +6,7 @@
 __all__ = ['RETRY_SECONDS', 'retry_transaction', 'ANSWER_TIMEOUT', 'is_transient', 'database_message', 'create_tables',
            'open_database', 'insert_or_ignore', 'call_with_retry']
 
-# %% ../../nbs/core/10_database.ipynb #40ca5117
+# %% ../../nbs/core/10_database.ipynb #bab1f074
 import sqlite3, threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,7 +16,7 @@ import sqlalchemy as sa, tenacity
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from .config import PlantError, Settings
 
-# %% ../../nbs/core/10_database.ipynb #d10971be
+# %% ../../nbs/core/10_database.ipynb #3531bc86
 _PERMANENT = ('disk is full', 'disk I/O error', 'unable to open', 'readonly database')
 
 def is_transient(
@@ -25,7 +25,7 @@ def is_transient(
     "Whether a retry may succeed."
     return not any(text in str(e) for text in _PERMANENT)
 
-# %% ../../nbs/core/10_database.ipynb #6551ec50
+# %% ../../nbs/core/10_database.ipynb #888dc917
 def database_message(
     e: Exception, # raised by SQLAlchemy
 ) -> str: # one line
@@ -35,7 +35,7 @@ def database_message(
     is_vague = message in ('disk I/O error', 'unable to open database file')
     return f'{message} (is the disk full?)' if is_vague else message
 
-# %% ../../nbs/core/10_database.ipynb #9312c160
+# %% ../../nbs/core/10_database.ipynb #cd4cae44
 def _is_transient_sqlite_error(e): return isinstance(e, sqlite3.OperationalError) and is_transient(e)
 
 @tenacity.retry(retry=tenacity.retry_if_exception(_is_transient_sqlite_error), reraise=True,
@@ -49,7 +49,7 @@ def _prepare_sqlite(connection, _):
     _enable_wal(connection)
     connection.execute('PRAGMA synchronous=NORMAL').close()
 
-# %% ../../nbs/core/10_database.ipynb #53b1e6f3
+# %% ../../nbs/core/10_database.ipynb #7666aa3a
 def _prepare_postgresql(connection, _):
     "Set up a new connection to PostgreSQL."
     with connection.cursor() as c: c.execute("SET TIME ZONE 'UTC'")
@@ -62,7 +62,7 @@ def _prepare_mysql(connection, _):
 
 _prepare = dict(sqlite=_prepare_sqlite, postgresql=_prepare_postgresql, mysql=_prepare_mysql, mariadb=_prepare_mysql)
 
-# %% ../../nbs/core/10_database.ipynb #933ccb9f
+# %% ../../nbs/core/10_database.ipynb #b6da7723
 def _create_engine(
     url: sa.URL, # URL of the database
 ) -> sa.Engine: # not connected yet
@@ -70,23 +70,23 @@ def _create_engine(
     kind = url.get_backend_name()
     if kind == 'sqlite' and url.database: Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     arguments = dict(timeout=30) if kind == 'sqlite' else {} # seconds that SQLite waits for a lock
-    eng = sa.create_engine(url, pool_pre_ping=True, connect_args=arguments)
-    if eng.dialect.name in _prepare: sa.event.listen(eng, 'connect', _prepare[eng.dialect.name])
-    return eng
+    engine = sa.create_engine(url, pool_pre_ping=True, connect_args=arguments)
+    if engine.dialect.name in _prepare: sa.event.listen(engine, 'connect', _prepare[engine.dialect.name])
+    return engine
 
-# %% ../../nbs/core/10_database.ipynb #79065364
+# %% ../../nbs/core/10_database.ipynb #e10905ba
 def _is_transient_database_error(e): return isinstance(e, sa.exc.DBAPIError) and is_transient(e)
 
 @tenacity.retry(retry=tenacity.retry_if_exception(_is_transient_database_error), reraise=True,
                 wait=tenacity.wait_exponential(.05), stop=tenacity.stop_after_attempt(6))
 def create_tables(
-    eng: sa.Engine, # database
+    engine: sa.Engine, # database
     tables: sa.MetaData, # what is created
 ):
     "Create the tables that do not exist; raises SQLAlchemy's errors."
-    tables.create_all(eng)
+    tables.create_all(engine)
 
-# %% ../../nbs/core/10_database.ipynb #68da7b39
+# %% ../../nbs/core/10_database.ipynb #a647d8c2
 def _without_password(
     url: str, # URL of a database, perhaps not a valid one
 ) -> str:
@@ -100,14 +100,14 @@ def open_database(
 ) -> sa.Engine: # connected
     "The configured database; raises `PlantError` if it cannot be used."
     try:
-        eng = _create_engine(sa.make_url(s.catalog_url))
-        create_tables(eng, tables)
-        return eng
+        engine = _create_engine(sa.make_url(s.catalog_url))
+        create_tables(engine, tables)
+        return engine
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as e:
         raise PlantError(f'The catalog {_without_password(s.catalog_url)} cannot be used: {database_message(e)}. '
                          'Check PLANT_CATALOG_URL, and that the database runs.') from e
 
-# %% ../../nbs/core/10_database.ipynb #b460509c
+# %% ../../nbs/core/10_database.ipynb #a855aaac
 def insert_or_ignore(
     dialect: str, # sqlite, postgresql, mysql or mariadb
     table: sa.Table, # table that rows are inserted into
@@ -118,7 +118,7 @@ def insert_or_ignore(
     if dialect in ('mysql', 'mariadb'): return mysql.insert(table).prefix_with('IGNORE')
     return sqlite.insert(table).on_conflict_do_nothing(index_elements=[key])
 
-# %% ../../nbs/core/10_database.ipynb #dc53f1c2
+# %% ../../nbs/core/10_database.ipynb #64719871
 RETRY_SECONDS = 30. # time for which transient errors are retried
 
 def _is_transient_operational_error(e): return isinstance(e, sa.exc.OperationalError) and is_transient(e)
@@ -128,7 +128,7 @@ retry_transaction = tenacity.retry( # a decorator
     retry=_retry_if_transient, reraise=True, stop=tenacity.stop_after_delay(RETRY_SECONDS),
     wait=tenacity.wait_random_exponential(.1, max=3))
 
-# %% ../../nbs/core/10_database.ipynb #a1e2dd13
+# %% ../../nbs/core/10_database.ipynb #7eae3e85
 def _call_with_timeout(
     seconds: float, # longest time to wait for the result
     f: Callable, # function without arguments
@@ -141,7 +141,7 @@ def _call_with_timeout(
     threading.Thread(target=run, daemon=True).start()
     return result.result(seconds)
 
-# %% ../../nbs/core/10_database.ipynb #2613ad17
+# %% ../../nbs/core/10_database.ipynb #e426c672
 ANSWER_TIMEOUT = 60. # seconds; more than SQLite waits for a lock
 
 def call_with_retry(

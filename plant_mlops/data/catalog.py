@@ -35,7 +35,7 @@ plants_data = sa.Table('plants_data', metadata,
     sa.Column('updated_at', sa.DateTime, server_default=sa.func.current_timestamp()),
     mysql_charset='utf8mb4', mariadb_charset='utf8mb4')
 
-# %% ../../nbs/data/00_catalog.ipynb #f0129d64
+# %% ../../nbs/data/00_catalog.ipynb #c8fdc2ca
 STATUSES = ('new', 'stored', 'failed', 'rejected')
 
 # %% ../../nbs/data/00_catalog.ipynb #ea59ef52
@@ -62,7 +62,7 @@ def _check_row(
                          f'(%-escapes count), the label {MAX_LABEL}. Nothing was added.')
     return dict(url_source=url, label=label or None)
 
-# %% ../../nbs/data/00_catalog.ipynb #1212f81a
+# %% ../../nbs/data/00_catalog.ipynb #42145545
 def _merge_rows(
     rows: Iterable[dict], # with `url_source` and `label`
 ) -> list: # checked rows, one for each URL
@@ -88,7 +88,7 @@ def count_rows(
     "Number of rows in the catalog."
     return c.scalar(sa.select(sa.func.count()).select_from(plants_data))
 
-# %% ../../nbs/data/00_catalog.ipynb #751ce7dc
+# %% ../../nbs/data/00_catalog.ipynb #f9bb3fa5
 def _update_labels(
     c: sa.Connection, # connection in a transaction
     rows: list, # checked rows
@@ -103,7 +103,7 @@ def _update_labels(
     if changes: c.execute(update, changes)
     return len(changes)
 
-# %% ../../nbs/data/00_catalog.ipynb #e025fdd9
+# %% ../../nbs/data/00_catalog.ipynb #28c5ca00
 @retry_transaction
 def _insert_checked_rows(
     engine: sa.Engine, # engine of the catalog
@@ -124,10 +124,10 @@ def add_rows(
     engine: sa.Engine, # engine of the catalog
     rows: Iterable[dict], # with `url_source` and `label`
 ) -> dict: # numbers of rows: `new` and `relabelled`
-    "Add photos by URL, or update their labels; raises `PlantError` on an unusable URL, and on two labels for one URL."
+    "Add photos, or update their labels; raises `PlantError` on an unusable URL, and on two labels for one URL."
     return _insert_checked_rows(engine, _merge_rows(rows))
 
-# %% ../../nbs/data/00_catalog.ipynb #34f807ac
+# %% ../../nbs/data/00_catalog.ipynb #67489c6e
 @retry_transaction
 def remove_missing(
     engine: sa.Engine, # engine of the catalog
@@ -178,7 +178,7 @@ def list_pending(
     may_retry = sa.and_(t.status == 'failed', t.attempts < max_attempts)
     return _select_rows(engine, t.id % n == i - 1, sa.or_(t.status == 'new', may_retry))
 
-# %% ../../nbs/data/00_catalog.ipynb #431bbe76
+# %% ../../nbs/data/00_catalog.ipynb #a8b4ce4b
 def list_stored(
     engine: sa.Engine, # engine of the catalog
     shard: tuple = (1, 1), # (i, n): the photos of worker i of n, by their checksum
@@ -204,7 +204,7 @@ def list_rows(
     conditions = [plants_data.c.status == status] if status else []
     return _select_rows(engine, *conditions, limit=limit, newest=newest)
 
-# %% ../../nbs/data/00_catalog.ipynb #29128638
+# %% ../../nbs/data/00_catalog.ipynb #21de5102
 def count_by_status(
     engine: sa.Engine, # engine of the catalog
 ) -> dict: # status → number of rows
@@ -226,7 +226,7 @@ def record_results(
     engine: sa.Engine, # engine of the catalog
     results: list, # dicts of id, status, and where known sha256, url_s3 and error
 ):
-    "Write results in one transaction, and count an attempt for each; a result without checksum keeps the row's checksum."
+    "Write results in one transaction, and count an attempt for each; without a checksum the row keeps its own."
     if not results: return
     t = plants_data.c
     update = sa.update(plants_data).where(t.id == sa.bindparam('row_id')).values(
@@ -237,7 +237,7 @@ def record_results(
                    new_sha256=r.get('sha256'), new_url=r.get('url_s3')) for r in results]
     with engine.begin() as c: c.execute(update, values)
 
-# %% ../../nbs/data/00_catalog.ipynb #ea42080f
+# %% ../../nbs/data/00_catalog.ipynb #b0fca1db
 @retry_transaction
 def reset_rows(
     engine: sa.Engine, # engine of the catalog

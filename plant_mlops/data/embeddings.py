@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embedding_name', 'embed_photos', 'load_embeddings', 'known_embeddings']
 
-# %% ../../nbs/data/17_embeddings.ipynb #051bab6b
+# %% ../../nbs/data/17_embeddings.ipynb #2ab8821f
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ def embedding_name(
     if embed is None: return ''
     return getattr(embed, 'name', f'{s.arch} {s.pretrained}')
 
-# %% ../../nbs/data/17_embeddings.ipynb #784a060a
+# %% ../../nbs/data/17_embeddings.ipynb #588d2621
 def _squares(
     jpegs: list, # prepared photos
     side: int, # side of the squares, in pixels
@@ -38,13 +38,13 @@ def _squares(
 
 def embed_photos(
     s: Settings, # settings
-    photos: pd.DataFrame, # sha256 and shard
+    photos: pd.DataFrame, # table with the columns sha256 and shard
     embed: Callable, # (n, side, side, 3) uint8 → (n, d) float, rows of length 1
     known: dict, # sha256 → embedding that need not be computed again
-    progress: bool = True, # show a bar
-    batch: int = 64, # photos at a time
+    progress: bool = True, # whether to show a progress bar
+    batch: int = 64, # number of photos at a time
 ) -> np.ndarray: # (n, d) float32
-    "Embeddings of prepared photos, in their order."
+    "Embeddings of prepared photos, in the order of the table."
     known = dict(known)
     todo = photos[~photos.sha256.isin(known)]
     with progress_bar('embed', len(todo), progress) as advance:
@@ -55,14 +55,14 @@ def embed_photos(
             advance(len(part))
     return np.stack([known[sha256] for sha256 in photos.sha256])
 
-# %% ../../nbs/data/17_embeddings.ipynb #9e60fd34
+# %% ../../nbs/data/17_embeddings.ipynb #cbee7bc5
 def _read_embeddings(store, version: str) -> pd.DataFrame: # sha256, embedding
     "Embeddings of a dataset; raises `NotFound` if it was built without."
     return pd.read_parquet(io.BytesIO(store.get(f'agg/{version}/features.parquet')))
 
 def load_embeddings(
     s: Settings, # settings
-    version: str = 'latest', # of the dataset
+    version: str = 'latest', # version of the dataset
 ) -> np.ndarray: # (n, d) float32, in the manifest's order
     "Embeddings of a dataset; raises `NotFound` if it was built without."
     store = open_store(s)
@@ -71,7 +71,7 @@ def load_embeddings(
 
 def known_embeddings(
     s: Settings, # settings
-    name: str, # of the embedding
+    name: str, # name of the embedding
 ) -> dict: # sha256 → embedding
     "Embeddings of the latest dataset, if they were computed in the same way."
     store = open_store(s)

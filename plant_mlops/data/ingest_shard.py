@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PhotoResult', 'store_photo', 'find_stored', 'ingest_photo', 'BatchWriter', 'ingest_shard']
 
-# %% ../../nbs/data/09_ingest_shard.ipynb #0c96359f
+# %% ../../nbs/data/09_ingest_shard.ipynb #cef702af
 import asyncio, time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from .fetch import Download, PermanentFetchError, TransientFetchError, open_fetc
 from .host_queues import host_of, run_per_host
 from .photo import PhotoError, PhotoLimits, check_photo
 
-# %% ../../nbs/data/09_ingest_shard.ipynb #31bf7f7a
+# %% ../../nbs/data/09_ingest_shard.ipynb #f661f3c1
 @dataclass(frozen=True)
 class PhotoResult:
     "The result of ingesting a photo."
@@ -48,7 +48,7 @@ def store_photo(
     store.put(f'raw/{download.sha256}', download.data, sha256=download.sha256, sync=False)
     return _stored_result(store, row, download.sha256)
 
-# %% ../../nbs/data/09_ingest_shard.ipynb #533a222b
+# %% ../../nbs/data/09_ingest_shard.ipynb #e2c6a007
 def find_stored(
     store, # from `open_store`
     limits: PhotoLimits, # which photos are accepted
@@ -59,7 +59,7 @@ def find_stored(
     except (NotFound, Corrupt, PhotoError): return None
     return _stored_result(store, row, row['sha256'])
 
-# %% ../../nbs/data/09_ingest_shard.ipynb #27d3e444
+# %% ../../nbs/data/09_ingest_shard.ipynb #10fea38c
 async def ingest_photo(
     row: dict, # row of the catalog
     fetch: Callable, # coroutine function: URL → `Download`
@@ -85,7 +85,7 @@ class BatchWriter:
         store, # store that the photos were put into
         engine, # engine of the catalog
         batch: int, # number of results recorded at a time
-        on_recorded: Callable = lambda results: None, # called with each list of `PhotoResult` once it is recorded
+        on_recorded: Callable = lambda results: None, # called with each list of `PhotoResult` that was recorded
         seconds: float = 5., # longest wait for a full batch
     ):
         self.store = store
@@ -132,10 +132,10 @@ async def _ingest_rows(
     limits = PhotoLimits(max_pixels=s.photo_max_pixels)
     writer = BatchWriter(store, engine, s.ingest_batch, on_recorded)
     pool = ThreadPoolExecutor(store.threads)
-    threads = ThreadPoolExecutor(s.ingest_concurrency + 1) # look up host names, read files and buckets, write the catalog
+    threads = ThreadPoolExecutor(s.ingest_concurrency + 1) # also for host names, files, buckets, catalog
     asyncio.get_running_loop().set_default_executor(threads)
     async with open_fetcher(s, connect_to) as fetch:
-        slots = defaultdict(partial(asyncio.Semaphore, s.ingest_per_host)) # host → semaphore for its concurrent requests
+        slots = defaultdict(partial(asyncio.Semaphore, s.ingest_per_host)) # host → its requests
 
         async def fetch_in_turn(url):
             async with slots[host_of(url)]: return await fetch(url)

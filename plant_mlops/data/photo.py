@@ -163,11 +163,11 @@ def visible_size(
     "Size of the part of a photo that the network sees."
     return min(width, stretch*height), min(height, stretch*width)
 
-# %% ../../nbs/data/02_photo.ipynb #665009a6
+# %% ../../nbs/data/02_photo.ipynb #32d3bf10
 def resize_to_square(
     img: Image.Image, # RGB
     size: int, # side of the result, in pixels
-    stretch: float = MAX_STRETCH, # largest ratio of longer to shorter side that is not cropped; 1: crop to the middle square
+    stretch: float = MAX_STRETCH, # largest ratio of the sides that is not cropped; 1: crop to a square
 ) -> np.ndarray: # (size, size, 3) uint8
     "Squeeze a photo into a square."
     width, height = img.size
@@ -175,7 +175,7 @@ def resize_to_square(
     box = (width - seen_width)/2, (height - seen_height)/2, (width + seen_width)/2, (height + seen_height)/2
     return np.asarray(_resize(img, (size, size), box))
 
-# %% ../../nbs/data/02_photo.ipynb #d1bcb44d
+# %% ../../nbs/data/02_photo.ipynb #1726d14e
 def to_pixels(
     data: bytes, # content of a file
     size: int = 224, # side of the square that the network sees, in pixels
@@ -186,7 +186,7 @@ def to_pixels(
     "Decode a photo as in training; raises `PhotoError`."
     return resize_to_square(open_photo(data, side, limits), size, stretch)
 
-# %% ../../nbs/data/02_photo.ipynb #49b2e911
+# %% ../../nbs/data/02_photo.ipynb #8eb9e166
 def decode_for_model(
     data: bytes, # content of a file
     spec: dict, # `input` of the model file's metadata

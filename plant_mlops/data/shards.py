@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'PreparedPhoto', 'put_shard', 'read_shards', 'load_jpegs']
 
-# %% ../../nbs/data/12_shards.ipynb #38791a8b
+# %% ../../nbs/data/12_shards.ipynb #408a7072
 import io
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,26 +15,26 @@ from ..core.config import PlantError, Settings
 from ..core.store import Corrupt, NotFound, StoreError, checksum_in_key, open_store, sha256_of
 from .quality import MEASURES, quality_scores
 
-# %% ../../nbs/data/12_shards.ipynb #bc4a07f2
+# %% ../../nbs/data/12_shards.ipynb #b07a2caa
 @dataclass(frozen=True)
 class PreparedPhoto:
     "One photo, small and measured."
-    sha256: str    # of its bytes as fetched
-    jpeg: bytes    # its pixels, prepared
-    width: int     # of the original, in pixels
-    height: int    # of the original, in pixels
-    format: str    # of the original, as Pillow names it
+    sha256: str    # checksum of its bytes as fetched
+    jpeg: bytes    # prepared photo, as a JPEG
+    width: int     # width of the original, in pixels
+    height: int    # height of the original, in pixels
+    format: str    # format of the original, as Pillow names it
     phash: str     # perceptual hash, 16 hexadecimal digits
-    measured: dict # of `measure_photo`
+    measured: dict # result of `measure_photo`
 
-# %% ../../nbs/data/12_shards.ipynb #a3736183
+# %% ../../nbs/data/12_shards.ipynb #ecd0a1da
 SCHEMA = pa.schema([
     ('sha256', pa.string()), ('jpeg', pa.binary()), ('width', pa.int32()), ('height', pa.int32()),
     ('format', pa.string()), ('phash', pa.string()), *((name, pa.float32()) for name in MEASURES)])
 
-# %% ../../nbs/data/12_shards.ipynb #74c1edf1
+# %% ../../nbs/data/12_shards.ipynb #9f55d043
 def _shard_bytes(table: pa.Table) -> bytes:
-    "A table of photos as Parquet; JPEGs are compressed already."
+    "A table of photos as Parquet; JPEGs are not compressed again."
     out = io.BytesIO()
     compression = {name: 'none' if name == 'jpeg' else 'zstd' for name in table.column_names}
     pq.write_table(table, out, compression=compression)
@@ -43,17 +43,17 @@ def _shard_bytes(table: pa.Table) -> bytes:
 def _index_key(
     shard: str, # key of a shard
 ) -> str: # key of its index
-    "Where the index of a shard is."
+    "The key of a shard's index."
     return shard.removesuffix('.parquet') + '.index.parquet'
 
 def _put_index(store, shard: str, table: pa.Table):
     "Write the index of a shard."
     store.put(_index_key(shard), _shard_bytes(table.drop_columns('jpeg')))
 
-# %% ../../nbs/data/12_shards.ipynb #a53e8f90
+# %% ../../nbs/data/12_shards.ipynb #9de978a1
 def put_shard(
     store, # from `open_store`
-    photos: list, # of `PreparedPhoto`
+    photos: list, # `PreparedPhoto` objects
     side: int, # shorter side of the photos, in pixels
 ) -> str: # key of the shard
     "Pack photos into one shard, then write its index."
@@ -66,7 +66,7 @@ def put_shard(
     _put_index(store, key, table)
     return key
 
-# %% ../../nbs/data/12_shards.ipynb #7ebabea2
+# %% ../../nbs/data/12_shards.ipynb #3cf8d2ef
 def _read_table(data: bytes, columns: list | None = None) -> pa.Table:
     "Columns of a Parquet file."
     return pq.read_table(io.BytesIO(data), columns=columns)
@@ -74,20 +74,20 @@ def _read_table(data: bytes, columns: list | None = None) -> pa.Table:
 def _read_index(
     store, # from `open_store`
     shard: str, # key of a shard
-    is_there: bool, # whether its index was seen
+    is_there: bool, # whether its index exists
 ) -> pa.Table: # all columns but jpeg
-    "The index of a shard, made again if it is missing or damaged."
+    "The index of a shard, written again if it is missing or damaged."
     if is_there:
         with suppress(NotFound, Corrupt): return _read_table(store.get(_index_key(shard)))
     table = _read_table(store.get(shard))
     with suppress(StoreError): _put_index(store, shard, table)
     return table.drop_columns('jpeg')
 
-# %% ../../nbs/data/12_shards.ipynb #ba043037
+# %% ../../nbs/data/12_shards.ipynb #841776f6
 def read_shards(
     store, # from `open_store`
-    keys: list | None = None, # of shards; None reads all
-    columns: list | None = None, # of SCHEMA; None gives all but jpeg
+    keys: list | None = None, # keys of shards; None: all
+    columns: list | None = None, # columns of SCHEMA; None: all but jpeg
     side: int = 256, # shorter side of the photos, in pixels
 ) -> pd.DataFrame: # sha256, the columns, and the shard's key; a row a photo, sorted by sha256
     "Read prepared photos; raises `NotFound` for a shard that is missing."
@@ -110,7 +110,7 @@ def read_shards(
 # %% ../../nbs/data/12_shards.ipynb #e4167365
 def load_jpegs(
     s: Settings, # settings
-    manifest: pd.DataFrame, # sha256 and shard
+    manifest: pd.DataFrame, # table with the columns sha256 and shard
 ) -> list: # JPEG bytes, in the manifest's order
     "Prepared photos of a manifest; raises `PlantError` for photos that are no longer prepared."
     store = open_store(s)

@@ -6,7 +6,7 @@
 __all__ = ['GRACE', 'HEARTBEAT', 'run_context', 'set_variables', 'find_news', 'ActiveRun', 'to_json_values', 'find_mlflow_runs',
            'begin']
 
-# %% ../../nbs/jobs/04_active_run.ipynb #23cb1e72
+# %% ../../nbs/jobs/04_active_run.ipynb #ae0f58c6
 import itertools, json, math, os, signal, socket, threading, time
 from contextlib import suppress
 import psutil, sqlalchemy as sa
@@ -21,7 +21,7 @@ from .runs import JobBusyError, JobRun, claim_run, job_runs, run_tables, utc_now
 from .table import find_job, job_table
 from ..registry.tracking import git_commit, mlflow_client
 
-# %% ../../nbs/jobs/04_active_run.ipynb #8ad5204c
+# %% ../../nbs/jobs/04_active_run.ipynb #c5802e8f
 def run_context() -> dict: # run (ID), why, chain, asked, attempt, timeout: those that are known
     "The context of this run, set by the program that started the notebook; empty in Jupyter."
     return json.loads(os.environ.get('JOB_CONTEXT') or '{}')
@@ -58,7 +58,7 @@ def find_news(
     s: Settings, # settings of the job
     job: Job, # job whose work is done
     states: dict, # states of the assets that it produces: asset → state
-    retry_why: str | None = None, # reason for the run if this is a retry; announcements for the same reason do not count
+    retry_why: str | None = None, # reason for the run, if it is a retry; what that run announced before does not count
 ) -> list: # names of assets
     "The assets that a job has to announce."
     assets = job_table(s).assets
@@ -238,7 +238,7 @@ def _claim_patiently(s: Settings, engine: sa.Engine, run: JobRun, seconds: float
             if time.monotonic() > deadline: raise
         time.sleep(.2)
 
-# %% ../../nbs/jobs/04_active_run.ipynb #9f9b9cbb
+# %% ../../nbs/jobs/04_active_run.ipynb #5da83e43
 def begin(
     name: str, # name of the job; where several jobs share the notebook, `JOB_CONTEXT` says which one it is
     **parameters, # parameters of the notebook
@@ -246,8 +246,9 @@ def begin(
     "Begin a run of a job; raises `JobBusyError` where another is alive, `PlantError` without a database."
     context = run_context()
     if 'run' in context: name = job_name_of(context['run'])
-    job = find_job(settings(), name)
-    s = settings_for(settings(), job)
+    s = settings()
+    job = find_job(s, name)
+    s = settings_for(s, job)
     run = _new_run(s, job, context, parameters)
     engine = call_with_retry(open_catalog, s)
     try:

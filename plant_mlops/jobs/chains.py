@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_chain', 'resume_chain', 'predict_example', 'run_workload', 'retrain', 'ci_settings', 'ci_chain', 'run_ci']
 
-# %% ../../nbs/jobs/07_chains.ipynb #47db7fe3
+# %% ../../nbs/jobs/07_chains.ipynb #a4d90408
 import json, re, shutil
 from pathlib import Path
 from typing import Callable
@@ -51,7 +51,7 @@ def run_chain(
         outputs |= run.outputs
     return runs
 
-# %% ../../nbs/jobs/07_chains.ipynb #2947d740
+# %% ../../nbs/jobs/07_chains.ipynb #a15720cf
 def resume_chain(
     s: Settings, # configured settings
     on_success: Callable = _ignore, # called with each successful `JobRun`
@@ -111,7 +111,7 @@ def run_workload(
     on_success: Callable = _ignore, # called with each successful `JobRun`
     console: Console | None = None, # console for progress; None: standard error
 ) -> dict: # model, version, champion, promoted, reason, evaluation, prediction
-    "The main job of a workload; champion and prediction are None without a model in production. Raises the errors of `run_chain`."
+    "Run all jobs of a workload, and predict an example; without a model in production champion and prediction are None."
     from plant_mlops.registry.evaluate import evaluate
     from plant_mlops.registry.registry import champion
     w = find_workload(s, name)
@@ -164,7 +164,7 @@ def ci_chain(
     trains = any(configured_workload(s).qualify('model') in j.produces for j in needed)
     return list(dict.fromkeys([*chain_for(s), *needed])) if trains else needed
 
-# %% ../../nbs/jobs/07_chains.ipynb #6bb27683
+# %% ../../nbs/jobs/07_chains.ipynb #6c39883b
 def run_ci(
     s: Settings, # configured settings
     name: str, # name of the job
@@ -173,7 +173,7 @@ def run_ci(
     on_success: Callable = _ignore, # called with each successful `JobRun`
     console: Console | None = None, # console for progress; None: standard error
 ) -> list: # of `JobRun`
-    "Run a job and all the jobs it depends on, on little data; raises the errors of `run_chain`, and fills `reports` in any case."
+    "Run a job and all jobs it depends on, on little data; fills `reports` even where it raises the errors of `run_chain`."
     job = find_job(s, name)
     s = ci_settings(settings_for(s, job))
     shutil.rmtree(s.home, ignore_errors=True)

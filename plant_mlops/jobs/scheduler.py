@@ -57,7 +57,7 @@ def _is_retry_due(job: Job, last: JobRun, now: datetime) -> bool:
     delay = timedelta(seconds=RETRY_DELAY*2**(last.attempt - 1))
     return now >= (last.ended_at or last.started_at) + delay
 
-# %% ../../nbs/jobs/08_scheduler.ipynb #7b5d8045
+# %% ../../nbs/jobs/08_scheduler.ipynb #bb14e3db
 def why_due(
     s: Settings, # uses `schedules`
     job: Job, # job from the job table
@@ -198,7 +198,7 @@ class Scheduler:
             if cron: log.info('%s: next at %s UTC', j.name, next_time(cron, self.since).strftime('%a %d %b %H:%M'))
 
     def step(self):
-        "Start all jobs that are due. A database that is not reachable is logged once, and tried again at the next step."
+        "Start all jobs that are due; an error of the database is logged once, and the next step tries again."
         try: start_due_jobs(self.s, self.running, utc_now(), self.since, self.paused)
         except (PlantError, OSError) as e:
             if str(e) != self.last_error: log.warning('%s', e)
@@ -216,7 +216,7 @@ class Scheduler:
             if self.running: log.info('stopping: %s may take %g s to end', ' and '.join(self.running), self.s.job_grace)
             stop_jobs(self.running, self.s.job_grace, self.hurry)
 
-# %% ../../nbs/jobs/08_scheduler.ipynb #0d0b2358
+# %% ../../nbs/jobs/08_scheduler.ipynb #79f993df
 def run_scheduler(
     s: Settings, # configured settings
 ):

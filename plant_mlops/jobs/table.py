@@ -59,7 +59,7 @@ def shared_jobs(
         consumes=(candidate,), produces=(champion,), triggers=(candidate,),
         notebook=str(NOTEBOOKS/'promote.ipynb'), workload=w.name)
     monitor = Job(
-        w.qualify('monitor'), 'Report the traffic, and check its inputs for drift', monitoring,
+        w.qualify('monitor'), 'Look at the traffic, and whether its inputs have drifted', monitoring,
         consumes=(champion,), produces=(w.qualify('drift'),), schedule=w.monitor_schedule, retries=1, timeout=1800,
         notebook=str(NOTEBOOKS/'monitor.ipynb'), workload=w.name)
     return [promote, monitor]

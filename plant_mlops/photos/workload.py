@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assets', 'jobs', 'workload', 'photo_manifest', 'photo_inputs', 'catalog_counts']
 
-# %% ../../nbs/photos/02_workload.ipynb #e246df67
+# %% ../../nbs/photos/02_workload.ipynb #7487db7f
 import json
 from importlib import resources
 from ..core.config import PlantError, Settings
@@ -14,7 +14,7 @@ from ..core.workload import Asset, Job, Reader, Workload
 
 # %% ../../nbs/photos/02_workload.ipynb #10158419
 def photo_manifest(
-    s: Settings, # uses store_url
+    s: Settings, # uses `store_url`
     dataset: str, # version of the dataset
 ): # DataFrame with id, label, group and split
     "The photos of a dataset."
@@ -22,17 +22,18 @@ def photo_manifest(
     return load_dataset(s, dataset).manifest.rename(columns={'sha256': 'id'})
 
 def photo_inputs(
-    s: Settings, # uses store_url
+    s: Settings, # uses `store_url`
     dataset: str, # version of the dataset
     ids: list, # checksums of photos
     spec: dict, # `input` of the model's metadata
 ): # uint8 [N, height, width, 3]
-    "Photos as the model takes them."
+    "Photos as input of the model."
     import numpy as np
     from concurrent.futures import ThreadPoolExecutor
     from plant_mlops.data.photo import PhotoLimits, decode_for_model
-    store, limits = open_store(s), PhotoLimits(max_pixels=s.photo_max_pixels)
-    def read(i): return decode_for_model(store.get(f'raw/{i}'), spec, limits)
+    store = open_store(s)
+    limits = PhotoLimits(max_pixels=s.photo_max_pixels)
+    def read(sha256): return decode_for_model(store.get(f'raw/{sha256}'), spec, limits)
     with ThreadPoolExecutor(8) as pool: return np.stack(list(pool.map(read, ids)))
 
 # %% ../../nbs/photos/02_workload.ipynb #9c743ab6
@@ -53,25 +54,27 @@ def _dataset_state(s: Settings) -> str:
     except PlantError: return ''
 
 def _has_enough_new_photos(s: Settings) -> bool:
-    "Whether a training is worth it."
+    "Whether there are enough new photos for a training run, or no model yet."
     from plant_mlops.photos.stages import new_photos
     from plant_mlops.registry.registry import versions
     return not versions(s) or new_photos(s) >= s.retrain_photos
 
 def _evaluation_state(s: Settings) -> str:
-    "The newest version that has figures; '' where there is none."
+    "The newest version that has metrics; '' where there is none."
     from plant_mlops.registry.registry import versions
     return next((v['version'] for v in versions(s) if v['metrics']), '')
 
-# %% ../../nbs/photos/02_workload.ipynb #4282a289
+# %% ../../nbs/photos/02_workload.ipynb #114dd6cb
 def catalog_counts(
-    s: Settings, # uses catalog_url
-) -> dict | None: # status → rows; None where no database library is installed
-    "Rows of the catalog by status."
+    s: Settings, # uses `catalog_url`
+) -> dict | None: # status → number of rows; None where no database library is installed
+    "Count the rows of the catalog by status."
     try: from plant_mlops.data.catalog import count_by_status, open_catalog
     except ModuleNotFoundError: return None
     from plant_mlops.core.database import call_with_retry
-    return call_with_retry(count_by_status, call_with_retry(open_catalog, s))
+    engine = call_with_retry(open_catalog, s)
+    try: return call_with_retry(count_by_status, engine)
+    finally: engine.dispose()
 
 def _retrain(s: Settings, progress: bool) -> dict:
     "See `retrain_photos`."
@@ -82,7 +85,7 @@ def _retrain(s: Settings, progress: bool) -> dict:
 assets = dict(
     photos=Asset('the photos in the store, with their labels', _photos_state),
     dataset=Asset('the newest version of the dataset', _dataset_state, _has_enough_new_photos),
-    evaluation=Asset('the figures of the newest model', _evaluation_state))
+    evaluation=Asset('the metrics of the newest model', _evaluation_state))
 
 jobs = (
     Job('ingest', 'Fetch the photos that are new', 'data_ingestion',
@@ -92,7 +95,7 @@ jobs = (
     Job('train', 'Train on the newest dataset, and register the model', 'training',
         consumes=('dataset',), produces=('model',), triggers=('dataset', 'drift'),
         schedule='0 3 * * sun', retries=1, timeout=6*3600),
-    Job('evaluate', 'Judge the newest model by its test photos', 'model_evaluation',
+    Job('evaluate', 'Evaluate the newest model on its test photos', 'model_evaluation',
         consumes=('model',), produces=('evaluation',), triggers=('model',)))
 
 workload = Workload(

@@ -23,7 +23,7 @@ def _archive_report(
     kernel: str, # name of the training environment's kernel
     file: Path, # executed notebook
 ):
-    "Have the training environment archive a report; a lost report is logged, and no reason to repeat the work."
+    "Archive a report with the Python of the training environment; a failure is only logged, without repeating the job."
     from jupyter_client.kernelspec import get_kernel_spec
     log = logging.getLogger(__name__)
     try:
@@ -40,7 +40,8 @@ def operator_class() -> type:
     class JobOperator(PapermillOperator):
         "The job that has the name of the task."
         def execute(self, context):
-            known, run_id = parameters_of(find_job(settings(), self.task_id)), new_run_id(self.task_id)
+            known = parameters_of(find_job(settings(), self.task_id))
+            run_id = new_run_id(self.task_id)
             given = {k: v for k, v in context['params'].items() if k in known and v is not None}
             self.parameters = given | (self.parameters or {})
             why = f"airflow {context['run_id']}"[:200]
@@ -51,8 +52,8 @@ def operator_class() -> type:
                 try: super().execute(context)
                 finally: _archive_report(self.kernel_name, file)
                 outcome = read_outcome(json.loads(file.read_text(encoding='utf-8')))
-            self.outlets = [o for o in self.outlets if o.name in outcome['news']]
-            for o in self.outlets: context['outlet_events'][o].extra = dict(run=run_id)
+            self.outlets = [asset for asset in self.outlets if asset.name in outcome['news']]
+            for asset in self.outlets: context['outlet_events'][asset].extra = dict(run=run_id)
             return outcome['outputs']
     return JobOperator
 
@@ -62,17 +63,17 @@ JSON_TYPES = {str: 'string', int: 'integer', float: 'number', bool: 'boolean'}
 def json_type(
     kind, # type of a parameter: str, int | None …
 ) -> str | list: # of a JSON schema
-    "A Python type as a JSON schema names it."
+    "The JSON schema type of a Python type."
     options = get_args(kind) or (kind,)
-    name = JSON_TYPES[next(o for o in options if o in JSON_TYPES)]
+    name = JSON_TYPES[next(option for option in options if option in JSON_TYPES)]
     may_be_empty = len(options) > 1 or name == 'string'
     return [name, 'null'] if may_be_empty else name
 
-# %% ../../nbs/targets/00_airflow.ipynb #b5427c6a
+# %% ../../nbs/targets/00_airflow.ipynb #b16ec568
 def _dag_params(
     jobs: list, # jobs of a group
 ) -> dict: # name → Param
-    "The parameters of a group of jobs; instead of a shard one gives the number of shards."
+    "The parameters of a group of jobs; `shard` is replaced by the number of shards."
     from airflow.sdk import Param
     known = {k: p for j in jobs for k, p in parameters_of(j).items()}
     has_shards = known.pop('shard', None)
@@ -88,7 +89,7 @@ def _airflow_asset(name: str):
 def _dag_schedule(
     jobs: list, # jobs of a group
 ):
-    "When a group runs, as `schedule` of a DAG; None for never."
+    "The `schedule` of the DAG of a group; None: unscheduled."
     from airflow.sdk import AssetAny, AssetOrTimeSchedule, CronTriggerTimetable
     produced = {a for j in jobs for a in j.produces}
     triggers = sorted({a for j in jobs for a in j.triggers} - produced)
@@ -135,7 +136,7 @@ def _group_dag(
                 if set(before.produces) & set(job.triggers): tasks[before.name] >> tasks[job.name]
     return dag
 
-# %% ../../nbs/targets/00_airflow.ipynb #af8ed09e
+# %% ../../nbs/targets/00_airflow.ipynb #1264b92b
 def dags(
     retries: int | None = None, # number of retries of every job; None: as in the job table
 ) -> dict: # group → DAG
