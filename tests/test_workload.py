@@ -97,7 +97,7 @@ def test_a_random_walk_is_not_promoted(tmp_path):
     home = tmp_path/'home'
     args = ['run', '--workload', 'stocks', '-p', 'signal', '0', '-p', 'kind', 'logistic']
     message = plant_messages(*args, home=home, ok=4)
-    assert 'Nothing is in production; version 1 was not promoted' in message and 'most common class' in message
+    assert 'Nothing is in production; version 1 was not promoted' in message and 'majority class' in message
     outputs = json.loads(plant('job', 'show', 'stocks-train', '--json', home=home))['outputs']
     assert outputs['verdict'].startswith('No better than chance')
     for k in ('accuracy', 'majority', 'yesterday', 'reversal'): assert .4 < outputs[k] < .6, k
