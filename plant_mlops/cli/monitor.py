@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'drift', 'exporter']
 
-# %% ../../nbs/cli/10_monitor.ipynb #04b11cf7
+# %% ../../nbs/cli/10_monitor.ipynb #7299f530
 from typing import Annotated
 import typer
 from .options import HomeOption, HostOption, JsonOption, PortOption, new_app
@@ -27,13 +27,14 @@ def _print_verdict(
     verdict = '[bold yellow]Drift[/]' if result['drifted'] else '[bold green]No drift[/]'
     score = f'{result["score"]:.1%}'
     threshold = f'{result["threshold"]:.1%}'
-    print_line(f'{verdict}, {about}. At least {score} of the inputs are unlike the training data; more than {threshold} counts as drift.')
+    print_line(f'{verdict}, {about}. At least {score} of the inputs are unlike the training data; '
+               f'more than {threshold} counts as drift.')
     columns = sorted(result['columns'].items(), key=lambda item: -item[1]['score'])
     print_table([dict(column=name, share=f'{column["score"]:.1%}', drift='yes' if column['drifted'] else '')
                  for name, column in columns])
     print_line(f'The report: {escaped(open_store(s).url(result["report"]))}')
 
-# %% ../../nbs/cli/10_monitor.ipynb #6de82536
+# %% ../../nbs/cli/10_monitor.ipynb #22642e1a
 app = new_app()
 
 @app.command()
@@ -57,7 +58,7 @@ def drift(
     if as_json: print_json(result)
     if result['drifted']: raise typer.Exit(5)
 
-# %% ../../nbs/cli/10_monitor.ipynb #6202f369
+# %% ../../nbs/cli/10_monitor.ipynb #129d2592
 @app.command()
 def exporter(host: HostOption = None, port: PortOption = None, home: HomeOption = None):
     "Serve metrics of photos, jobs and the model to Prometheus."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['status']
 
-# %% ../../nbs/monitor/06_status.ipynb #37755770
+# %% ../../nbs/monitor/06_status.ipynb #98d15a46
 from ..core.config import Settings
 from ..core.store import open_store
 from ..core.workload import configured_workload
@@ -20,7 +20,11 @@ def status(
     except NoModelError as e: pointer, note = {}, str(e)
     w, metrics = configured_workload(s), pointer.get('metrics') or {}
     interval = [metrics.get('accuracy_low'), metrics.get('accuracy_high')]
-    figures = {'accuracy': metrics.get('accuracy'), 'interval': interval, f'test_{w.examples}': metrics.get('n')} if metrics else {}
-    return dict(model=s.model, version=pointer.get('version'), **figures, source=pointer.get('source'), dataset=pointer.get('dataset'),
-                run=pointer.get('run_id'), published=pointer.get('published_at'), store=str(open_store(s)),
-                catalog=w.catalog(s) if w.catalog else None, note=note)
+    scores = {}
+    if metrics:
+        scores = {'accuracy': metrics.get('accuracy'), 'interval': interval, f'test_{w.examples}': metrics.get('n')}
+    catalog = w.catalog(s) if w.catalog else None
+    return dict(
+        model=s.model, version=pointer.get('version'), **scores,
+        source=pointer.get('source'), dataset=pointer.get('dataset'), run=pointer.get('run_id'),
+        published=pointer.get('published_at'), store=str(open_store(s)), catalog=catalog, note=note)
