@@ -205,7 +205,7 @@ def draw_photos(folder, n=20, labels=('dandelion', 'grass'), suffixes=('jpg',), 
         (folder/label).mkdir(parents=True, exist_ok=True)
         for i in range(n):
             file = folder/label/f'{i}.{suffixes[i % len(suffixes)]}'
-            draw(LABELS[k % len(LABELS)], seed=seed + 100*k + i).save(file)
+            draw(LABELS[k % len(LABELS)], seed=seed + 100*(k // len(LABELS)) + i).save(file)
     return folder
 
 def noise_photo(seed) -> bytes:

@@ -34,7 +34,7 @@ def test_from_start_to_verdict(versions):
     assert 'no challenger' in command(s, 'ab', 'status')[1]
     with serving(s, token='hush', workers=2, reload_every=.2) as (p, c):
         code, said = command(s, 'ab', 'start', '--challenger', '2', '--share', '0.5')
-        assert code == 0 and 'Version 2 answers for 50%' in said
+        assert code == 0 and 'Version 2 answers 50% of the requests' in said
         wait_for(lambda: {httpx.get(f'{c.base_url}/model/info').json()['challenger']['version'] for _ in range(8)} == {'2'})
         rows = np.random.default_rng(0).random((400, 2)).round(4).tolist()
         with ThreadPoolExecutor(8) as pool: got = list(pool.map(lambda x: c.post('/predict', json=dict(features=x)).json(), rows))

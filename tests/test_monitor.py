@@ -105,7 +105,7 @@ def test_what_a_database_refuses_is_put_aside(tmp_path, caplog):
     eng = open_prediction_log(s)
     assert load_log_files(eng, folder) == 0 and not waiting_files(folder)
     eng.dispose()
-    assert [o.name for o in folder.iterdir()] == ['01-1-x.jsonl.refused'] and 'cannot be taken' in caplog.text
+    assert [o.name for o in folder.iterdir()] == ['01-1-x.jsonl.refused'] and 'cannot be inserted' in caplog.text
 
 def test_no_room_for_the_log_is_counted(model, tmp_path):
     (tmp_path/'home').mkdir()

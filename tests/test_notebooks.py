@@ -18,6 +18,8 @@ notebooks = [p for p in notebook_paths() if not is_tested_elsewhere(p)]
 # Masked in this order: what differs between two runs, and the blanks and rules that a table's columns are as wide as.
 MASKS = [
     (r'\x1b\[[0-9;]*m', ''),                                # colours of a terminal
+    (r'(?s)<style.*?</style>|<[^>]+>', ' '),                # the tags of a table
+    (r'\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b', '#'), # UUIDs
     (r'(?:file://)?(?:/[\w.@+-]+){2,}/?', 'PATH'),          # paths of this machine
     (r'0x[0-9a-f]+|\b(?=[a-f]*\d)[0-9a-f]{6,}\b', '#'),     # addresses and checksums
     (r'[-+−]?\d[\d.,:_]*(?:e[-+]?\d+)?', '#'),              # numbers, times, versions
@@ -40,8 +42,8 @@ def shown(cell) -> list:
     for output in cell.get('outputs', ()):
         data = output.get('data', {})
         kinds = [k for k in sorted(data) if k.startswith('image/')]
-        texts = [masked(joined(data[k])) for k in ('text/markdown', 'text/plain') if k in data and not kinds]
-        if data: out.append((*kinds, *texts[:1]))
+        texts = [masked(joined(data[k])) for k in ('text/markdown', 'text/html', 'text/plain') if k in data and not kinds]
+        if kinds or any(texts): out.append((*kinds, *texts[:1]))
     return out
 
 def differences(saved, executed) -> list:

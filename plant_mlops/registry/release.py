@@ -221,7 +221,7 @@ def challenge(
         raise PlantError('Nothing is in production, so there is nothing to compare with. '
                          'Run `plant-mlops promote` first.')
     if trial:
-        raise PlantError(f"Version {trial['version']} is tried since {trial['started_at'][:16]}. End that first: "
+        raise PlantError(f"Version {trial['version']} is being compared since {trial['started_at'][:16]}. End that first: "
                          "`plant-mlops ab stop`.")
     with mlflow_client(s) as client: v = get_version(client, s, version)
     if str(v.version) == now['version']:
