@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_SYSTEM_CERTS := 1
 
-.PHONY: help run test test-fast serve up down smoke docs readme export outputs clean install images locks test-images screenshots
+.PHONY: help run modules test test-fast serve up down smoke docs readme export outputs clean install images locks test-images screenshots
 .DEFAULT_GOAL := run
 
 help:                 ## this list
@@ -40,8 +40,13 @@ docs: install         ## build the documentation site (needs Quarto)
 	@command -v quarto >/dev/null || { echo "Quarto is not installed: see quarto.org, or run nbdev-install-quarto"; exit 1; }
 	nbdev-docs
 
-export: install       ## write modules, README, Grafana boards, CronJobs and alert rules from the notebooks
-	nbdev-export && nbdev-clean && $(MAKE) --no-print-directory readme
+# nbdev wraps the names of `__all__` at 120 columns, and then writes `__all__ = ` before them; the last one moves down.
+modules: install      ## write the modules from the notebooks
+	nbdev-export && nbdev-clean
+	@find plant_mlops -name '*.py' -exec sed -i -E '/^__all__ = .{111}/s/, ([^ ]+[],])$$/,\n           \1/' {} +
+
+export: modules       ## write modules, README, Grafana boards, CronJobs and alert rules from the notebooks
+	@$(MAKE) --no-print-directory readme
 	python -c 'from plant_mlops.monitor.boards import write_boards; write_boards("docker/grafana/dashboards")'
 	env -u PLANT_SCHEDULES python -m plant_mlops job cronjobs > kubernetes/base/cronjobs.yaml
 	env -u PLANT_SCHEDULES python -c 'from plant_mlops.core.config import settings; from plant_mlops.targets.kubernetes import late_rules; print(late_rules(settings()), end="")' > docker/prometheus/rules/job_table.yml

@@ -12,6 +12,9 @@ import typer
 from .options import HomeOption, JsonOption, new_app
 from .output import print_json, print_line, print_table
 from ..core.config import settings
+from ..core.database import call_with_retry
+from ..data.catalog import count_by_status, list_rows, open_catalog, reset_rows
+from ..data.catalog_files import add_folder, load_file
 
 # %% ../../nbs/cli/06_catalog.ipynb #f2b65546
 app = new_app()
@@ -20,8 +23,6 @@ app.add_typer(catalog_app, name='catalog')
 
 def _open_catalog(home: Path | None): # SQLAlchemy's Engine
     "The configured catalog."
-    from plant_mlops.core.database import call_with_retry
-    from plant_mlops.data.catalog import open_catalog
     return call_with_retry(open_catalog, settings(home=home))
 
 # %% ../../nbs/cli/06_catalog.ipynb #f37eb5d8
@@ -31,8 +32,6 @@ def _print_added(
     mirror: bool = False, # whether rows without a file were removed
 ):
     "Print what was added, and the next command."
-    from plant_mlops.core.database import call_with_retry
-    from plant_mlops.data.catalog import count_by_status
     parts = [f'{added["new"]:,} new rows']
     if added.get('relabelled'): parts.append(f'{added["relabelled"]:,} relabelled')
     if added.get('gone'):
@@ -48,8 +47,6 @@ def catalog_load(
     home: HomeOption = None,
 ):
     "Load a CSV file or an SQL script. A row that exists gets the label of the CSV file."
-    from plant_mlops.core.database import call_with_retry
-    from plant_mlops.data.catalog_files import load_file
     engine = _open_catalog(home)
     _print_added(engine, call_with_retry(load_file, engine, file))
 
@@ -62,8 +59,6 @@ def catalog_add(
     home: HomeOption = None,
 ):
     "Add a folder of photos."
-    from plant_mlops.core.database import call_with_retry
-    from plant_mlops.data.catalog_files import add_folder
     engine = _open_catalog(home)
     _print_added(engine, call_with_retry(add_folder, engine, folder, mirror), mirror)
 
@@ -75,8 +70,6 @@ def catalog_list(
     home: HomeOption = None, as_json: JsonOption = False,
 ):
     "List rows, and the number of rows of each status."
-    from plant_mlops.core.database import call_with_retry
-    from plant_mlops.data.catalog import count_by_status, list_rows
     engine = _open_catalog(home)
     rows = call_with_retry(list_rows, engine, status, limit)
     if as_json:
@@ -89,12 +82,11 @@ def catalog_list(
 # %% ../../nbs/cli/06_catalog.ipynb #3128a145
 @catalog_app.command('retry')
 def catalog_retry(
-    everything: Annotated[bool, typer.Option('--all', help='Reset stored rows too, for example for a new store')] = False,
+    everything: Annotated[bool, typer.Option(
+        '--all', help='Reset stored rows too, for example for a new store')] = False,
     home: HomeOption = None,
 ):
     "Reset failed and rejected rows to new. The next `ingest` fetches them."
-    from plant_mlops.core.database import call_with_retry
-    from plant_mlops.data.catalog import reset_rows
     n = call_with_retry(reset_rows, _open_catalog(home), everything)
     if n: print_line(f'{n:,} rows are new again. Next: plant-mlops ingest')
     else: print_line('No row has failed or been rejected.')

@@ -44,7 +44,8 @@ def pipeline_compile(
     image: Annotated[str, typer.Option(help='Container image with plant_mlops and kfp installed')],
     shards: ShardsOption = 2,
     gpu: Annotated[int, typer.Option(help='Number of GPUs for a training run', min=0)] = 0,
-    env: Annotated[Optional[list[str]], typer.Option(metavar='NAME=VALUE', help='Environment variable of every step')] = None,
+    env: Annotated[Optional[list[str]], typer.Option(
+        metavar='NAME=VALUE', help='Environment variable of every step')] = None,
     secret: Annotated[Optional[list[str]], typer.Option(
         metavar='SECRET=NAME,NAME', help='Environment variables from a Kubernetes secret')] = None,
 ):

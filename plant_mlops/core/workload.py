@@ -70,7 +70,8 @@ class Workload:
     examples: str = 'examples' # word for its examples in texts, such as 'photos'
     ci_settings: dict = field(default_factory=dict) # setting → value that makes a run in CI short
     ci_parameters: dict = field(default_factory=dict) # parameter of its jobs → value that makes a run in CI short
-    default: bool = False # the workload of every model name that no other workload claims; its jobs and assets have no prefix
+    # the workload of every model name that no other workload claims; its jobs and assets have no prefix
+    default: bool = False
 
     def qualify(self,
         name: str, # name of an asset or job that every workload has, such as 'promote'
@@ -98,7 +99,8 @@ def _check_prefixes(w: Workload) -> list:
     problems = [f'{name!r} has to be {rule}, in lowercase letters and digits' for name in wrong]
     if w.default: return problems
     job_of_group = {j.group: j.name for j in w.jobs if not re.fullmatch(f'{w.name}(_[a-z0-9]+)+', j.group)}
-    return problems + [f'the group {group!r} of {job} has to be called {w.name}_…' for group, job in job_of_group.items()]
+    for group, job in job_of_group.items(): problems.append(f'the group {group!r} of {job} has to be called {w.name}_…')
+    return problems
 
 def _check_references(w: Workload) -> list:
     "Problems with the assets that jobs name, and with jobs that every workload has."

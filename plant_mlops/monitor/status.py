@@ -14,7 +14,7 @@ from ..serve.champion import NoModelError, champion_pointer
 # %% ../../nbs/monitor/06_status.ipynb #c95d8897
 def status(
     s: Settings, # uses `model`
-) -> dict: # model, version, accuracy, interval, number of test examples, source, dataset, run, published, store, catalog, note
+) -> dict: # model, version, accuracy, interval, test_photos, source, dataset, run, published, store, catalog, note
     "What is in production. Where nothing is, `note` says what to do."
     try: pointer, note = champion_pointer(open_store(s), s.model), None
     except NoModelError as e: pointer, note = {}, str(e)

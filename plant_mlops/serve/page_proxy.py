@@ -13,7 +13,9 @@ from fastapi.responses import RedirectResponse, StreamingResponse
 
 # %% ../../nbs/serve/20_page_proxy.ipynb #b7f1e2a6
 # Headers that concern one connection and are not passed on: RFC 9110, section 7.6.1
-HOP_BY_HOP = {'connection', 'keep-alive', 'transfer-encoding', 'upgrade', 'te', 'trailer', 'proxy-authorization', 'proxy-authenticate'}
+HOP_BY_HOP = {
+    'connection', 'keep-alive', 'transfer-encoding', 'upgrade', 'te', 'trailer',
+    'proxy-authorization', 'proxy-authenticate'}
 
 def _end_to_end(headers) -> list:
     "The headers of a message that are passed on, as pairs of bytes."

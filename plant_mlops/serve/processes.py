@@ -17,7 +17,9 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM} # that end a server
 
 @contextlib.contextmanager
 def signals_blocked():
-    "Block SIGINT and SIGTERM, for this thread and for processes that are started meanwhile; they keep them blocked until `unblock_signals`."
+    """Block SIGINT and SIGTERM for this thread, and for processes that are started meanwhile.
+
+    These keep them blocked until they call `unblock_signals`."""
     resource_tracker.ensure_running() # would unblock them if it were started later
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try: yield
@@ -38,7 +40,7 @@ def _environment(name: str, value: str):
         if not was_set: del os.environ[name]
 
 def preload_workers():
-    "Start the fork server, which imports what workers need, and return at once. Optional: it saves time if called early."
+    "Start the fork server, which imports what workers need, and return at once. Called early, it saves time."
     if START_METHOD != 'forkserver': return
     forkserver.set_forkserver_preload(['plant_mlops.serve.workers'])
     # prometheus_client looks at this variable when it is imported; each worker sets the folder itself
@@ -53,7 +55,7 @@ def worker_context(): # of multiprocessing
 
 # %% ../../nbs/serve/18_processes.ipynb #4b3cae04
 def exit_with_parent():
-    "End this process by SIGTERM once the process that started it (with `multiprocessing`) is gone; without one, do nothing."
+    "End this process by SIGTERM once its parent in `multiprocessing` is gone; without a parent, do nothing."
     parent = parent_process()
     if parent is None: return
     def watch():

@@ -34,8 +34,10 @@ jobs = (
     Job('stocks-ingest', 'Read new days, and build a version of the dataset', 'stocks_ingestion',
         produces=('stocks-dataset',)),
     Job('stocks-train', 'Train on the newest days, evaluate the model, and register it', 'stocks_training',
-        consumes=('stocks-dataset',), produces=('stocks-model',), triggers=('stocks-dataset', 'stocks-drift'), retries=1))
+        consumes=('stocks-dataset',), produces=('stocks-model',),
+        triggers=('stocks-dataset', 'stocks-drift'), retries=1))
 
 workload = Workload(
-    'stocks', 'Whether a share closes higher tomorrow', Reader(_list_examples, _read_inputs, stable_groups=True), assets, jobs,
+    'stocks', 'Whether a share closes higher tomorrow',
+    Reader(_list_examples, _read_inputs, stable_groups=True), assets, jobs,
     folder=resources.files('plant_mlops')/'stocks'/'jobs', page=_page, monitor_schedule='')
