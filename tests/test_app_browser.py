@@ -1,4 +1,4 @@
-"The page, driven in a real Chromium: what a person does and sees."
+"The page, driven in a real Chromium as a user does."
 import base64, contextlib, csv, json, socket
 from pathlib import Path
 import pytest
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.needs('chromium')
 @pytest.fixture(scope='module')
 def chromium():
     flags = ['--no-sandbox', '--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream']
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=require('chromium'), args=flags)
-        yield b
-        b.close()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=require('chromium'), args=flags)
+        yield browser
+        browser.close()
 
 @contextlib.contextmanager
-def paged(model=None, **kw):
-    "An API with its page, as two servers of this process; gives the address."
+def api_with_page(model=None, **kw):
+    "Run an API and its page as two servers of this process; yields the URL of the API."
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(socket.create_server(('127.0.0.1', 0)))
         app = create_app(settings(token='hush', **kw), model)
@@ -41,132 +41,168 @@ def site_home(tmp_path_factory): return tmp_path_factory.mktemp('site')
 
 @pytest.fixture(scope='module')
 def site(site_home):
-    "The API with its page, serving a model that was trained on synthetic photos."
-    tmp = site_home
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv('GRADIO_TEMP_DIR', str(tmp/'gradio'))
-        with paged(Model(example_model(version='3')), home=tmp) as url: yield url
+    "URL of an API with its page, which serves a model of synthetic photos."
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv('GRADIO_TEMP_DIR', str(site_home/'gradio'))
+        with api_with_page(Model(example_model(version='3')), home=site_home) as url: yield url
 
 @pytest.fixture(params=[(1280, 900), (390, 844)], ids=['desktop', 'phone'])
 def page(request, chromium, site):
-    "An open page; fails the test if it asked anybody else for anything, or logged an error."
-    w, h = request.param
-    context = chromium.new_context(viewport=dict(width=w, height=h), has_touch=w < 500, is_mobile=w < 500, permissions=['clipboard-read', 'clipboard-write', 'camera'])
-    p, asked, errors = context.new_page(), [], []
-    p.set_default_timeout(30_000)
-    p.on('request', lambda r: asked.append(r.url))
-    p.on('pageerror', lambda e: errors.append(str(e)))
-    p.on('console', lambda m: m.type == 'error' and errors.append(m.text))
-    p.goto(f'{site}/ui/')
-    p.wait_for_selector('.pm-head h1')
-    yield p
+    "An open page; fails the test if it requests anything from elsewhere, or logs an error."
+    width, height = request.param
+    is_phone = width < 500
+    permissions = ['clipboard-read', 'clipboard-write', 'camera']
+    context = chromium.new_context(viewport=dict(width=width, height=height), has_touch=is_phone, is_mobile=is_phone,
+                                   permissions=permissions)
+    page, urls, errors = context.new_page(), [], []
+    page.set_default_timeout(30_000)
+    page.on('request', lambda request: urls.append(request.url))
+    page.on('pageerror', lambda error: errors.append(str(error)))
+    page.on('console', lambda message: message.type == 'error' and errors.append(message.text))
+    page.goto(f'{site}/ui/')
+    page.wait_for_selector('.pm-head h1')
+    yield page
     context.close()
-    assert not [o for o in asked if not o.startswith((site, 'data:', 'blob:'))]
+    assert not [url for url in urls if not url.startswith((site, 'data:', 'blob:'))]
     assert not errors
 
-def answer(page):
+def read_answer(page) -> str:
+    "The predicted label, once it is shown."
     page.wait_for_selector('.pm-card h2')
     return page.inner_text('.pm-card h2').lower()
 
 def upload(page, path): page.set_input_files('.pm-photo input[type=file]', str(path))
 
-def test_photo_gets_an_answer_and_a_heatmap(page, tmp_path):
-    photo = tmp_path/'Löwenzahn im März.jpg'
-    photo.write_bytes(photo_bytes('gold'))
-    upload(page, photo)
-    assert answer(page) == 'dandelion'
-    assert page.locator('.pm-bars li').count() == 2 and 'Novelty' in page.inner_text('.pm-card:has(h2)')
-    heat = page.locator('.pm-heat img')
-    heat.wait_for()
-    page.wait_for_function("document.querySelector('.pm-heat img').naturalWidth > 100")
-    page.wait_for_function("(() => { const r = document.querySelector('.pm-card h2').getBoundingClientRect(); return r.top >= 0 && r.bottom <= innerHeight })()")
-    assert page.evaluate('document.documentElement.scrollWidth <= innerWidth'), 'the page is wider than the screen'
-    page.click('[aria-label="Remove Image"]')
-    page.wait_for_selector('.pm-empty')
-    assert not heat.is_visible()
+def upload_bytes(page, path, data):
+    path.write_bytes(data)
+    upload(page, path)
 
-def test_broken_photo_is_told_and_the_next_one_works(page, tmp_path):
-    for name, data, says in (('cut.jpg', photo_bytes('gold')[:-200], 'damaged or cut off'), ('page.jpg', b'<html>404</html>', 'web page'), ('empty.png', b'', 'empty')):
-        (tmp_path/name).write_bytes(data)
-        upload(page, tmp_path/name)
-        page.wait_for_selector(f'.pm-error:has-text("{says}")')
-        page.click('[aria-label="Remove Image"]')
+def remove_photo(page): page.click('[aria-label="Remove Image"]')
+
+def assert_not_wider_than_screen(page):
+    assert page.evaluate('document.documentElement.scrollWidth <= innerWidth'), 'the page is wider than the screen'
+
+# -- One photo
+
+ANSWER_IS_VISIBLE = """(() => {
+    const box = document.querySelector('.pm-card h2').getBoundingClientRect()
+    return box.top >= 0 && box.bottom <= innerHeight
+})()"""
+
+def test_a_photo_gets_an_answer_and_a_heatmap(page, tmp_path):
+    upload_bytes(page, tmp_path/'Löwenzahn im März.jpg', photo_bytes('gold'))
+    assert read_answer(page) == 'dandelion'
+    assert page.locator('.pm-bars li').count() == 2
+    assert 'Novelty' in page.inner_text('.pm-card:has(h2)')
+    heatmap = page.locator('.pm-heat img')
+    heatmap.wait_for()
+    page.wait_for_function("document.querySelector('.pm-heat img').naturalWidth > 100")
+    page.wait_for_function(ANSWER_IS_VISIBLE)
+    assert_not_wider_than_screen(page)
+    remove_photo(page)
+    page.wait_for_selector('.pm-empty')
+    assert not heatmap.is_visible()
+
+def test_broken_photos_get_a_message_and_the_next_photo_an_answer(page, tmp_path):
+    broken = [('cut.jpg', photo_bytes('gold')[:-200], 'damaged or cut off'),
+              ('page.jpg', b'<html>404</html>', 'web page'),
+              ('empty.png', b'', 'empty')]
+    for name, data, message in broken:
+        upload_bytes(page, tmp_path/name, data)
+        page.wait_for_selector(f'.pm-error:has-text("{message}")')
+        remove_photo(page)
         page.wait_for_selector('.pm-empty')
     draw('grass', 1).save(tmp_path/'good.png')
     upload(page, tmp_path/'good.png')
-    assert answer(page)
+    assert read_answer(page)
 
-def test_says_synthetic_and_what_serves(page):
+def test_an_example_gets_an_answer_and_a_broken_photo_after_it_a_message(page, tmp_path):
+    page.locator('.pm-tries .gallery-item').first.click()
+    assert read_answer(page) in ('dandelion', 'grass')
+    remove_photo(page)
+    upload_bytes(page, tmp_path/'page.jpg', b'<html>404</html>')
+    page.wait_for_selector('.pm-error:has-text("web page")')
+
+def test_a_photo_of_the_camera_gets_an_answer(page):
+    page.click('[aria-label="Capture from camera"]')
+    page.click('.pm-photo [title="grant webcam access"]')
+    page.wait_for_function("document.querySelector('.pm-photo video')?.videoWidth > 0")
+    page.click('.pm-photo [aria-label="capture photo"]')
+    assert read_answer(page) in ('dandelion', 'grass')
+
+COPY_PNG = """async base64 => {
+    const bytes = Uint8Array.from(atob(base64), char => char.charCodeAt(0))
+    const blob = new Blob([bytes], {type: 'image/png'})
+    await navigator.clipboard.write([new ClipboardItem({'image/png': blob})])
+}"""
+
+def test_a_photo_of_the_clipboard_gets_an_answer(page):
+    page.evaluate(COPY_PNG, base64.b64encode(photo_bytes('green', 'PNG')).decode())
+    page.click('[aria-label="Paste from clipboard"]')
+    assert read_answer(page) == 'grass'
+
+# -- Feedback
+
+def read_spool(home, kind) -> list:
+    "Rows of 'predictions' or 'feedback' that wait to be loaded into the database."
+    files = waiting_files(spool_folder(settings(home=home)))
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [row for row in rows if row['kind'] == kind]
+
+def test_feedback_on_the_answer_and_on_an_earlier_one_is_logged(page, site_home, tmp_path):
+    before = len(read_spool(site_home, 'feedback'))
+    upload_bytes(page, tmp_path/'a.jpg', photo_bytes('gold'))
+    assert read_answer(page) == 'dandelion'
+    page.click('.pm-truth label:has-text("neither")')
+    page.wait_for_selector('text=Thank you. Noted: neither.')
+    remove_photo(page)
+    upload_bytes(page, tmp_path/'b.jpg', photo_bytes('green'))
+    page.wait_for_selector('.pm-card h2:has-text("grass")')
+    assert page.locator('text=Thank you').count() == 0
+    assert page.locator('.pm-truth input:checked').count() == 0
+
+    page.click('.pm-last button:has-text("dandelion") >> nth=0')
+    page.wait_for_selector('.pm-card h2:has-text("dandelion")')
+    page.click('.pm-truth label:has-text("grass")')
+    page.wait_for_selector('text=Thank you. Noted: grass.')
+    wait_for(lambda: len(read_spool(site_home, 'feedback')) == before + 2)
+    first, second = read_spool(site_home, 'feedback')[before:]
+    assert first['prediction_id'] == second['prediction_id']
+    assert (first['label'], second['label']) == ('neither', 'grass')
+    predictions = {row['id']: row['prediction'] for row in read_spool(site_home, 'predictions')}
+    assert predictions[first['prediction_id']] == 'dandelion'
+
+# -- Many photos
+
+def test_many_photos_get_a_table_and_a_csv_file(page, tmp_path):
+    photos = {'a.jpg': photo_bytes('gold'), 'Grün.jpg': photo_bytes('green'), 'cut.jpg': photo_bytes('gold')[:-200]}
+    for name, data in photos.items(): (tmp_path/name).write_bytes(data)
+    page.click('button[role=tab]:has-text("Many photos")')
+    page.set_input_files('.pm-many input[type=file]', [str(tmp_path/name) for name in photos])
+    page.wait_for_selector('.pm-table td:has-text("dandelion")')
+    with page.expect_download() as download: page.click('text=Save as CSV')
+    text = Path(download.value.path()).read_text('utf-8-sig')
+    header, *rows = csv.reader(text.splitlines())
+    assert header == ['file', 'answer', 'probability', 'novelty']
+    assert [row[:2] for row in rows[:2]] == [['a.jpg', 'dandelion'], ['Grün.jpg', 'grass']]
+    assert rows[2][0] == 'cut.jpg'
+    assert 'cut off' in rows[2][1]
+    assert_not_wider_than_screen(page)
+
+# -- The model
+
+def test_the_page_describes_the_model_and_warns_that_it_is_synthetic(page):
     assert page.inner_text('.pm-head h1') == 'Dandelion or grass?'
     assert 'synthetic' in page.inner_text('.pm-warning')
     assert 'synthetic' in page.inner_text('.pm-tries').lower()
     page.click('text=About this model')
     about = page.locator('.pm-about')
     about.wait_for()
-    said = about.inner_text()
-    assert all(o in said for o in ('Version', '3', 'dandelion, grass', '90.0 %', 'mean colour'))
+    for text in ('Version', '3', 'dandelion, grass', '90.0 %', 'mean colour'): assert text in about.inner_text()
 
-def test_example_then_a_broken_photo(page, tmp_path):
-    page.locator('.pm-tries .gallery-item').first.click()
-    assert answer(page) in ('dandelion', 'grass')
-    page.click('[aria-label="Remove Image"]')
-    (tmp_path/'page.jpg').write_bytes(b'<html>404</html>')
-    upload(page, tmp_path/'page.jpg')
-    page.wait_for_selector('.pm-error:has-text("web page")')
-
-def test_camera(page):
-    page.click('[aria-label="Capture from camera"]')
-    page.click('.pm-photo [title="grant webcam access"]')
-    page.wait_for_function("document.querySelector('.pm-photo video')?.videoWidth > 0")
-    page.click('.pm-photo [aria-label="capture photo"]')
-    assert answer(page) in ('dandelion', 'grass')
-
-def noted(folder):
-    "What has been sent on its way to the table `feedback`."
-    rows = [json.loads(o) for f in waiting_files(folder) for o in f.read_text().splitlines()]
-    return [(r['prediction_id'], r['label']) for r in rows if r['kind'] == 'feedback'], {r['id']: r['prediction'] for r in rows if r['kind'] == 'predictions'}
-
-def test_what_it_really_is_goes_to_the_log(page, site_home, tmp_path):
-    folder = spool_folder(settings(home=site_home))
-    before = len(noted(folder)[0])
-    (tmp_path/'a.jpg').write_bytes(photo_bytes('gold'))
-    (tmp_path/'b.jpg').write_bytes(photo_bytes('green'))
-    upload(page, tmp_path/'a.jpg')
-    assert answer(page) == 'dandelion'
-    page.click('.pm-truth label:has-text("neither")')
-    page.wait_for_selector('text=Thank you. Noted: neither.')
-    page.click('[aria-label="Remove Image"]')
-    upload(page, tmp_path/'b.jpg')
-    page.wait_for_selector('.pm-card h2:has-text("grass")')
-    assert page.locator('text=Thank you').count() == 0 and page.locator('.pm-truth input:checked').count() == 0
-    page.click('.pm-last button:has-text("dandelion") >> nth=0')
-    page.wait_for_selector('.pm-card h2:has-text("dandelion")')
-    page.click('.pm-truth label:has-text("grass")')
-    page.wait_for_selector('text=Thank you. Noted: grass.')
-    wait_for(lambda: len(noted(folder)[0]) == before + 2)
-    (first, one), (again, two) = noted(folder)[0][before:]
-    assert first == again and (one, two) == ('neither', 'grass') and noted(folder)[1][first] == 'dandelion'
-
-def test_many_photos_become_a_table_and_a_file(page, tmp_path):
-    for name, data in (('a.jpg', photo_bytes('gold')), ('Grün.jpg', photo_bytes('green')), ('cut.jpg', photo_bytes('gold')[:-200])): (tmp_path/name).write_bytes(data)
-    page.click('button[role=tab]:has-text("Many photos")')
-    page.set_input_files('.pm-many input[type=file]', [str(tmp_path/o) for o in ('a.jpg', 'Grün.jpg', 'cut.jpg')])
-    page.wait_for_selector('.pm-table td:has-text("dandelion")')
-    with page.expect_download() as got: page.click('text=Save as CSV')
-    rows = list(csv.reader(Path(got.value.path()).read_text('utf-8-sig').splitlines()))
-    assert rows[0] == ['file', 'answer', 'probability', 'novelty'] and [r[:2] for r in rows[1:3]] == [['a.jpg', 'dandelion'], ['Grün.jpg', 'grass']]
-    assert rows[3][0] == 'cut.jpg' and 'cut off' in rows[3][1] and page.evaluate('document.documentElement.scrollWidth <= innerWidth')
-
-def test_clipboard(page):
-    png = base64.b64encode(photo_bytes('green', 'PNG')).decode()
-    page.evaluate("""async b => { const bytes = Uint8Array.from(atob(b), c => c.charCodeAt(0));
-        await navigator.clipboard.write([new ClipboardItem({'image/png': new Blob([bytes], {type: 'image/png'})})]) }""", png)
-    page.click('[aria-label="Paste from clipboard"]')
-    assert answer(page) == 'grass'
-
-def test_model_of_real_photos_has_no_banner(chromium, tmp_path, monkeypatch):
+def test_a_model_of_real_photos_has_no_warning(chromium, tmp_path, monkeypatch):
     monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path/'gradio'))
-    with paged(Model(example_model(source='photos', classes=('daisy', 'moss')))) as url:
+    with api_with_page(Model(example_model(source='photos', classes=('daisy', 'moss')))) as url:
         page = chromium.new_page()
         page.goto(f'{url}/ui/')
         page.wait_for_selector('h1:has-text("Daisy or moss?")')
@@ -174,9 +210,9 @@ def test_model_of_real_photos_has_no_banner(chromium, tmp_path, monkeypatch):
         assert not page.locator('.pm-tries').is_visible(), 'examples of other classes'
         page.close()
 
-def test_no_model_yet(chromium, tmp_path, monkeypatch):
+def test_without_a_model_the_page_names_the_command_that_makes_one(chromium, tmp_path, monkeypatch):
     monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path/'gradio'))
-    with paged() as url:
+    with api_with_page() as url:
         page = chromium.new_page()
         page.goto(f'{url}/ui/')
         page.wait_for_selector('h1:has-text("No model yet")')
@@ -185,8 +221,8 @@ def test_no_model_yet(chromium, tmp_path, monkeypatch):
         assert 'plant-mlops run' in page.inner_text('body')
         page.close()
 
-def test_the_description_of_the_api_needs_nobody_else(page, site):
+def test_the_page_of_the_api_requests_nothing_from_elsewhere(page, site):
     page.goto(f'{site}/docs')
-    page.click('text=Answer for one photo')
+    page.click('text=Predict one input')
     page.wait_for_selector('text=Try it out')
     assert page.locator('.opblock-tag').all_inner_texts() == ['Predictions', 'Service']

@@ -28,7 +28,7 @@ def test_every_file_of_the_package_is_installed(base):
         return {str(f.relative_to(folder)) for f in files}
     assert names(root/'plant_mlops') - names(installed) == set()
 
-def test_small_and_without_training_packages(base):
+def test_the_base_install_is_small_and_has_no_training_packages(base):
     megabytes = sum(f.lstat().st_size for f in base.rglob('*') if not f.is_symlink())/1e6
     installed = {p.name.split('-')[0].lower() for p in (base/'lib').rglob('*.dist-info')}
     heavy = {'torch', 'fastai', 'mlflow', 'mlflow_skinny', 'pandas', 'scikit_learn', 'sqlalchemy', 'gradio'}
@@ -48,7 +48,7 @@ peak = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])/
 print(json.dumps(dict(mb=peak, heavy=sorted(heavy))), file=sys.stderr)
 '''
 
-def test_predicts(base, tmp_path):
+def test_the_base_install_predicts(base, tmp_path):
     from plant_mlops.core.config import settings
     from plant_mlops.registry.example_model import photo_bytes, publish_example
     publish_example(settings(home=tmp_path/'home'))
@@ -67,7 +67,7 @@ def run_base(base, folder, *args) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 @pytest.mark.parametrize('args', [['catalog', 'list'], ['train']], ids=' '.join)
-def test_a_missing_extra_is_named(base, tmp_path, args):
+def test_the_error_of_a_missing_extra_names_it(base, tmp_path, args):
     r = run_base(base, tmp_path, *args)
     assert r.returncode == 1 and 'plant_mlops[train]' in r.stderr and 'Traceback' not in r.stderr
 

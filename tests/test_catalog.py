@@ -44,7 +44,7 @@ def test_a_label_is_corrected_by_loading_it_again(eng):
     assert add_rows(eng, again) == dict(new=1, relabelled=1)
     assert [r['label'] for r in list_rows(eng)] == ['grass', 'dandelion', 'grass', 'grass']
 
-def test_only_files_of_that_folder_are_gone(eng, tmp_path):
+def test_adding_a_folder_again_counts_only_its_own_missing_files(eng, tmp_path):
     for name in ('a_/x/1.jpg', 'a_/x/2.jpg', 'A_/x/1.jpg', 'ab/x/1.jpg'):
         file = tmp_path/name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -56,21 +56,24 @@ def test_only_files_of_that_folder_are_gone(eng, tmp_path):
     left = [r['url_source'].removeprefix(tmp_path.as_uri()) for r in list_rows(eng)]
     assert left == ['/a_/x/2.jpg', '/A_/x/1.jpg', '/ab/x/1.jpg']
 
-def test_accents_percent_signs_and_long_urls(eng, tmp_path):
+def test_urls_may_have_accents_and_percent_signs_and_at_most_700_characters(eng, tmp_path):
     table = tmp_path/'données.csv'
     long_url = 'http://photos.example/' + 'x' * 670
-    table.write_text(f'url_source,label\nhttp://photos.example/caf%C3%A9%20à.jpg,pâquerette 🌼\n{long_url},grass\n', encoding='utf-8-sig')
+    lines = ['url_source,label', 'http://photos.example/caf%C3%A9%20à.jpg,pâquerette 🌼', f'{long_url},grass', '']
+    table.write_text('\n'.join(lines), encoding='utf-8-sig')
     assert load_file(eng, table)['new'] == 2
     first, second = list_rows(eng)
-    assert first['label'] == 'pâquerette 🌼' and second['url_source'] == long_url
+    assert first['label'] == 'pâquerette 🌼'
+    assert second['url_source'] == long_url
     with pytest.raises(PlantError, match='700'): add_rows(eng, [dict(url_source='http://' + 'x' * 700)])
 
 def test_a_script_may_have_comments_and_percent_signs(eng, tmp_path):
     script = tmp_path/'one.sql'
+    url = 'http://photos.example/100%25.jpg'
     script.write_text("-- a comment; with a semicolon\n"
-                      "INSERT INTO plants_data (url_source, label) VALUES ('http://photos.example/100%25.jpg', 'grass');\n")
+                      f"INSERT INTO plants_data (url_source, label) VALUES ('{url}', 'grass');\n")
     assert load_file(eng, script)['new'] == 1
-    assert list_rows(eng)[-1]['url_source'] == 'http://photos.example/100%25.jpg'
+    assert list_rows(eng)[-1]['url_source'] == url
 
 # -- Files that are not usable
 
@@ -89,16 +92,18 @@ def test_a_table_in_another_encoding_adds_nothing(eng, tmp_path):
     with pytest.raises(PlantError, match='UTF-8'): load_file(eng, table)
     assert list_rows(eng) == []
 
+INSERT = "INSERT INTO plants_data (url_source) VALUES ('http://photos.example/1');\n"
+BAD_INSERT = 'INSERT INTO nowhere VALUES (1);\n'
+
 def test_a_bad_script_adds_nothing(eng, tmp_path):
     script = tmp_path/'bad.sql'
-    script.write_text("INSERT INTO plants_data (url_source) VALUES ('http://photos.example/1');\nINSERT INTO nowhere VALUES (1);\n")
+    script.write_text(INSERT + BAD_INSERT)
     with pytest.raises(PlantError, match='Nothing was added'): load_file(eng, script)
     assert list_rows(eng) == []
 
 def test_a_bad_dump_with_its_own_transaction_adds_nothing(eng, tmp_path):
     script = tmp_path/'dump.sql'
-    script.write_text("BEGIN TRANSACTION;\nINSERT INTO plants_data (url_source) VALUES ('http://photos.example/1');\nCOMMIT;\n"
-                      "INSERT INTO nowhere VALUES (1);\n")
+    script.write_text(f'BEGIN TRANSACTION;\n{INSERT}COMMIT;\n{BAD_INSERT}')
     with pytest.raises(PlantError, match='Nothing was added'): load_file(eng, script)
     assert list_rows(eng) == []
 
@@ -111,7 +116,7 @@ def test_a_stored_row_without_checksum_is_only_reset_with_everything(eng, tmp_pa
     assert reset_rows(eng) == 0
     assert reset_rows(eng, everything=True) == 1 and len(list_pending(eng)) == 1
 
-def test_life_of_a_row(eng):
+def test_results_change_the_status_and_failures_are_limited_until_they_are_reset(eng):
     add_rows(eng, rows_of(4))
     a, b, c, d = list_pending(eng)
     failure = dict(id=b['id'], status='failed', error='HTTP 503')
@@ -133,7 +138,7 @@ def test_shards_share_no_row_and_miss_none(eng):
     shards = [ids(list_stored(eng, (i, 3))) for i in (1, 2, 3)]
     assert sorted(sum(shards, [])) == ids(list_stored(eng)) and all(shards)
 
-def test_a_batch_is_whole_or_not_there(eng):
+def test_results_of_a_batch_are_recorded_all_or_none(eng):
     add_rows(eng, rows_of(2))
     a, b = list_pending(eng)
     with pytest.raises(Exception):
@@ -156,12 +161,13 @@ def test_many_workers_open_and_write_at_once(s):
         try:
             eng = open_catalog(s)
             add_rows(eng, rows_of(40))
-            for r in list_pending(eng, (i, 4)): record_results(eng, [dict(id=r['id'], status='stored', sha256='0' * 64)])
+            for row in list_pending(eng, (i, 4)):
+                record_results(eng, [dict(id=row['id'], status='stored', sha256='0' * 64)])
             eng.dispose()
-        except Exception as e: errors.append(e)
+        except Exception as error: errors.append(error)
     threads = [threading.Thread(target=work, args=(i,)) for i in (1, 2, 3, 4)]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
     assert not errors
     eng = open_catalog(s)
     record_results(eng, [])
@@ -175,8 +181,8 @@ def test_the_error_of_a_missing_database_hides_the_password():
     with pytest.raises(PlantError, match='PLANT_CATALOG_URL'): open_catalog(settings(catalog_url='nonsense'))
 
 @pytest.mark.timeout(600)
-def test_the_whole_main_job_on_mariadb(mariadb, tmp_path):
-    "On PostgreSQL it is run by test_stack.py."
+def test_all_stages_run_with_a_catalog_in_mariadb(mariadb, tmp_path):
+    "test_stack.py runs them with PostgreSQL."
     env = {k: v for k, v in os.environ.items() if not k.startswith('PLANT_')}
     env |= dict(PLANT_CATALOG_URL=mariadb, PLANT_EPOCHS='0', PLANT_IMAGE_SIZE='96', PLANT_PRECISION='fp32')
     def plant(*args):

@@ -148,7 +148,7 @@ def test_an_uploaded_photo_is_answered(page, tmp_path):
 
 @in_browser
 @pytest.mark.timeout(900)
-def test_traffic_shows_up_by_itself(chromium, site, s):
+def test_new_predictions_appear_without_a_reload(chromium, site, s):
     with opened(chromium, site) as page:
         page.select_option('.widget-dropdown select >> nth=0', index=1)
         add_predictions(s, prediction='moss')
@@ -226,7 +226,7 @@ def test_a_page_whose_kernel_was_killed_loads_again(chromium, tmp_path):
         wait_until_filled(page)
         context.close()
 
-def test_stops_at_ctrl_c(tmp_path):
+def test_ctrl_c_stops_the_dashboard(tmp_path):
     with dashboard(tmp_path) as (url, server):
         assert httpx.get(url, timeout=60).status_code == 200
         left = kernels(server)
@@ -236,7 +236,7 @@ def test_stops_at_ctrl_c(tmp_path):
         assert not psutil.wait_procs(left, 10)[1]
         assert 'Traceback' not in server.stdout.read()
 
-def test_requests_from_elsewhere_are_refused(tmp_path):
+def test_requests_of_other_sites_are_refused(tmp_path):
     upgrade = {'Upgrade': 'websocket', 'Connection': 'Upgrade', 'Sec-WebSocket-Version': '13',
                'Sec-WebSocket-Key': 'AAAAAAAAAAAAAAAAAAAAAA=='}
     with dashboard(tmp_path) as (url, _):

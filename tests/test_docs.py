@@ -1,65 +1,83 @@
-"The documentation: what Quarto gets of the notebooks, and where their links lead."
-import json, os, re, subprocess, sys
-from pathlib import Path
-import pytest
-from helpers import copy_checkout, prose, root
+"The documentation: the pages that Quarto gets from the notebooks, and their links."
+import json, os, re, subprocess
+import pytest, yaml
+from helpers import copy_checkout, notebook_paths, programs, prose, root
 
 nbs = root/'nbs'
-notebooks = sorted(p for p in nbs.rglob('*.ipynb') if not any(o.startswith(('.', '_')) for o in p.relative_to(nbs).parts))
+notebooks = notebook_paths()
 
-def cells(nb): return json.loads(nb.read_text())['cells']
+def notebook_id(path) -> str: return str(path.relative_to(nbs))
 
-def anchors(nb):
-    "What can be linked to in a page: its headings, as Quarto names them, and names that were given."
-    made = '\n'.join(''.join(o.get('data', {}).get('text/markdown', '')) for c in cells(nb) for o in c.get('outputs', []))
-    heads = re.findall(r'^#+ +(.*)$', re.sub(r'^```.*?^```', '', f'{prose(nb)}\n{made}', flags=re.M | re.S), re.M)
-    slug = lambda t: re.sub(r'\s+', '-', re.sub(r'[^\w\s.-]', '', re.sub(r'\[(.*?)\]\(.*?\)', r'\1', t)).strip().lower())
-    return {m[1] if (m := re.search(r'\{#([\w-]+)\}', h)) else slug(h).lstrip('0123456789.-_') for h in heads}
+def cells(path) -> list: return json.loads(path.read_text())['cells']
 
-@pytest.mark.parametrize('nb', notebooks, ids=lambda p: str(p.relative_to(nbs)))
-def test_no_dead_link(nb):
-    links = re.findall(r'\]\(([^)\s]+)\)', re.sub(r'```.*?```|`[^`\n]*`', '', prose(nb), flags=re.S))
-    for o in links:
-        if re.match(r'\w+:', o): continue
-        file, _, anchor = o.partition('#')
-        to = (nb.parent/file).resolve() if file else nb
-        assert to.is_file() and to.is_relative_to(nbs), f'{o} leads out of the site, or nowhere'
-        if anchor and to.suffix == '.ipynb': assert anchor in anchors(to), f'{o}: there is no such heading'
+def read_markdown_outputs(path) -> str:
+    outputs = [output for cell in cells(path) for output in cell.get('outputs', [])]
+    return '\n'.join(''.join(output.get('data', {}).get('text/markdown', '')) for output in outputs)
+
+def heading_anchor(heading) -> str:
+    "The anchor of a heading: a name given as {#name}, or the one that Quarto makes of its text."
+    given = re.search(r'\{#([\w-]+)\}', heading)
+    if given: return given[1]
+    text = re.sub(r'\[(.*?)\]\(.*?\)', r'\1', heading) # links → their texts
+    text = re.sub(r'[^\w\s.-]', '', text).strip().lower()
+    return re.sub(r'\s+', '-', text).lstrip('0123456789.-_')
+
+def find_anchors(path) -> set:
+    "Anchors of a page: of the headings of its prose, and of its outputs."
+    text = re.sub(r'^```.*?^```', '', f'{prose(path)}\n{read_markdown_outputs(path)}', flags=re.M | re.S)
+    return {heading_anchor(heading) for heading in re.findall(r'^#+ +(.*)$', text, re.M)}
+
+@pytest.mark.parametrize('path', notebooks, ids=notebook_id)
+def test_links_lead_to_pages_and_headings_that_exist(path):
+    text = re.sub(r'```.*?```|`[^`\n]*`', '', prose(path), flags=re.S) # without code
+    for link in re.findall(r'\]\(([^)\s]+)\)', text):
+        if re.match(r'\w+:', link): continue # to another site
+        file, _, anchor = link.partition('#')
+        target = (path.parent/file).resolve() if file else path
+        assert target.is_file(), f'{link}: there is no such page'
+        assert target.is_relative_to(nbs), f'{link} leads out of the site'
+        if not anchor or target.suffix != '.ipynb': continue
+        assert anchor in find_anchors(target), f'{link}: there is no such heading'
 
 def test_every_page_is_in_the_sidebar():
     text = (root/'_quarto.yml').read_text()
-    for nb in notebooks:
-        at = nb.relative_to(nbs)
-        assert str(at) in text or f'{at.parts[0]}/*' in text, at
+    for path in notebooks:
+        page = path.relative_to(nbs)
+        assert str(page) in text or f'{page.parts[0]}/*' in text, page
 
-def test_alerts_lead_to_their_section():
-    import yaml
-    there = anchors(nbs/'guides/alerts.ipynb')
-    for f in (root/'docker/prometheus/rules').glob('*.yml'):
-        for r in (r for g in yaml.safe_load(f.read_text())['groups'] for r in g['rules'] if 'alert' in r):
-            assert r['annotations']['runbook_url'].rpartition('#')[2] in there, f"{r['alert']} is not on the page: execute guides/alerts.ipynb"
+def test_every_alert_has_a_section_in_the_guide():
+    anchors = find_anchors(nbs/'guides/alerts.ipynb')
+    files = (root/'docker/prometheus/rules').glob('*.yml')
+    groups = [group for file in files for group in yaml.safe_load(file.read_text())['groups']]
+    for alert in [rule for group in groups for rule in group['rules'] if 'alert' in rule]:
+        anchor = alert['annotations']['runbook_url'].rpartition('#')[2]
+        assert anchor in anchors, f"{alert['alert']} is not on the page: execute guides/alerts.ipynb"
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_quarto_gets_every_page(tmp_path):
-    "What nbdev makes of the notebooks for Quarto, which itself is not needed for that."
-    (bin := tmp_path/'bin').mkdir()
-    (bin/'quarto').write_text('#!/bin/sh\n')
-    (bin/'quarto').chmod(0o755)
-    to = tmp_path/'p'
-    copy_checkout(to)
-    env = os.environ | dict(PATH=f'{bin}:{Path(sys.executable).parent}:{os.environ["PATH"]}')
-    r = subprocess.run(['nbdev-proc-nbs'], cwd=to, env=env, capture_output=True, text=True)
-    assert r.returncode == 0 and not re.search(r'error|traceback', r.stdout + r.stderr, re.I), r.stdout + r.stderr
-    made = {str(p.relative_to(to/'_proc')) for p in (to/'_proc').rglob('*.ipynb')}
-    assert {str(p.relative_to(nbs)) for p in notebooks} <= made
+def test_nbdev_makes_every_page_for_quarto(tmp_path):
+    "A script takes the place of Quarto, which nbdev only calls afterwards."
+    quarto, copy = tmp_path/'bin/quarto', tmp_path/'p'
+    quarto.parent.mkdir()
+    quarto.write_text('#!/bin/sh\n')
+    quarto.chmod(0o755)
+    copy_checkout(copy)
+    env = os.environ | dict(PATH=f'{quarto.parent}:{programs}:{os.environ["PATH"]}')
+    result = subprocess.run(['nbdev-proc-nbs'], cwd=copy, env=env, capture_output=True, text=True)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
+    assert not re.search(r'error|traceback', output, re.I), output
+    pages = {str(path.relative_to(copy/'_proc')) for path in (copy/'_proc').rglob('*.ipynb')}
+    assert {notebook_id(path) for path in notebooks} <= pages
 
-def test_where_does_it_live_names_what_there_is():
-    "Each row of the page: its module is exported from a notebook of the row, and its test is a file."
-    rows = [re.findall(r'[^|]+', line) for line in prose(nbs/'guides/where.ipynb').splitlines() if '](../' in line]
+def test_the_guide_where_names_modules_and_tests_that_exist():
+    "In each row, the module is exported by a notebook of that row, and the test is a file."
+    lines = prose(nbs/'guides/where.ipynb').splitlines()
+    rows = [re.findall(r'[^|]+', line) for line in lines if '](../' in line]
     assert len(rows) > 30
-    for what, links, modules, test in rows:
-        pages = [nbs/'guides'/path for path in re.findall(r'\]\((.*?)\)', links)]
-        code = '\n'.join(''.join(c['source']) for page in pages for c in cells(page))
-        assert {m for m in re.findall(r'`(.*?)`', modules)} <= set(re.findall(r'^#\|\s*default_exp (\S+)', code, re.M)), what
-        assert (root/'tests'/f'{test.strip(" `")}.py').is_file(), what
+    for subject, links, modules, test in rows:
+        pages = [nbs/'guides'/link for link in re.findall(r'\]\((.*?)\)', links)]
+        code = '\n'.join(''.join(cell['source']) for page in pages for cell in cells(page))
+        exported = set(re.findall(r'^#\|\s*default_exp (\S+)', code, re.M))
+        assert set(re.findall(r'`(.*?)`', modules)) <= exported, subject
+        assert (root/'tests'/f'{test.strip(" `")}.py').is_file(), subject

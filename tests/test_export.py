@@ -7,7 +7,7 @@ from plant_mlops.model.export import check_export, embedding_bank, export_onnx
 from plant_mlops.registry.model_file import check_model_file, run_model
 
 @pytest.mark.parametrize('arch', ['resnet18', 'vit_tiny_patch16_224', 'convnext_atto', 'squeezenet1_1'])
-def test_backbone_survives_export(arch, tmp_path):
+def test_the_exported_file_gives_the_outputs_of_the_network(arch, tmp_path):
     "A residual network, a transformer, one with layer norm, and one of torchvision's."
     torch.manual_seed(0)
     backbone = build_backbone(arch, pretrained=False, size=64)

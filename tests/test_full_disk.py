@@ -6,7 +6,7 @@ from helpers import draw_photos, fill_disk, run_plant
 STAGES = ('ingest', 'prepare', 'dataset', 'train', 'evaluate', 'promote')
 
 @pytest.mark.timeout(900)
-def test_every_stage_on_a_full_disk(disk, tmp_path):
+def test_every_stage_fails_on_a_full_disk_with_a_message_and_then_succeeds(disk, tmp_path):
     home, photos = disk/'home', tmp_path/'photos'
     draw_photos(photos, 24)
     for command in (['catalog', 'add', photos], *([stage, '--json'] for stage in STAGES)):

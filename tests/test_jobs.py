@@ -26,7 +26,7 @@ def reports_in_mlflow(s, run_id):
     from plant_mlops.registry.tracking import mlflow_client
     with mlflow_client(s) as c: return {Path(o.path).suffix for o in c.list_artifacts(run_id, 'jobs/train')}
 
-def test_a_resumed_chain_gives_what_run_gives(tmp_path):
+def test_a_resumed_chain_has_the_same_results_as_one_run(tmp_path):
     photos, env = link_photos(tmp_path/'photos'), dict(PLANT_EPOCHS='1')
     expected = json.loads(plant('run', '--photos', photos, '--json', home=tmp_path/'run', **env))
     s = settings(home=tmp_path/'jobs')
@@ -74,7 +74,7 @@ def wait_for_run(s, job, process):
     wait_for(lambda: running(s, job) or process.poll() is not None, 60, job)
     return running(s, job)
 
-def test_killed_in_each_job(tmp_path):
+def test_a_chain_that_is_killed_in_each_job_is_resumed(tmp_path):
     s = settings(home=tmp_path/'home')
     parameters, delay = dict(ingest=['-p', 'synthetic', 200]), dict(ingest=.5, prepare=3) # seconds into its work
     for job in ('ingest', 'prepare', 'train', 'evaluate', 'promote', 'monitor'):
@@ -97,7 +97,7 @@ def test_killed_in_each_job(tmp_path):
         statuses = {r.info.status for e in c.search_experiments() for r in c.search_runs([e.experiment_id])}
     assert 'RUNNING' not in statuses
 
-def test_two_starts_at_once_then_sigterm(tmp_path):
+def test_a_job_cannot_run_twice_at_a_time_and_sigterm_cancels_it(tmp_path):
     s = settings(home=tmp_path/'home')
     plant('job', 'run', 'ingest', '-p', 'synthetic', '40', home=s.home)
     plant('job', 'run', 'prepare', home=s.home)
@@ -116,14 +116,14 @@ def test_two_starts_at_once_then_sigterm(tmp_path):
     assert (run.status, run.exit) == ('cancelled', 130) and run.report
     wait_for(lambda: not psutil.pid_exists(run.pid), 10, 'the end of the kernel')
 
-def test_shards_run_side_by_side(tmp_path):
+def test_two_shards_of_the_ingestion_can_run_at_the_same_time(tmp_path):
     photos, s = draw_photos(tmp_path/'photos'), settings(home=tmp_path/'home')
     shards = [['-p', 'photos', photos, '-p', 'shard', f'{i}/2'] for i in (1, 2)]
-    two = [start_plant('job', 'run', 'ingest', *o, home=s.home) for o in shards]
-    assert [p.wait() for p in two] == [0, 0], [p.communicate() for p in two]
-    assert sum(r.outputs['stored'] for r in history(s)) == 40
+    processes = [start_plant('job', 'run', 'ingest', *options, home=s.home) for options in shards]
+    assert [process.wait() for process in processes] == [0, 0], [process.communicate() for process in processes]
+    assert sum(run.outputs['stored'] for run in history(s)) == 40
 
-def test_a_signal_before_the_first_cell(tmp_path):
+def test_sigterm_before_the_first_cell_cancels_the_run(tmp_path):
     s = settings(home=tmp_path/'home')
     process = start_plant('job', 'run', 'monitor', '--why', 'schedule', home=s.home)
     wait_for(lambda: psutil.Process(process.pid).children() or process.poll() is not None, 60, 'the kernel')
@@ -134,7 +134,7 @@ def test_a_signal_before_the_first_cell(tmp_path):
     assert (run.status, run.why, run.exit) == ('cancelled', 'schedule', 130)
 
 @pytest.mark.parametrize('database', ['postgres', 'mariadb'])
-def test_one_at_a_time_on_other_databases(database, request, tmp_path, monkeypatch):
+def test_a_job_cannot_run_twice_at_a_time_on_other_databases(database, request, tmp_path, monkeypatch):
     from plant_mlops.jobs import active_run
     s = settings(home=tmp_path, catalog_url=request.getfixturevalue(database))
     monkeypatch.setenv('PLANT_CATALOG_URL', s.catalog_url)
@@ -160,13 +160,13 @@ def test_one_at_a_time_on_other_databases(database, request, tmp_path, monkeypat
     ('job run train -p --all', 2, 'a name and a value'),
     ('job show lost', 1, 'job history'),
     ('job keep lost.ipynb', 1, 'lost.ipynb')])
-def test_refused_before_anything_starts(tmp_path, args, code, message):
+def test_wrong_arguments_are_refused_before_the_job_starts(tmp_path, args, code, message):
     home = tmp_path/'home'
     assert message in plant_messages(*args.split(), home=home, ok=code)
     assert not (home/'store').exists() and not history(settings(home=home))
 
 @pytest.mark.parametrize('content, message', [(None, 'is missing'), ('{}', 'is not a notebook')])
-def test_a_notebook_that_cannot_be_read(tmp_path, monkeypatch, content, message):
+def test_a_missing_or_invalid_notebook_is_an_error(tmp_path, monkeypatch, content, message):
     from plant_mlops.jobs.runner import run_job
     file = tmp_path/'bad.ipynb'
     if content: file.write_text(content)
@@ -174,7 +174,7 @@ def test_a_notebook_that_cannot_be_read(tmp_path, monkeypatch, content, message)
     monkeypatch.setitem(job_table(settings()).jobs, 'bad', job)
     with pytest.raises(PlantError, match=message): run_job(settings(), 'bad')
 
-def test_a_failure_says_why_and_keeps_its_report(tmp_path):
+def test_a_failed_job_prints_its_error_and_archives_its_report(tmp_path):
     s = settings(home=tmp_path/'home')
     message = plant_messages('job', 'run', 'train', home=s.home, ok=1)
     assert 'train failed: There is no dataset yet.' in message and 'The report: file://' in message
@@ -182,38 +182,39 @@ def test_a_failure_says_why_and_keeps_its_report(tmp_path):
     assert (run.status, run.exit) == ('failed', 1)
     assert b'There is no dataset yet' in open_store(s).get(run.report)
 
-def test_too_many_lost_photos_fail_the_job(tmp_path):
+def test_the_ingestion_fails_if_too_many_photos_are_lost(tmp_path):
     urls = tmp_path/'urls.csv'
     urls.write_text('url_source,label\nfile:///nowhere/1.jpg,grass\nfile:///nowhere/2.jpg,grass\n')
     message = plant_messages('job', 'run', 'ingest', '-p', 'manifest', urls, home=tmp_path/'home', ok=1)
     assert '2 of 2 photos' in message
 
-def test_ci_fails_when_the_gate_says_no(tmp_path):
+def test_ci_fails_if_the_gate_rejects_the_model(tmp_path):
     home, photos, reports = tmp_path/'home', tmp_path/'photos', tmp_path/'reports'
     draw_photos(photos, 35, ['dandelion'])
     draw_photos(tmp_path/'more', 7, ['grass'], seed=1000)
-    shutil.move(tmp_path/'more'/'grass', photos/'grass') # dandelions too: the most common class is all there is to learn
+    shutil.move(tmp_path/'more'/'grass', photos/'grass') # dandelions, too: there is only the most common class to learn
     args = ['job', 'run', 'train', '--ci', '-p', 'photos', photos, '--reports', reports, '--json']
     rows = json.loads(plant_messages(*args, home=home, ok=4).splitlines()[0])
     assert rows[-1]['job'] == 'promote' and not rows[-1]['outputs']['promoted']
     assert len(list(reports.glob('*.ipynb'))) == len(list(reports.glob('*.html'))) == 5
     assert not (home/'store').exists(), 'CI has a home of its own'
 
-def test_full_disk(disk):
+def test_a_job_on_a_full_disk_fails_with_a_message_and_keeps_its_report(disk):
     home = disk/'home'
     plant('job', 'run', 'ingest', '-p', 'synthetic', '40', home=home)
     fill_disk(disk)
-    assert 'is the disk full?' in plant_messages('job', 'run', 'prepare', home=home, ok=1) # it cannot even begin
-    with open(disk/'filler', 'r+b') as f: f.truncate(f.seek(0, 2) - 300_000) # room for a line in the record, for nothing else
+    assert 'is the disk full?' in plant_messages('job', 'run', 'prepare', home=home, ok=1) # it cannot start
+    with open(disk/'filler', 'r+b') as filler:
+        filler.truncate(filler.seek(0, 2) - 300_000) # space for a row of the history, for nothing else
     message = plant_messages('job', 'run', 'prepare', home=home, ok=1)
     assert 'Traceback' not in message and 'No space left' in message, message
     folder = Path(message.split('it is in ')[1].rstrip('. \n'))
-    assert {o.suffix for o in folder.iterdir()} == {'.ipynb', '.html'}, message
+    assert {path.suffix for path in folder.iterdir()} == {'.ipynb', '.html'}, message
     shutil.rmtree(folder)
     (disk/'filler').unlink()
     plant('job', 'run', 'prepare', home=home)
 
-def test_what_a_dead_process_left_in_the_store_is_removed(tmp_path):
+def test_files_that_a_dead_process_left_in_the_store_are_removed(tmp_path):
     from plant_mlops.core.process import pid_namespace_id
     s = settings(home=tmp_path)
     open_store(s).put('a', b'1')
@@ -249,7 +250,7 @@ def test_bad_schedules_are_refused(tmp_path, schedules, message):
     assert message in plant_messages('schedule', home=tmp_path/'home', ok=1, PLANT_SCHEDULES=schedules)
 
 @pytest.mark.parametrize('new, news', [(19, []), (20, ['dataset'])])
-def test_few_new_photos_are_no_news(tmp_path, monkeypatch, new, news):
+def test_training_is_triggered_only_by_enough_new_photos(tmp_path, monkeypatch, new, news):
     from plant_mlops.jobs.active_run import find_news
     from plant_mlops.jobs.runs import open_runs
     from plant_mlops.photos import stages

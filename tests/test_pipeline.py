@@ -23,7 +23,8 @@ def parse(path):
 def compiled(tmp_path_factory):
     "The pipeline of photos, with all options."
     file = tmp_path_factory.mktemp('pipeline')/'plants.yaml'
-    options = ['--gpu', 1, '--env', 'PLANT_STORE_URL=s3://plants', '--secret', 's3=PLANT_S3_ACCESS_KEY,PLANT_S3_SECRET_KEY']
+    secret = 's3=PLANT_S3_ACCESS_KEY,PLANT_S3_SECRET_KEY'
+    options = ['--gpu', 1, '--env', 'PLANT_STORE_URL=s3://plants', '--secret', secret]
     plant('pipeline', 'compile', file, '--image', IMAGE, *options, home=None)
     return parse(file)
 
@@ -42,7 +43,7 @@ def test_steps_are_retried_and_never_cached(compiled):
 def test_parameters_are_described(compiled):
     assert compiled[0].root.input_definitions.parameters['photos'].description
 
-def test_containers_have_what_they_need(compiled):
+def test_containers_have_image_gpu_time_limit_and_secrets(compiled):
     _, executors, on_kubernetes = compiled
     containers = {k: e.container for k, e in executors.items()}
     assert containers['exec-train'].resources.accelerator.resource_type == 'nvidia.com/gpu'
@@ -52,7 +53,7 @@ def test_containers_have_what_they_need(compiled):
     assert on_kubernetes['exec-train'].active_deadline_seconds > 6*3600
     assert on_kubernetes['exec-train'].secret_as_env[0].secret_name == 's3'
 
-def test_another_workload(tmp_path):
+def test_the_pipeline_of_another_workload_is_compiled_and_runs(tmp_path):
     file, home, stocks = tmp_path/'stocks.yaml', tmp_path/'home', dict(PLANT_MODEL='stocks')
     plant('pipeline', 'compile', file, '--image', IMAGE, home=None, **stocks)
     spec, _, _ = parse(file)
@@ -66,7 +67,7 @@ def test_another_workload(tmp_path):
     assert result['outputs']['promoted'] and result['news'] == ['stocks-champion']
     assert json.loads(plant('status', '--json', home=home, **stocks))['version'] == '1'
 
-def test_a_failing_step_is_named(tmp_path):
+def test_a_failed_step_is_named_with_its_error(tmp_path):
     message = plant_messages('pipeline', 'run', '-p', 'photos', '/nowhere', home=tmp_path/'home', ok=1)
     assert '✗ ingest' in message and '/nowhere is not a folder' in message
 
@@ -82,5 +83,6 @@ def test_the_command_of_the_guide_runs_without_a_cluster(tmp_path):
     assert json.loads(plant('status', '--json', home=home))['version'] == '1'
 
 def test_targets_are_imported_without_kfp_or_airflow():
-    code = 'import sys, plant_mlops.targets.kubeflow, plant_mlops.targets.airflow; assert not {"kfp", "airflow"} & {*sys.modules}'
-    subprocess.run([sys.executable, '-c', code], check=True)
+    imports = 'import sys, plant_mlops.targets.kubeflow, plant_mlops.targets.airflow'
+    check = 'assert not {"kfp", "airflow"} & {*sys.modules}'
+    subprocess.run([sys.executable, '-c', f'{imports}; {check}'], check=True)

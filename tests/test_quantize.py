@@ -81,7 +81,7 @@ def test_int8_is_chosen_evaluated_promoted_and_served(trained, monkeypatch, capf
     answers = [list(answer['probabilities'].values()) for answer in served.predict(photos)]
     assert np.allclose(answers, predicted.probabilities, atol=1e-5)
 
-def test_a_network_that_rounding_spoils_stays_in_fp32(trained, monkeypatch):
+def test_a_network_that_is_inaccurate_in_int8_stays_in_fp32(trained, monkeypatch):
     s, network = trained
     result = train_again(monkeypatch, s, with_outliers(network))
     names, comparison, tags, _ = logged(s, result['run'])

@@ -34,7 +34,8 @@ def test_one_epoch_on_few_photos_is_accurate(photos):
     jpegs, labels, classes = photos
     idx = np.arange(len(labels))
     train_idx, valid_idx = idx[idx % 3 > 0], idx[idx % 3 == 0]
-    trained = fit_learner(jpegs, labels, train_idx, valid_idx, classes, recipe(image_size=192, epochs=1), progress=False)
+    s = recipe(image_size=192, epochs=1)
+    trained = fit_learner(jpegs, labels, train_idx, valid_idx, classes, s, progress=False)
     most_common = Counter(labels[valid_idx]).most_common()[0][1]
     assert most_common < .7*len(valid_idx)
     assert (trained.valid_logits.argmax(1) == labels[valid_idx]).mean() >= .85
@@ -45,7 +46,8 @@ def test_the_exported_file_predicts_as_in_validation(photos, tmp_path):
     from plant_mlops.model.learner import fit_learner
     jpegs, labels, classes = photos
     train_idx, valid_idx = np.arange(0, 60, 2), np.arange(1, 60, 6)
-    trained = fit_learner(jpegs, labels, train_idx, valid_idx, classes, recipe(image_size=128, epochs=0), progress=False)
+    s = recipe(image_size=128, epochs=0)
+    trained = fit_learner(jpegs, labels, train_idx, valid_idx, classes, s, progress=False)
     pixels = np.stack([to_pixels(jpegs[i], 128) for i in valid_idx])
     probs = run_model(export_onnx(trained, tmp_path/'model.onnx'), pixels)['probabilities']
     assert (probs.argmax(1) == trained.valid_logits.argmax(1)).all()

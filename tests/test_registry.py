@@ -95,10 +95,12 @@ def server(tmp_path_factory):
     finally:
         os.killpg(p.pid, signal.SIGTERM)
         try: p.wait(3)
-        except subprocess.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL); p.wait()
+        except subprocess.TimeoutExpired:
+            os.killpg(p.pid, signal.SIGKILL)
+            p.wait()
 
-def life(s, tmp_path):
-    "Register, refuse, promote, go back."
+def check_life_cycle(s, tmp_path):
+    "Register three versions, promote two (the gate rejects the third), and roll back; returns the second."
     run = new_run(s)
     a, b, bad = (registry.register(s, run, model_file(tmp_path/'m.onnx', w)) for w in (good, good*1.1, -good))
     assert release.promote(s, a)['reason'].startswith('first model')
@@ -115,10 +117,10 @@ def life(s, tmp_path):
     assert [h['version'] for h in release.history(s)] == [a, b, a]
     return b
 
-def test_on_a_real_mlflow_server(server, tmp_path):
+def test_versions_are_promoted_and_rolled_back_with_a_real_mlflow_server(server, tmp_path):
     "The whole life of three versions, artifacts over HTTP; MLflow serves the file with its signature."
     s = settings(home=tmp_path/'home', tracking_uri=server)
-    b = life(s, tmp_path)
+    b = check_life_cycle(s, tmp_path)
     import mlflow
     mlflow.set_tracking_uri(server)
     try:
@@ -128,9 +130,9 @@ def test_on_a_real_mlflow_server(server, tmp_path):
     finally: mlflow.set_tracking_uri(None)
     assert not (s.home/'mlflow.db').exists()
 
-def test_on_a_real_s3(weed, template, tmp_path):
+def test_promotion_and_sync_work_with_s3(seaweedfs, template, tmp_path):
     "Delivery to S3, with its conditional put."
-    s = weed.settings('registry', home=template.home, tracking_uri=template.tracking_uri)
+    s = seaweedfs.settings('registry', home=template.home, tracking_uri=template.tracking_uri)
     release.promote(s, 1, force=True)
     release.promote(s, 2, force=True)
     consistent(s, '2')
@@ -155,7 +157,7 @@ def promote_and_die(home, where):
     release.promote(settings(home=home), 2)
 
 @pytest.mark.parametrize('where', ['before_the_alias', 'after_the_alias', 'before_the_pointer', 'after_the_pointer'])
-def test_killed_promotion_is_finished_by_the_next(s, where):
+def test_a_killed_promotion_is_completed_by_the_next_command(s, where):
     "SIGKILL between the steps: what is served stays whole, and the next command finishes the rest."
     p = start(promote_and_die, s.home, where)
     p.join(120)
@@ -173,18 +175,18 @@ def test_killed_promotion_is_finished_by_the_next(s, where):
     assert release.rollback(s)['version'] == '1'
     consistent(s, '1')
 
-def promote_often(home, i, gun):
+def promote_often(home, i, barrier):
     rng = random.Random(i)
-    gun.wait()
+    barrier.wait()
     for _ in range(6): release.promote(settings(home=home), rng.choice([1, 2, 3]), force=True)
 
-def test_promotions_at_the_same_time(s):
-    "Three processes promote at once, again and again; alias, pointer, file and history agree in the end."
-    gun = processes.Barrier(3)
-    ps = [start(promote_often, s.home, i, gun) for i in range(3)]
-    for p in ps:
-        p.join(200)
-        assert p.exitcode == 0
+def test_concurrent_promotions_leave_alias_pointer_file_and_history_consistent(s):
+    "Three processes promote random versions, six times each."
+    barrier = processes.Barrier(3)
+    promoters = [start(promote_often, s.home, i, barrier) for i in range(3)]
+    for process in promoters:
+        process.join(200)
+        assert process.exitcode == 0
     consistent(s, alias(s))
 
 def test_a_slow_promotion_does_not_undo_a_later_one(s, monkeypatch):
@@ -199,25 +201,23 @@ def test_a_slow_promotion_does_not_undo_a_later_one(s, monkeypatch):
     assert release.promote(s, 2, force=True)['promoted'] is False
     consistent(s, '3')
 
-def test_another_record_with_the_same_numbers(s, tmp_path):
-    "Two MLflows share a store: the second one's version 1 takes nothing from the first one's."
-    was = pointer(s)
+def test_a_second_mlflow_with_the_same_version_numbers_overwrites_no_file(s, tmp_path):
+    before = pointer(s)
     other = settings(home=tmp_path/'other', store_url=s.store_url)
     other.home.mkdir()
     registry.register(other, new_run(other), model_file(tmp_path/'m.onnx', good*3))
     release.promote(other, 1, force=True)
-    assert pointer(s)['sha256'] != was['sha256']
-    assert open_store(s).get(was['key'], sha256=was['sha256'])
+    assert pointer(s)['sha256'] != before['sha256']
+    assert open_store(s).get(before['key'], sha256=before['sha256'])
 
-def test_store_that_does_not_answer(s):
-    "Nothing moves while the store cannot be reached."
+def test_a_promotion_without_the_store_is_an_error_and_changes_nothing(s):
     away = settings(home=s.home, store_url='s3://plants', s3_endpoint_url=f'http://127.0.0.1:{free_port()}',
                     s3_access_key='a', s3_secret_key='b')
     with pytest.raises(PlantError, match='run again'): release.promote(away, 2)
     consistent(s, '1')
 
-def test_store_that_fails_half_way(s, monkeypatch):
-    "A full disk at the pointer: the error is reported, the old model is served, and the next run finishes."
+def test_a_promotion_on_a_full_disk_is_an_error_and_sync_completes_it(s, monkeypatch):
+    "The disk is full when the pointer is written; until then, the old model is served."
     from plant_mlops.core.store import StoreError
     put = FolderStore.put
     def full(self, k, *a, **kw):
@@ -230,16 +230,14 @@ def test_store_that_fails_half_way(s, monkeypatch):
     release.sync_champion(s)
     consistent(s, '2')
 
-def test_mlflow_that_does_not_answer(s, monkeypatch):
-    "The message names the server and what to check."
+def test_the_error_of_an_unreachable_mlflow_names_the_setting_and_hides_the_password(s, monkeypatch):
     monkeypatch.setenv('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')
     away = settings(home=s.home, tracking_uri=f'http://user:secret@127.0.0.1:{free_port()}')
     for f in (release.promote, release.rollback, evaluate.evaluate, release.history, registry.champion):
         with pytest.raises(PlantError, match='MLFLOW_TRACKING_URI') as e: f(away)
         assert 'secret' not in str(e.value)
 
-def test_photos_are_read_as_users_send_them(tmp_path):
-    "The reader of photos decodes raw bytes exactly as serving does."
+def test_evaluation_decodes_photos_exactly_as_serving_does(tmp_path):
     from plant_mlops.data.photo import to_pixels
     from plant_mlops.core.store import sha256_of
     from plant_mlops.data.synthetic import draw_jpeg

@@ -82,44 +82,48 @@ def model(): return Model(example_model())
 def client(model):
     with TestClient(create_app(settings(), model)) as c: yield c
 
-def test_files_good_and_bad(model, tmp_path):
+def test_files_are_predicted_in_order_and_bad_ones_have_an_error(model, tmp_path):
     files = good | bad
     for name, data in files.items(): (tmp_path/name).write_bytes(data)
     rows = list(predict_files(model, [tmp_path/name for name in files], batch_size=5))
-    assert [Path(r['file']).name for r in rows] == list(files)
-    assert {Path(r['file']).name for r in rows if 'error' in r} == set(bad)
-    assert all(r['prediction'] == 'dandelion' for r in rows if 'prediction' in r)
-    assert all(not r['error'][0].islower() and r['error'].endswith('.') for r in rows if 'error' in r)
+    assert [Path(row['file']).name for row in rows] == list(files)
+    assert {Path(row['file']).name for row in rows if 'error' in row} == set(bad)
+    assert all(row['prediction'] == 'dandelion' for row in rows if 'prediction' in row)
+    for error in [row['error'] for row in rows if 'error' in row]:
+        assert not error[0].islower()
+        assert error.endswith('.')
 
 def test_a_file_that_cannot_be_read_has_an_error(model, tmp_path):
     missing, folder, endless = predict_files(model, [tmp_path/'none.jpg', tmp_path, '/dev/zero'], max_bytes=1000)
-    assert 'No such file' in missing['error'] and 'directory' in folder['error'] and 'Larger than' in endless['error']
+    assert 'No such file' in missing['error']
+    assert 'directory' in folder['error']
+    assert 'Larger than' in endless['error']
 
-def test_16_bit_grey_is_scaled_and_not_cut(model):
+def test_16_bit_grey_levels_are_scaled_and_not_clipped(model):
     x = model.decode(photo_bytes(Image.fromarray(np.full((240, 320), 40_000, 'uint16')), 'PNG'))
     assert 150 < x.mean() < 160
 
-def test_a_photo_on_its_side_is_decoded_upright(model):
+def test_a_photo_is_rotated_as_its_metadata_says(model):
     difference = model.decode(sideways()).astype(int) - model.decode(photo_bytes(two_halves()))
     assert np.abs(difference).mean() < 2
 
 # -- Requests, good and bad
 
 @pytest.mark.parametrize('name', good)
-def test_a_good_photo_is_answered(client, name):
+def test_a_good_photo_gets_a_prediction(client, name):
     r = client.post('/predict', files={'file': (name, good[name])})
     assert (r.status_code, r.json()['prediction'], r.json()['file']) == (200, 'dandelion', name)
     assert client.post('/predict', content=good[name]).json()['prediction'] == 'dandelion'
 
 @pytest.mark.parametrize('name', bad)
-def test_a_bad_photo_is_refused_with_a_sentence(client, name):
+def test_a_bad_photo_gets_an_error_message(client, name):
     in_form = client.post('/predict', files={'file': (name, bad[name])})
     bare = client.post('/predict', content=bad[name], headers={'content-type': 'image/jpeg'})
     for r in (in_form, bare):
         assert r.status_code in (400, 415, 422) and r.headers['content-type'] == 'application/problem+json'
         assert r.json()['detail'].endswith('.')
 
-def test_scratched_photos_never_break_the_server(client):
+def test_randomly_damaged_photos_cause_no_server_error(client):
     rng, photos = random.Random(1), list(good.values())
     statuses = {client.post('/predict', content=scratched(rng, rng.choice(photos))).status_code for _ in range(400)}
     assert statuses <= {200, 415, 422}
@@ -134,7 +138,7 @@ def form_part(fields): return f'--x\r\nContent-Disposition: form-data; {fields}\
     (form_type, form_part('name="file"') + b'text\r\n--x--\r\n'),          # a value, not a file
     (form_type, form_part('filename="a"') + b'text\r\n--x--\r\n'),         # no name
     ('multipart/form-data; boundary=', b'x'), ('multipart/form-data', photo_bytes())])
-def test_a_broken_form_is_refused(client, content_type, body):
+def test_a_malformed_form_is_refused(client, content_type, body):
     r = client.post('/predict', content=body, headers={'content-type': content_type})
     assert r.status_code == 400 and r.json()['detail']
 
@@ -145,7 +149,7 @@ def memory_of_children(pid) -> float:
         with contextlib.suppress(psutil.NoSuchProcess): total += child.memory_info().rss
     return total/1e6
 
-def test_two_thousand_malformed_bodies_leave_no_memory_behind(tmp_path):
+def test_2000_malformed_bodies_leak_no_memory(tmp_path):
     "Photos scratched, cut and repeated, in forms and bare: no server error, and the workers do not grow."
     publish_example(settings(home=tmp_path))
     port, rng = free_port(), random.Random(2)
@@ -185,7 +189,7 @@ def test_openapi_describes_requests_and_answers(client):
     assert {'200', '400', '413', '415', '422', '503'} <= set(post['responses'])
     assert doc['components']['schemas']['Answer']['example']
 
-def test_a_server_error_reveals_nothing_of_the_inside(model):
+def test_a_server_error_reveals_no_internals(model):
     app = create_app(settings(), model)
     app.add_api_route('/boom', lambda: 1 / 0)
     with TestClient(app, raise_server_exceptions=False) as c: r = c.get('/boom')
@@ -194,20 +198,20 @@ def test_a_server_error_reveals_nothing_of_the_inside(model):
 # -- The store, and the local copy
 
 @contextlib.contextmanager
-def frozen(weed):
+def frozen(seaweedfs):
     "A store that accepts connections and never answers."
-    os.kill(weed.p.pid, signal.SIGSTOP)
+    os.kill(seaweedfs.process.pid, signal.SIGSTOP)
     try: yield
-    finally: os.kill(weed.p.pid, signal.SIGCONT)
+    finally: os.kill(seaweedfs.process.pid, signal.SIGCONT)
 
-def test_a_model_from_s3_is_loaded_from_its_copy_while_s3_is_away(weed, tmp_path):
-    s = weed.settings('serving', home=tmp_path)
+def test_a_model_from_s3_is_loaded_from_its_copy_while_s3_is_away(seaweedfs, tmp_path):
+    s = seaweedfs.settings('serving', home=tmp_path)
     with pytest.raises(NoModelError): load_champion(s)
     publish_example(s, '7')
     assert load_champion(s).version == '7'
     publish_example(settings(home=tmp_path), '8')
     assert load_champion(settings(home=tmp_path)).version == '8'
-    with frozen(weed):
+    with frozen(seaweedfs):
         away = s.model_copy(update=dict(s3_timeout=.5))
         start = time.monotonic()
         champion = load_champion(away)
@@ -215,7 +219,7 @@ def test_a_model_from_s3_is_loaded_from_its_copy_while_s3_is_away(weed, tmp_path
         assert time.monotonic() - start < 20
         with pytest.raises(StoreError): load_champion(away.model_copy(update=dict(home=tmp_path/'elsewhere')))
 
-def test_health_answers_while_the_store_never_does(tmp_path):
+def test_health_responds_while_the_store_hangs(tmp_path):
     with listen('127.0.0.1', 0) as silent:
         url = f'http://127.0.0.1:{silent.getsockname()[1]}'
         s3 = dict(store_url='s3://plants', s3_endpoint_url=url, s3_access_key='a', s3_secret_key='b', s3_timeout=1)
@@ -227,7 +231,7 @@ def test_health_answers_while_the_store_never_does(tmp_path):
             assert r.status_code == 503 and r.headers['retry-after']
             assert time.monotonic() - start < 1
 
-def test_a_model_is_loaded_where_no_copy_can_be_kept(tmp_path):
+def test_a_model_is_loaded_if_its_copy_cannot_be_written(tmp_path):
     s = settings(home=tmp_path)
     publish_example(s, '1')
     (tmp_path/'cache').write_text('a file where the folder should be')
@@ -242,7 +246,7 @@ def test_a_damaged_copy_is_fetched_again(tmp_path):
     assert load_champion(s).version == '1'
     assert Model(copy).classes == ['dandelion', 'grass']
 
-def test_few_copies_are_kept(tmp_path):
+def test_old_copies_of_models_are_deleted(tmp_path):
     s = settings(home=tmp_path)
     for version in '123456':
         publish_example(s, version)
@@ -310,12 +314,12 @@ def test_models_change_under_load_and_each_answer_is_of_one_version(tmp_path):
         end.set()
     assert not failed and None not in versions and len(versions) > 20
 
-def test_a_store_that_stops_while_the_server_runs(weed, tmp_path):
-    s = weed.settings('under-way', home=tmp_path, s3_timeout=.3, reload_every=.1)
+def test_predictions_go_on_while_the_store_is_stopped(seaweedfs, tmp_path):
+    s = seaweedfs.settings('under-way', home=tmp_path, s3_timeout=.3, reload_every=.1)
     publish_example(s, '1')
     with running(create_app(s)) as c:
         wait_for(lambda: c.get('/health').json()['ready'], 20)
-        with frozen(weed):
+        with frozen(seaweedfs):
             wait_for(lambda: c.get('/health').json()['detail'], 90) # botocore's backoff is random
             assert c.post('/predict', content=photo_bytes('gold')).json()['model_version'] == '1'
             assert 'cannot be used' in c.get('/model/info').json()['serving']['error']
@@ -349,7 +353,7 @@ def test_slow_predictions_do_not_hold_up_other_requests(model, monkeypatch):
         assert {future.result().status_code for future in slow} == {200}
         assert time.monotonic() - start > 1, 'the predictions were slow'
 
-def test_an_endless_body_is_cut_short(model):
+def test_a_body_without_end_is_refused_early(model):
     sent = 0
     def endless_body():
         nonlocal sent
@@ -364,7 +368,7 @@ def test_an_endless_body_is_cut_short(model):
         assert sent < 100_000_000
         assert c.get('/health').json()['ready']
 
-def test_clients_that_disconnect_do_no_harm(model):
+def test_the_server_survives_clients_that_disconnect(model):
     request = b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc'
     with running(create_app(settings(), model)) as c:
         for _ in range(20):

@@ -10,7 +10,7 @@ def store(request, tmp_path):
     "An empty store."
     if request.param == 'folder': return open_store(settings(store_url=str(tmp_path/'store')))
     bucket = f'b{os.urandom(6).hex()}'
-    return open_store(request.getfixturevalue('weed').settings(f'{bucket}/pre/fix'))
+    return open_store(request.getfixturevalue('seaweedfs').settings(f'{bucket}/pre/fix'))
 
 def keys(store, prefix='') -> list: return [stat.key for stat in store.list(prefix)]
 
@@ -72,7 +72,7 @@ def test_one_of_many_writers_wins(store):
     for t in threads: t.join()
     assert len(winners) == 1 and store.get('pointer') == b'%d' % winners[0]
 
-def test_large_file_in_parts(store, tmp_path):
+def test_a_large_file_is_stored_in_parts(store, tmp_path):
     large = tmp_path/'large'
     large.write_bytes(os.urandom(1 << 20) * 20)
     checksum = sha256_of(large)
@@ -86,19 +86,21 @@ def test_many_keys_are_listed_in_order(store):
     for name in reversed(names): store.put(name, b'.')
     assert keys(store, 'many/') == names
 
-def test_s3_damage_is_noticed(weed):
-    store = open_store(weed.settings('damage'))
+def test_a_damaged_object_on_s3_is_an_error(seaweedfs):
+    store = open_store(seaweedfs.settings('damage'))
     store.put('k', b'data')
     store.client.put_object(Bucket='damage', Key='k', Body=b'dat!', Metadata={'sha256': sha256_of(b'data')})
     with pytest.raises(Corrupt): store.get('k')
 
-def test_s3_refuses_a_wrong_secret(weed):
+def test_s3_refuses_a_wrong_secret(seaweedfs):
     wrong = settings(s3_secret_key='wrong').s3_secret_key
-    with pytest.raises(StoreError, match='keys'): open_store(weed.settings('secret').model_copy(update={'s3_secret_key': wrong}))
+    s = seaweedfs.settings('secret').model_copy(update={'s3_secret_key': wrong})
+    with pytest.raises(StoreError, match='keys'): open_store(s)
 
-def test_s3_not_running():
-    with pytest.raises(StoreError, match='running'):
-        open_store(settings(store_url='s3://b', s3_endpoint_url='http://127.0.0.1:9', s3_access_key='a', s3_secret_key='b', s3_timeout=1))
+def test_an_s3_server_that_does_not_run_is_an_error():
+    s = settings(store_url='s3://b', s3_endpoint_url='http://127.0.0.1:9', s3_access_key='a', s3_secret_key='b',
+                 s3_timeout=1)
+    with pytest.raises(StoreError, match='running'): open_store(s)
 
 # -- A folder, whose writer is killed or whose disk is full
 
@@ -112,7 +114,7 @@ while True:
     for c in b'ab': store.put('k', bytes([c]) * 3_000_000)
 '''
 
-def test_killed_writer_leaves_a_whole_object(tmp_path):
+def test_a_killed_writer_leaves_the_old_or_the_new_object(tmp_path):
     for seconds in (.05, .1, .15, .2):
         writer = subprocess.Popen([sys.executable, '-c', _put_for_ever, str(tmp_path/'s')], stdout=subprocess.PIPE)
         writer.stdout.readline()
@@ -128,7 +130,8 @@ def test_files_of_dead_writers_are_removed_when_the_store_is_opened(tmp_path):
     "Those of another PID namespace, such as another container, only after a day."
     store = open_store(settings(store_url=str(tmp_path/'s')))
     store.put('k', b'data')
-    dead, young, old = (store.tmp/name for name in (f'{2**22}@{pid_namespace_id()}@1', '1@elsewhere@1', '1@elsewhere@2'))
+    dead = store.tmp/f'{2**22}@{pid_namespace_id()}@1'
+    young, old = store.tmp/'1@elsewhere@1', store.tmp/'1@elsewhere@2'
     for file in (dead, young, old): file.write_bytes(b'')
     os.utime(old, (0, 0))
     open_store(settings(store_url=str(tmp_path/'s')))
@@ -150,7 +153,7 @@ def _limit_file_size():
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
-def test_full_disk_keeps_what_was_there(tmp_path):
+def test_a_full_disk_keeps_the_old_object(tmp_path):
     result = subprocess.run([sys.executable, '-c', _replace_on_full_disk, str(tmp_path/'s')],
                             preexec_fn=_limit_file_size, capture_output=True, text=True)
     assert 'Nothing was changed' in result.stdout and "b'old'" in result.stdout, result

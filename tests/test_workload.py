@@ -17,19 +17,22 @@ modules = [p for room in platform for p in sorted((root/'plant_mlops'/room).glob
 
 def imported_packages(tree):
     "The packages of this project that a module imports."
-    for n in ast.walk(tree):
-        if not isinstance(n, ast.ImportFrom): continue
-        if n.level == 2: yield from [n.module.split('.')[0]] if n.module else [a.name for a in n.names]
-        elif (n.module or '').startswith('plant_mlops.'): yield n.module.split('.')[1]
-        elif n.module == 'plant_mlops': yield from (a.name for a in n.names)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom): continue
+        names, module = [alias.name for alias in node.names], node.module or ''
+        if node.level == 2: yield from [module.split('.')[0]] if module else names
+        elif module.startswith('plant_mlops.'): yield module.split('.')[1]
+        elif module == 'plant_mlops': yield from names
 
 def compared_texts(tree):
     "Texts that a module compares something with."
-    for n in ast.walk(tree):
-        if isinstance(n, ast.Compare): yield from (o.value for o in (n.left, *n.comparators) if isinstance(o, ast.Constant))
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Compare): continue
+        operands = [node.left, *node.comparators]
+        yield from (operand.value for operand in operands if isinstance(operand, ast.Constant))
 
 @pytest.mark.parametrize('path', modules, ids=lambda p: f'{p.parent.name}/{p.stem}')
-def test_the_platform_knows_no_workload_by_name(path):
+def test_no_module_of_the_platform_names_a_workload(path):
     tree, names = ast.parse(path.read_text()), {*workloads()}
     if path.parent.name != 'apps': assert not names & {*imported_packages(tree)} # the dashboard shows photos
     assert not names & {*compared_texts(tree)}
@@ -57,7 +60,7 @@ def list_jobs(tmp_path, **env):
     "The job table, by name."
     return {row['job']: row for row in json.loads(plant('job', 'list', '--json', home=tmp_path/'home', **env))}
 
-def test_an_installed_package_is_all_it_takes(install, tmp_path):
+def test_an_installed_package_adds_its_workload(install, tmp_path):
     install(tea)
     jobs = list_jobs(tmp_path)
     assert jobs['tea-train']['schedule'] == '0 5 * * *'
@@ -71,7 +74,8 @@ def test_settings_in_code_decide_about_the_job_table(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with_chai, without = settings(workloads='chai:workload'), settings()
     assert 'chai-promote' in job_table(with_chai).jobs and 'chai-promote' not in job_table(without).jobs
-    assert [j.name for j in chain_for(settings(workloads='chai:workload', model='chai'))] == ['chai-train', 'chai-promote']
+    chain = chain_for(settings(workloads='chai:workload', model='chai'))
+    assert [job.name for job in chain] == ['chai-train', 'chai-promote']
 
 @pytest.mark.parametrize('source, message', [
     ('raise ValueError("no tea")', 'of the package tea cannot be loaded: ValueError: no tea'),
@@ -80,7 +84,7 @@ def test_settings_in_code_decide_about_the_job_table(tmp_path, monkeypatch):
     (tea.replace("'tea-train'", "'train'"), "'train' has to be called tea-…"),
     (tea.replace("'tea',", "'Tea!',"), 'lowercase'),
     (tea.replace('jobs=(train,)', 'default=True'), 'Several workloads are the default')])
-def test_a_broken_package_is_named(install, source, message, tmp_path):
+def test_the_error_of_a_broken_package_names_it(install, source, message, tmp_path):
     install(source)
     assert message in plant_messages('job', 'list', home=tmp_path/'home', ok=1)
 
@@ -90,7 +94,7 @@ def test_a_broken_package_is_named(install, source, message, tmp_path):
     ('run --workload stocks --photos /x', {}, 2, '--workload stocks'),
     ('run -p days 5', {}, 2, '--workload'),
     ('run --workload stocks -p dais 5', {}, 2, 'None of stocks-ingest')])
-def test_models_are_not_mixed_up(tmp_path, args, env, code, message):
+def test_jobs_workloads_and_options_that_do_not_match_are_refused(tmp_path, args, env, code, message):
     assert message in plant_messages(*args.split(), home=tmp_path/'home', ok=code, **env)
 
 def test_a_random_walk_is_not_promoted(tmp_path):
@@ -108,7 +112,7 @@ def test_a_random_walk_is_not_promoted(tmp_path):
     ('days', '30', 1, 'longest average'),
     ('signal', '2', 1, 'correlation'),
     ('days', 'many', 2, 'valid integer')])
-def test_bad_days_are_refused_and_nothing_is_lost(name, value, code, message, tmp_path):
+def test_wrong_parameters_of_an_ingestion_are_refused_and_keep_the_data(name, value, code, message, tmp_path):
     assert message in plant_messages('job', 'run', 'stocks-ingest', '-p', name, value, home=tmp_path/'home', ok=code)
     assert not [*open_store(settings(home=tmp_path/'home')).list('stocks/')]
 
@@ -152,7 +156,7 @@ def test_a_bad_row_is_refused_with_the_name_of_its_feature(rows, body, message):
     assert r.status_code == 422 and message in r.json()['detail'], r.text
 
 @pytest.mark.parametrize('body', ['{"features": [' + '1, '*1_000_000 + '1]}', '[' + '{},'*1_000_000 + '{}]'])
-def test_an_endless_row_is_not_read(rows, body):
+def test_a_row_that_is_too_large_is_refused(rows, body):
     r = rows.post('/predict', content=body)
     assert r.status_code == 413 and 'features: send 22 numbers' in r.json()['detail']
 
@@ -183,7 +187,7 @@ def test_a_bad_row_of_a_batch_fails_alone(rows):
     assert short['error'].startswith('features.1: the model takes 22')
     assert text['error'].startswith("features.2.RSI: 'x'")
 
-def test_a_numbered_class_is_answered_with_number_and_name(rows):
+def test_a_class_may_have_a_number_and_a_name(rows):
     answer = rows.post('/predict', content=body_of(row)).json()
     assert (answer['prediction'], answer['prediction_label'], {*answer['probabilities']}) == (0, 'DOWN', {'DOWN', 'UP'})
     assert answer['probability'] == answer['probabilities']['DOWN']

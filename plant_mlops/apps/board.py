@@ -44,9 +44,9 @@ def _close_widget(widget: W.Widget):
         if isinstance(part, W.Widget): _close_widget(part)
     widget.close()
 
-def _html_widget(text: str, old: W.Widget | None) -> W.HTML:
-    "A widget with this HTML; the old widget is reused if it is an HTML widget."
-    widget = old if type(old) is W.HTML else W.HTML()
+def _html_widget(text: str, previous: W.Widget | None) -> W.HTML:
+    "A widget with this HTML; the previous widget is reused if it is an HTML widget."
+    widget = previous if type(previous) is W.HTML else W.HTML()
     widget.value = text
     return widget
 
@@ -55,12 +55,12 @@ def show_parts(
     parts: list, # widgets, and HTML as text
 ):
     "Show parts in a box, and close the widgets that they replace."
-    old = box.children
-    pairs = zip_longest(parts, old[:len(parts)])
-    new = [part if isinstance(part, W.Widget) else _html_widget(part, old_widget) for part, old_widget in pairs]
-    box.children = new
-    for widget in old:
-        if widget not in new: asyncio.get_running_loop().call_later(CLOSE_AFTER, _close_widget, widget)
+    previous = box.children
+    def to_widget(part, previous_widget):
+        return part if isinstance(part, W.Widget) else _html_widget(part, previous_widget)
+    box.children = [to_widget(*pair) for pair in zip_longest(parts, previous[:len(parts)])]
+    for widget in previous:
+        if widget not in box.children: asyncio.get_running_loop().call_later(CLOSE_AFTER, _close_widget, widget)
 
 # %% ../../nbs/apps/01_board.ipynb #076789aa
 def bind_control(
@@ -84,16 +84,16 @@ def _placeholder() -> W.VBox:
 @dataclass(eq=False)
 class Section:
     "A section of the page."
-    view: Callable # function: settings, and the value of the control if there is one → parts
+    view: Callable # function (settings), or (settings, value of the control), that yields parts
     control: W.Widget | None = None # widget whose value is passed to the view
-    fingerprint: Callable | None = None # function: settings → value that changes with the data; None: not polled
+    fingerprint: Callable | None = None # function (settings) that returns the fingerprint; None: not polled
     last_fingerprint: Hashable = None # fingerprint when the section was last filled
     is_filled: bool = False # whether it has been filled
     box: W.VBox = field(default_factory=_placeholder) # its content on the page
     lock: asyncio.Lock = field(default_factory=asyncio.Lock) # held while the section is being filled
 
-    def choice(self) -> tuple: # nothing, or the value of the control
-        "Further arguments of the view."
+    def view_arguments(self) -> tuple: # empty, or the value of the control
+        "The arguments of the view after the settings."
         return (self.control.value,) if self.control else ()
 
 # %% ../../nbs/apps/01_board.ipynb #f246a722
@@ -107,7 +107,7 @@ class Board:
         s: Settings, # settings
     ):
         self.s = s
-        self.sections = []
+        self.sections = [] # in their order on the page
         self.tasks = set() # running tasks, kept here so that they are not garbage-collected
         self.executor = ThreadPoolExecutor(1)
         self.n_filling = 0 # number of sections being filled
@@ -159,7 +159,7 @@ async def show_busy(self:Board):
 async def read_fingerprint(self:Board,
     section: Section, # section of the board
 ) -> Hashable: # None where the section is not polled
-    "The current fingerprint of a section. An error's text serves as one; the view shows the error."
+    "The current fingerprint of a section; the message of an error if it cannot be read, which the view will show."
     if not section.fingerprint: return None
     try: return await self.run_in_thread(section.fingerprint, self.s)
     except Exception as e: return str(e)
@@ -174,7 +174,7 @@ async def fill(self:Board,
         section.last_fingerprint = await self.read_fingerprint(section)
         is_first = not section.is_filled
         section.is_filled = True
-        rendered = iter(render_view(section.view, self.s, *section.choice()))
+        rendered = render_view(section.view, self.s, *section.view_arguments())
         parts = []
         while True:
             part = await self.run_in_thread(next, rendered, None)
@@ -186,9 +186,9 @@ async def fill(self:Board,
 # %% ../../nbs/apps/01_board.ipynb #0c6e7066
 @patch
 def new_section(self:Board,
-    view: Callable, # function: settings → parts
+    view: Callable, # function (settings), or (settings, value of the control), that yields parts
     control: W.Widget | None = None, # widget whose value is passed to the view
-    fingerprint: Callable | None = None, # function: settings → value that changes with the data; None: not polled
+    fingerprint: Callable | None = None, # function (settings) that returns the fingerprint; None: not polled
 ) -> W.VBox: # the section, to be shown on the page
     "Add a section to the page."
     section = Section(view, control, fingerprint)
@@ -205,10 +205,10 @@ async def refresh_all(self:Board):
 
 @patch
 async def _fill_if_changed(self:Board, section: Section):
-    "Fill a section that is empty, or whose fingerprint has changed."
+    "Fill a section that is empty, or whose fingerprint has changed, unless it is being filled."
     if section.lock.locked(): return
-    has_changed = not section.is_filled or await self.read_fingerprint(section) != section.last_fingerprint
-    if has_changed: await self.fill(section)
+    if section.is_filled and await self.read_fingerprint(section) == section.last_fingerprint: return
+    await self.fill(section)
 
 @patch
 async def poll(self:Board):

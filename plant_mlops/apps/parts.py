@@ -20,7 +20,7 @@ from ..serve.presentation import CARD_CSS, message_html
 
 # %% ../../nbs/apps/00_parts.ipynb #866bd469
 def to_html(
-    *parts, # fastcore's tags, or text, which is escaped
+    *parts, # tags of fastcore, or text, which is escaped
 ) -> str: # HTML
     "Tags as text."
     return X.to_xml(parts, indent=False)
@@ -30,8 +30,8 @@ CSS = CARD_CSS + files('plant_mlops.apps').joinpath('dashboard.css').read_text(e
 
 # %% ../../nbs/apps/00_parts.ipynb #82d107f9
 def preview(
-    *parts, # fastcore's tags, or HTML as text
-): # IPython's HTML
+    *parts, # tags of fastcore, or HTML as text
+): # `HTML` of IPython
     "Show parts as the output of a notebook cell."
     from IPython.display import HTML
     return HTML(''.join(part if isinstance(part, str) else to_html(part) for part in parts))
@@ -41,7 +41,7 @@ EMPTY_HOME = ('Nothing here yet. `plant-mlops run` trains a first model on synth
               '`plant-mlops run --photos FOLDER` trains one on yours.')
 
 def note_card(
-    text: str, # plain text; what is between backticks is code
+    text: str, # plain text; text between backticks is shown as code
     kind: str = 'empty', # 'empty', 'error' or 'warning'
 ) -> X.Safe: # HTML
     "A card with a message."
@@ -68,17 +68,16 @@ def html_table(
 ) -> X.FT: # HTML
     "Rows as a table, which can be scrolled sideways on a narrow screen."
     def css_class(column): return 'pm-num' if column in numeric else None
-    def cells(row): return [X.Td(_cell_content(value), cls=css_class(column)) for column, value in row.items()]
-    head = X.Tr(*(X.Th(column, cls=css_class(column)) for column in rows[0]))
-    body = [X.Tr(*cells(row)) for row in rows]
-    return X.Div(X.Table(X.Thead(head), X.Tbody(*body), cls='pm-table'), cls='pm-scroll')
+    def body_row(row): return X.Tr(*(X.Td(_cell_content(value), cls=css_class(name)) for name, value in row.items()))
+    head = X.Tr(*(X.Th(name, cls=css_class(name)) for name in rows[0]))
+    return X.Div(X.Table(X.Thead(head), X.Tbody(*map(body_row, rows)), cls='pm-table'), cls='pm-scroll')
 
 # %% ../../nbs/apps/00_parts.ipynb #e3533bf1
 class Tile(NamedTuple):
     "A value with a label."
-    label: str
-    value: str | int # shown large
-    detail: str = '' # shown small, below the value
+    label: str # text shown small, above the value
+    value: str | int # value shown large
+    detail: str = '' # text shown small, below the value
     is_alarm: bool = False # whether the value needs attention
 
 def tile_row(
@@ -98,19 +97,19 @@ def format_share(
     return f'{100*share:.1f} %'
 
 # %% ../../nbs/apps/00_parts.ipynb #42e790f5
-_UNITS = ((86_400, 'day'), (3600, 'hour'), (60, 'minute'), (1, 'second')) # seconds of each
+_UNITS = ((86_400, 'day'), (3600, 'hour'), (60, 'minute'), (1, 'second')) # number of seconds, name
 
 def format_duration(
     seconds: float, # number of seconds, ≥ 0
 ) -> str: # such as '3 minutes'
     "A duration in its largest whole unit."
-    size, unit = next(((size, unit) for size, unit in _UNITS if seconds >= size), _UNITS[-1])
+    size, unit = next((pair for pair in _UNITS if seconds >= pair[0]), _UNITS[-1])
     n = int(seconds//size)
     return f'{n} {unit}' if n == 1 else f'{n} {unit}s'
 
 def time_ago(
     time: datetime, # time in UTC
-    now: datetime | None = None, # present time in UTC; None: the clock's
+    now: datetime | None = None, # present time in UTC; None: the time of this machine's clock
 ) -> str: # such as '3 minutes ago'
     "The time that has passed since then, in words."
     now = now or datetime.now(timezone.utc)
@@ -131,9 +130,9 @@ def _thumbnail_url(
 
 class Photo(NamedTuple):
     "A photo to show."
-    jpeg: bytes
-    caption: str
-    detail: str = '' # shown small, below the caption
+    jpeg: bytes # content of a JPEG file
+    caption: str # text below the photo
+    detail: str = '' # text shown small, below the caption
 
 def photo_grid(
     photos: list[Photo], # photos in their order
@@ -169,7 +168,7 @@ def new_axes(
     return ax
 
 # %% ../../nbs/apps/00_parts.ipynb #5de3f761
-_savefig_lock = Lock() # matplotlib's rcParams belong to the whole process
+_savefig_lock = Lock() # held while rcParams are changed, because they belong to the whole process
 
 def svg_figure(
     ax, # matplotlib axes

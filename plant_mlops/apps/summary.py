@@ -38,7 +38,7 @@ def _production_tile(s: Settings) -> Tile:
 
 # %% ../../nbs/apps/09_summary.ipynb #fc7db04b
 def _data_tile(s: Settings) -> Tile:
-    "The newest dataset, or the name of another workload."
+    "The newest dataset; for a model of another workload, the name of that workload."
     workload = configured_workload(s)
     if not workload.default: return Tile('Workload', workload.name, workload.description)
     card = newest_card(open_store(s))
@@ -50,15 +50,14 @@ def _traffic_tile(s: Settings) -> Tile:
     "Predictions of the last hour."
     import sqlalchemy as sa
     from plant_mlops.serve.prediction_log import predictions
-    t = predictions.c
-    all_of_model = sa.select(sa.func.count(), sa.func.max(t.timestamp)).where(t.model == s.model)
+    columns = predictions.c
+    is_of_model = columns.model == s.model
     an_hour_ago = datetime.now(timezone.utc).replace(tzinfo=None) - timedelta(hours=1)
-    def count(engine):
-        with engine.connect() as connection:
-            n, _ = connection.execute(all_of_model.where(t.timestamp >= an_hour_ago)).one()
-            _, last = connection.execute(all_of_model).one()
-            return n, last
-    n, last = query_predictions(s, count)
+    count_query = sa.select(sa.func.count()).where(is_of_model, columns.timestamp >= an_hour_ago)
+    last_query = sa.select(sa.func.max(columns.timestamp)).where(is_of_model)
+    def read(engine):
+        with engine.connect() as connection: return connection.scalar(count_query), connection.scalar(last_query)
+    n, last = query_predictions(s, read)
     detail = f'predictions, the last one {time_ago(last)}' if last else 'predictions; plant-mlops serve'
     return Tile('In the last hour', f'{n:,}', detail)
 
@@ -76,7 +75,7 @@ _TILES = {'In production': _production_tile, 'Data': _data_tile,
           'In the last hour': _traffic_tile, 'Drift': _drift_tile}
 
 def _tile_or_error(label: str, make_tile, s: Settings) -> Tile:
-    "A tile; if its data cannot be read, it shows the error."
+    "A tile; if its data cannot be read, a tile with this label and the error."
     try: return make_tile(s)
     except PlantError as e: return Tile(label, '–', str(e))
 

@@ -14,7 +14,7 @@ from functools import cache
 def console(
     to_stderr: bool = False, # whether to print to standard error instead of standard output
 ): # rich's Console
-    "The console that commands print to. Where it is not a terminal, tables are 160 columns wide."
+    "The console that commands print to; if it is not a terminal, its width is 160 columns."
     from rich.console import Console
     is_terminal = (sys.stderr if to_stderr else sys.stdout).isatty()
     width = None if is_terminal else 160
@@ -29,22 +29,22 @@ def print_line(
 
 # %% ../../nbs/cli/00_output.ipynb #5c569cb4
 def escaped(
-    value, # anything
-) -> str: # rich's markup
-    "A value as text that rich prints as it is."
+    value, # value of any type
+) -> str: # text in rich's markup
+    "A value as text that rich prints unchanged."
     from rich.markup import escape
     return escape(str(value))
 
 # %% ../../nbs/cli/00_output.ipynb #65bad1ed
 def print_json(
-    value, # dict or list; a value that JSON has no type for becomes text
+    value, # dict or list; a value of a type that JSON does not have becomes text
 ):
     "Print a value as a line of JSON."
     print(json.dumps(value, default=str, ensure_ascii=False), flush=True)
 
 def print_result(
     result: dict, # names and values
-    as_json: bool, # whether to print JSON; otherwise a line for each value that is not None
+    as_json: bool, # whether to print JSON instead of a line for each value that is not None
 ):
     "Print the result of a command."
     if as_json:

@@ -23,15 +23,15 @@ def _print_accuracy(prediction: dict | None, evaluation: dict, examples: str, is
     if prediction:
         name = escaped(Path(prediction['file']).name)
         label = escaped(predicted_label(prediction))
-        truth = f'; it was {escaped(prediction["label"])}' if 'label' in prediction else ''
+        truth = f'; its label is {escaped(prediction["label"])}' if 'label' in prediction else ''
         probability = f'{prediction["probability"]:.1%}'
         print_line(f'\n[bold]{name}[/] is [bold green]{label}[/], {probability}{truth}{note}')
     interval = f'{evaluation["accuracy_low"]:.1%} to {evaluation["accuracy_high"]:.1%}'
     accuracy = f'{evaluation["accuracy"]:.1%} on {evaluation["n"]} test {examples}'
     print_line(f'Accuracy {accuracy}, 95% interval {interval}{note}')
 
-def _home_option(home: Path | None) -> str: # '' where none was given
-    "The option `--home` for the next command."
+def _home_option(home: Path | None) -> str:
+    "The option `--home` for the next command; '' where no folder was given."
     return f' --home {home}' if home else ''
 
 # %% ../../nbs/cli/03_run.ipynb #e7baa2f8
@@ -48,21 +48,33 @@ def _print_workload_run(result: dict, home: Path | None):
     "Print the result of `run` for another workload, and the next commands."
     is_synthetic = result['evaluation']['source'] == 'synthetic'
     _print_accuracy(result['prediction'], result['evaluation'], 'examples', is_synthetic)
+    has_model = result['prediction'] is not None
     production = 'Nothing is in production'
-    if result['prediction']: production = f'In production: {result["model"]} version {result["champion"]}'
+    if has_model: production = f'In production: {result["model"]} version {result["champion"]}'
     promoted = 'was promoted' if result['promoted'] else 'was not promoted'
     print_line(f'{production}; version {result["version"]} {promoted}: {escaped(result["reason"])}.')
-    if not result['prediction']: return
+    if not has_model: return
     print_line(f'\nNext: [bold]PLANT_MODEL={result["model"]} plant-mlops serve{_home_option(home)}[/], then')
     print_line(f'      [bold]curl http://127.0.0.1:8000/predict -d @{escaped(result["prediction"]["file"])}[/]')
 
 # %% ../../nbs/cli/03_run.ipynb #fed53b6e
-def _run_workload(s: Settings, name: str, values: dict, as_json: bool) -> dict:
-    "Run the jobs of a workload other than photos."
+def _run_photos(s: Settings, photos: Path | None, manifest: Path | None, synthetic: int, home: Path | None,
+                as_json: bool):
+    "Run the stages of photos, and print the result."
+    from plant_mlops.photos.main import run
+    result = run(s, photos=photos, manifest=manifest, synthetic=synthetic, console=console(to_stderr=True))
+    if as_json: print_result(result, True)
+    else: _print_photos_run(result, home)
+
+def _run_workload(s: Settings, name: str, values: dict, home: Path | None, as_json: bool):
+    "Run the jobs of another workload, and print the result; exits with 4 where no model is in production."
     from plant_mlops.jobs.chains import run_workload
     def report(job_run):
         if not as_json: print_run(job_run)
-    return run_workload(s, name, values, report, console(to_stderr=True))
+    result = run_workload(s, name, values, report, console(to_stderr=True))
+    if as_json: print_result(result, True)
+    else: _print_workload_run(result, home)
+    if not result['prediction']: raise typer.Exit(4)
 
 # %% ../../nbs/cli/03_run.ipynb #49197fc1
 app = new_app()
@@ -71,7 +83,7 @@ app = new_app()
 def run(
     photos: Annotated[Optional[Path], typer.Option(help='Folder with one folder of photos for each class')] = None,
     manifest: Annotated[Optional[Path], typer.Option(
-        help='CSV or SQL file with the columns url_source and label')] = None,
+        help='CSV or SQL file of photos, with the columns url_source and label')] = None,
     home: HomeOption = None,
     seed: SeedOption = None,
     synthetic: Annotated[int, typer.Option(help='Number of photos to draw if none are given', min=20)] = 320,
@@ -81,7 +93,8 @@ def run(
         '-p', metavar='NAME VALUE', help='Parameter of the jobs of a workload; `job show NAME` lists them')] = None,
     as_json: JsonOption = False,
 ):
-    "Run all stages, from photos to a prediction. These: ingest, prepare, dataset, train, evaluate, promote, predict."
+    """Run all stages, from photos to a prediction. They are: ingest, prepare, dataset, train (and register), evaluate,
+    promote, predict."""
     s = settings(home=home, seed=seed)
     configured = configured_workload(s)
     workload = workload or configured.name
@@ -89,14 +102,8 @@ def run(
         raise typer.BadParameter(f'the configured model is {s.model!r} (PLANT_MODEL); photos need another')
     if workload != 'photos':
         if photos or manifest: raise typer.BadParameter(f'--photos and --manifest are not for --workload {workload}')
-        result = _run_workload(s, workload, read_pairs(p), as_json)
-        if as_json: print_result(result, True)
-        else: _print_workload_run(result, home)
-        if not result['prediction']: raise typer.Exit(4)
+        _run_workload(s, workload, read_pairs(p), home, as_json)
         return
     if p: raise typer.BadParameter('-p can only be used with another --workload; photos have options of their own')
     if photos and manifest: raise typer.BadParameter('give --photos or --manifest, not both')
-    from plant_mlops.photos.main import run as run_photos
-    result = run_photos(s, photos=photos, manifest=manifest, synthetic=synthetic, console=console(to_stderr=True))
-    if as_json: print_result(result, True)
-    else: _print_photos_run(result, home)
+    _run_photos(s, photos, manifest, synthetic, home, as_json)

@@ -38,7 +38,7 @@ def prepare(shard: ShardOption = '1/1', home: HomeOption = None, as_json: JsonOp
 # %% ../../nbs/cli/04_stages.ipynb #d2a54441
 @app.command()
 def dataset(home: HomeOption = None, as_json: JsonOption = False):
-    "Make a version of the dataset: groups, splits and a card."
+    "Build a version of the dataset, with splits and a card."
     from plant_mlops.photos import stages
     print_result(stages.dataset(settings(home=home), progress=not as_json), as_json)
 
@@ -67,9 +67,10 @@ def evaluate(version: VersionOption = None, home: HomeOption = None, as_json: Js
     print_result(metrics, as_json)
 
 # %% ../../nbs/cli/04_stages.ipynb #7aca8449
-def _read_seeds(text: str | None, default: int) -> list: # of int
-    "The value of `--seeds`."
-    try: return [int(seed) for seed in text.split(',')] if text else [default]
+def _read_seeds(text: str | None, default: int) -> list:
+    "The seeds that `--seeds` names, or the default one; raises `BadParameter` where the text is not valid."
+    if not text: return [default]
+    try: return [int(seed) for seed in text.split(',')]
     except ValueError:
         raise typer.BadParameter(f'{text!r}: write integers, such as 1,2,3', param_hint='--seeds') from None
 
@@ -88,16 +89,16 @@ def cross_validate(
     print_result(stages.cross_validate(s, photos, folds, seed_list, progress=not as_json), as_json)
 
 # %% ../../nbs/cli/04_stages.ipynb #bc79701a
-def _print_prediction(answer: dict, model): # `Model`
-    "Print the prediction for a file, or why there is none."
-    file = escaped(answer['file'])
-    if 'error' in answer:
-        print_line(f'[red]{file}[/]: {escaped(answer["error"])}', to_stderr=True)
+def _print_prediction(prediction: dict, model): # model: a `Model`
+    "Print the prediction for a file, or the reason why there is none."
+    file = escaped(prediction['file'])
+    if 'error' in prediction:
+        print_line(f'[red]{file}[/]: {escaped(prediction["error"])}', to_stderr=True)
         return
-    text = f'[bold green]{escaped(predicted_label(answer))}[/] {answer["probability"]:.1%}'
-    if answer['novel']:
+    text = f'[bold green]{escaped(predicted_label(prediction))}[/] {prediction["probability"]:.1%}'
+    if prediction['novel']:
         none = 'neither' if len(model.classes) == 2 else 'none of them'
-        text = f'[bold yellow]{none}[/], it seems: unlike the training photos; most similar to {text}'
+        text = f'probably [bold yellow]{none}[/], because it is unlike the training photos; most similar to {text}'
     note = ' [yellow](model trained on synthetic photos)[/]' if model.is_synthetic else ''
     print_line(f'{file}: {text}{note}')
 
@@ -110,8 +111,8 @@ def predict(
     s = settings(home=home)
     model = load_champion(s)
     has_errors = False
-    for answer in predict_files(model, files, s.ingest_max_bytes):
-        has_errors = has_errors or 'error' in answer
-        if as_json: print_json(answer)
-        else: _print_prediction(answer, model)
+    for prediction in predict_files(model, files, s.ingest_max_bytes):
+        has_errors = has_errors or 'error' in prediction
+        if as_json: print_json(prediction)
+        else: _print_prediction(prediction, model)
     if has_errors: raise typer.Exit(3)

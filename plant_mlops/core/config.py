@@ -54,7 +54,7 @@ class LocationSettings(BaseSettings):
     s3_endpoint_url: str = _setting('', 'S3 endpoint of MinIO or another S3; empty: Amazon')
     s3_access_key: SecretStr = _setting(SecretStr(''), 'S3 access key; empty: as boto3 finds it')
     s3_secret_key: SecretStr = _setting(SecretStr(''), 'S3 secret key; empty: as boto3 finds it')
-    s3_timeout: float = _setting(20., 'Seconds to wait for an answer of the store before a retry', gt=0)
+    s3_timeout: float = _setting(20., 'Seconds to wait for a response of the store before a retry', gt=0)
 
 # %% ../../nbs/core/00_config.ipynb #134ace6e
 class IngestSettings(BaseSettings):
@@ -112,7 +112,7 @@ class ServeSettings(BaseSettings):
     api_url: str = _setting(
         'http://127.0.0.1:8000', 'API that the page calls where it runs alone, as `plant-mlops app`',
         pattern='^https?://')
-    app_port: int = _setting(7860, 'Port of that page', ge=0, le=65535)
+    app_port: int = _setting(7860, 'Port of the page that runs alone', ge=0, le=65535)
     token: SecretStr = _setting(SecretStr(''), 'Token of the routes that change something; empty: they are refused')
     cors_origins: str = _setting('', 'Origins (comma-separated) whose pages may call the API; empty: only its own')
     log_format: str = _setting('auto', 'Log of the server: json, text, or auto, which is text at a terminal',
@@ -132,10 +132,11 @@ class DriftSettings(BaseSettings):
     sample_every: float = _setting(
         1., 'Seconds between two predictions whose input is sampled, in one process; 0: every one', ge=0)
     sample_days: float = _setting(90., 'Days that samples for drift are kept', gt=0)
-    sample_max: int = _setting(100_000, 'Samples kept of a model; the newest', ge=1)
-    drift_days: float = _setting(7., 'Days whose samples are compared; the last', gt=0)
+    sample_max: int = _setting(100_000, 'Number of newest samples that are kept for each model', ge=1)
+    drift_days: float = _setting(7., 'Number of last days whose samples are compared', gt=0)
     drift_samples: int = _setting(500, 'Samples of those days that are compared, chosen at random', ge=2)
-    drift_min: int = _setting(30, 'Fewer inputs, or fewer examples to compare them with, give no verdict', ge=2)
+    drift_min: int = _setting(
+        30, 'Smallest number of inputs, and of examples to compare them with, for a verdict', ge=2)
     drift_threshold: float = _setting(
         .1, 'Drift is reported where at least this fraction of recent inputs is unlike the dataset', ge=0, lt=1)
 
@@ -143,7 +144,7 @@ class DriftSettings(BaseSettings):
 class JobSettings(BaseSettings):
     "When jobs run, and for how long their results are kept."
     retrain_photos: int = _setting(
-        20, 'New photos, since the dataset of the newest model, that start a training run', ge=1)
+        20, 'Number of new photos, since the dataset of the newest model, that start a training run', ge=1)
     schedules: dict[str, str] = _setting(
         {}, 'Cron expressions (UTC) that replace those of the job table, as JSON such as {"train": "0 4 * * mon"}; '
             'an empty one: unscheduled')
@@ -155,7 +156,7 @@ class JobSettings(BaseSettings):
         60., 'Seconds without a sign of life after which a job on another machine counts as dead', ge=5)
     ingest_shards: int = _setting(2, 'Parallel parts of ingestion in Airflow and Kubeflow', ge=1)
     airflow_kernel: str = _setting('plant-mlops', 'Jupyter kernel of the training environment, as Airflow finds it')
-    job_reports: int = _setting(100, 'Reports kept of each job; the newest', ge=1)
+    job_reports: int = _setting(100, 'Number of newest reports that are kept for each job', ge=1)
 
 # %% ../../nbs/core/00_config.ipynb #f46f3e33
 class Settings(JobSettings, DriftSettings, ServeSettings, TrainSettings,
@@ -180,7 +181,7 @@ class Settings(JobSettings, DriftSettings, ServeSettings, TrainSettings,
 def _variable_of(
     name: str, # name of a field, or of a variable
 ) -> str: # such as PLANT_IMAGE_SIZE
-    "The environment variable of a setting."
+    "The environment variable of a setting; the name of a variable is returned as it is."
     return name if name.isupper() else f'PLANT_{name.upper()}'
 
 def _explain(

@@ -31,7 +31,7 @@ def database_message(
 ) -> str: # one line
     "The message of the database itself, without SQLAlchemy's additions."
     lines = str(getattr(e, 'orig', e)).strip().splitlines()
-    message = ' '.join(line.strip() for line in lines if not line.endswith('?')) # PostgreSQL asks questions, too
+    message = ' '.join(line.strip() for line in lines if not line.endswith('?')) # without the questions of PostgreSQL
     is_vague = message in ('disk I/O error', 'unable to open database file')
     return f'{message} (is the disk full?)' if is_vague else message
 
@@ -44,7 +44,7 @@ def _enable_wal(connection):
     "Change a SQLite database to WAL mode."
     connection.execute('PRAGMA journal_mode=WAL').close()
 
-def _prepare_sqlite(connection, _):
+def _prepare_sqlite(connection, _): # called by SQLAlchemy, which also passes its record of the connection
     "Set up a new connection to SQLite."
     _enable_wal(connection)
     connection.execute('PRAGMA synchronous=NORMAL').close()
@@ -65,7 +65,7 @@ _prepare = dict(sqlite=_prepare_sqlite, postgresql=_prepare_postgresql, mysql=_p
 # %% ../../nbs/core/10_database.ipynb #b6da7723
 def _create_engine(
     url: sa.URL, # URL of the database
-) -> sa.Engine: # not connected yet
+) -> sa.Engine: # without an open connection yet
     "Engine whose connections are set up for this package; creates the folder of a SQLite database."
     kind = url.get_backend_name()
     if kind == 'sqlite' and url.database: Path(url.database).parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def _is_transient_database_error(e): return isinstance(e, sa.exc.DBAPIError) and
                 wait=tenacity.wait_exponential(.05), stop=tenacity.stop_after_attempt(6))
 def create_tables(
     engine: sa.Engine, # database
-    tables: sa.MetaData, # what is created
+    tables: sa.MetaData, # tables to create
 ):
     "Create the tables that do not exist; raises SQLAlchemy's errors."
     tables.create_all(engine)
@@ -89,14 +89,14 @@ def create_tables(
 # %% ../../nbs/core/10_database.ipynb #a647d8c2
 def _without_password(
     url: str, # URL of a database, perhaps not a valid one
-) -> str:
-    "URL for a message."
+) -> str: # for a message
+    "A URL with its password masked."
     try: return sa.make_url(url).render_as_string(hide_password=True)
     except Exception: return url
 
 def open_database(
-    s: Settings, # `catalog_url` says which database
-    tables: sa.MetaData, # created unless they exist
+    s: Settings, # uses `catalog_url`
+    tables: sa.MetaData, # tables that are created unless they exist
 ) -> sa.Engine: # connected
     "The configured database; raises `PlantError` if it cannot be used."
     try:
@@ -109,7 +109,7 @@ def open_database(
 
 # %% ../../nbs/core/10_database.ipynb #a855aaac
 def insert_or_ignore(
-    dialect: str, # sqlite, postgresql, mysql or mariadb
+    dialect: str, # SQLAlchemy's name of the database: sqlite, postgresql, mysql or mariadb
     table: sa.Table, # table that rows are inserted into
     key: str, # a unique column of it
 ) -> sa.Insert: # to be executed with rows
@@ -130,10 +130,10 @@ retry_transaction = tenacity.retry( # a decorator
 
 # %% ../../nbs/core/10_database.ipynb #7eae3e85
 def _call_with_timeout(
-    seconds: float, # longest time to wait for the result
+    seconds: float, # longest wait for the result
     f: Callable, # function without arguments
-):
-    "Result of a function that runs in a thread; raises `TimeoutError`, leaving the thread running."
+): # what the function returns
+    "Run a function in a thread; raises `TimeoutError` after that time, and leaves the thread running."
     result = Future()
     def run():
         try: result.set_result(f())

@@ -114,7 +114,7 @@ class FolderStore:
     def __repr__(self): return f'FolderStore({str(self.root)!r})'
 
     def url(self, key: str) -> str:
-        "Location of an object, as a URL."
+        "URL of the object's file."
         return f'{self._base_url}/{quote(check_key(key))}'
 
 # %% ../../nbs/core/05_folder_store.ipynb #29e224fc
@@ -131,7 +131,7 @@ def _raise_disk_errors(
 # %% ../../nbs/core/05_folder_store.ipynb #c5715816
 @patch
 def _lock(self:FolderStore, key: str):
-    "Context manager: one writer at a time for keys that may change."
+    "Context manager that allows one writer at a time; content-addressed objects need no lock."
     if checksum_in_key(key): return contextlib.nullcontext()
     self.tmp.mkdir(parents=True, exist_ok=True)
     return FileLock(self.tmp/f'{sha256_of(key.encode())[:2]}.lock')
@@ -145,10 +145,8 @@ def _recorded_checksum(self:FolderStore, key: str) -> str:
 
 # %% ../../nbs/core/05_folder_store.ipynb #d0d29867
 @patch
-def stat(self:FolderStore,
-    key: str, # key of the object
-) -> Stat | None: # None if there is no such object
-    "What is known of an object."
+def stat(self:FolderStore, key: str) -> Stat | None:
+    "Size and time of the object's file, and the recorded checksum."
     try: status = (self.root/check_key(key)).stat()
     except (FileNotFoundError, NotADirectoryError): return None
     if S_ISDIR(status.st_mode): return None
@@ -169,15 +167,9 @@ def _check_condition(
 
 # %% ../../nbs/core/05_folder_store.ipynb #f5ffd71d
 @patch
-def put(self:FolderStore,
-    key: str, # key of the object
-    data: bytes | Path, # content of the object, or the file that holds it
-    sha256: str = '', # checksum that the content must have
-    if_absent: bool = False, # put only if there is no such object
-    if_match: str = '', # put only if the object still has this etag
-    sync: bool = True, # durable when this returns; False: after the next `sync()`
-) -> Stat: # what was stored
-    "Store an object; raises `Corrupt` on a wrong checksum, `Conflict` on an unmet condition, and `StoreError`."
+def put(self:FolderStore, key: str, data: bytes | Path, sha256: str = '', if_absent: bool = False, if_match: str = '',
+        sync: bool = True) -> Stat:
+    "Write the object's file atomically; objects that may change are locked."
     path = self.root/check_key(key)
     checksum = verify_checksum(key, data, sha256, checksum_in_key(key))
     with _raise_disk_errors(key), self._lock(key):
@@ -213,7 +205,7 @@ def _put_with_checksum(self:FolderStore, key: str, data: bytes | Path, checksum:
 # %% ../../nbs/core/05_folder_store.ipynb #41164fd2
 @patch
 def sync(self:FolderStore):
-    "Make everything put with `sync=False` durable; raises `StoreError` if the disk fails."
+    "Flush the whole file system."
     if not _syncfs or not self.root.exists(): return
     fd = os.open(self.root, os.O_RDONLY)
     try:
@@ -224,18 +216,15 @@ def sync(self:FolderStore):
 # %% ../../nbs/core/05_folder_store.ipynb #bfdf0431
 @patch
 def _get_once(self:FolderStore, key: str, sha256: str) -> bytes:
-    "Read an object; raises `NotFound`, or `Corrupt` if its checksum is wrong."
+    "Read the object's file once, and verify its checksum."
     try: data = (self.root/check_key(key)).read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError): raise not_found_error(key, str(self)) from None
     verify_checksum(key, data, sha256, self._recorded_checksum(key))
     return data
 
 @patch
-def get(self:FolderStore,
-    key: str, # key of the object
-    sha256: str = '', # checksum that it must have, in addition to the recorded one
-) -> bytes: # the whole object
-    "Read an object; raises `NotFound`, or `Corrupt` if its checksum is wrong."
+def get(self:FolderStore, key: str, sha256: str = '') -> bytes:
+    "Read the object's file, up to four times while its checksum is wrong."
     with _raise_disk_errors(key):
         for _ in range(3):
             try: return self._get_once(key, sha256)
@@ -244,24 +233,20 @@ def get(self:FolderStore,
 
 # %% ../../nbs/core/05_folder_store.ipynb #a317d99d
 @patch
-def list(self:FolderStore,
-    prefix: str = '', # prefix of the keys
-) -> Iterator[Stat]: # in the order of keys
-    "Objects whose key begins with a prefix."
+def list(self:FolderStore, prefix: str = '') -> Iterator[Stat]:
+    "Walk the folder of the prefix; hidden files are not objects."
     folder = self.root/prefix.rpartition('/')[0]
     files = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
     for key in sorted(str(f.relative_to(self.root)) for f in files):
         is_hidden = any(part.startswith('.') for part in key.split('/'))
         if is_hidden or not key.startswith(prefix): continue
         status = self.stat(key)
-        if status: yield status # None: it was deleted in the meantime
+        if status: yield status # None: the file was deleted in the meantime
 
 # %% ../../nbs/core/05_folder_store.ipynb #826d3ae5
 @patch
-def delete(self:FolderStore,
-    key: str, # key of the object
-):
-    "Remove an object; no error if it does not exist."
+def delete(self:FolderStore, key: str):
+    "Remove the object's file and its checksum file."
     with _raise_disk_errors(key), self._lock(key):
         (self.root/check_key(key)).unlink(missing_ok=True)
         (self.checksums/key).unlink(missing_ok=True)

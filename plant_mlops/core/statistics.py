@@ -19,7 +19,7 @@ def wilson_interval(
     if trials < 1: raise ValueError('a proportion without trials has no interval: trials must be at least 1')
     z = NormalDist().inv_cdf((1 + level)/2)
     p = successes/trials
-    z2 = z*z
+    z2 = z*z # the square of z
     center = p + z2/(2*trials)
     spread = z*math.sqrt(p*(1 - p)/trials + z2/(4*trials**2))
     low = 0. if successes == 0 else (center - spread)/(1 + z2/trials)

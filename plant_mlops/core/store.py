@@ -19,7 +19,7 @@ _all_ = [Conflict, Corrupt, FolderStore, NotFound, S3Store, Stat, Store, StoreEr
 
 # %% ../../nbs/core/07_store.ipynb #79a191fa
 def _folder_of(
-    url: str, # file:///…
+    url: str, # URL of a folder, file:///…
 ) -> str: # path
     "Path of a folder that is given as a URL."
     from urllib.request import url2pathname # here, because it imports Python's whole HTTP client
@@ -27,7 +27,7 @@ def _folder_of(
 
 # %% ../../nbs/core/07_store.ipynb #9dc9e353
 def open_store(
-    s: Settings, # `store_url` says which store
+    s: Settings, # uses `store_url`
 ) -> Store:
     "The configured store; raises `StoreError` for an unknown kind of URL, or a bucket that may not be used."
     url = s.store_url

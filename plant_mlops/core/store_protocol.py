@@ -41,7 +41,7 @@ def conflict_error(
 @dataclass(frozen=True)
 class Stat:
     "What is known of an object without reading it."
-    key: str           # name of the object
+    key: str           # key of the object
     size: int          # size in bytes
     etag: str          # changes when the object does; pass it to `put` as `if_match`
     sha256: str        # checksum recorded at put, '' if none was

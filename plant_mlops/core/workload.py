@@ -64,8 +64,8 @@ class Workload:
     monitor_schedule: str = '30 * * * *' # cron expression of its monitoring, in UTC; '': unscheduled
     page: Callable | None = None # (s) → parts of a section of the dashboard
     catalog: Callable | None = None # (s) → rows of its catalog by status, for `plant-mlops status`
-    # (s, progress) → dict of trained, dataset, reason; where a model was trained also version and promoted;
-    # None: the jobs are run one after another (see `retrain` in jobs/07_chains.ipynb)
+    # function for retraining: (s, progress) → dict of trained, dataset and reason, and of version and promoted if a
+    # model was trained; None: the jobs are run one after another
     retrain: Callable | None = None
     examples: str = 'examples' # word for its examples in texts, such as 'photos'
     ci_settings: dict = field(default_factory=dict) # setting → value that makes a run in CI short
@@ -94,23 +94,25 @@ def _check_prefixes(w: Workload) -> list:
     "Problems with the names of jobs, assets and groups."
     pattern = '[a-z][a-z0-9]*' if w.default else f'{w.name}(-[a-z0-9]+)+'
     rule = 'one word' if w.default else f'called {w.name}-…'
-    names = [*w.assets, *(j.name for j in w.jobs)]
+    names = [*w.assets, *(job.name for job in w.jobs)]
     wrong = [name for name in names if not re.fullmatch(pattern, name)]
     problems = [f'{name!r} has to be {rule}, in lowercase letters and digits' for name in wrong]
     if w.default: return problems
-    job_of_group = {j.group: j.name for j in w.jobs if not re.fullmatch(f'{w.name}(_[a-z0-9]+)+', j.group)}
-    for group, job in job_of_group.items(): problems.append(f'the group {group!r} of {job} has to be called {w.name}_…')
-    return problems
+    def has_prefix(group): return re.fullmatch(f'{w.name}(_[a-z0-9]+)+', group)
+    return problems + [f'the group {job.group!r} of {job.name} has to be called {w.name}_…'
+                       for job in w.jobs if not has_prefix(job.group)]
 
 def _check_references(w: Workload) -> list:
     "Problems with the assets that jobs name, and with jobs that every workload has."
     known = {*w.assets, *map(w.qualify, SHARED_ASSETS)}
-    used = [(j.name, asset) for j in w.jobs for asset in (*j.consumes, *j.produces, *j.triggers)]
     assets = ', '.join(sorted(known))
-    problems = [f'{job} names {asset!r}, which is not one of its assets ({assets})' for job, asset in used
-                if asset not in known]
-    shared = [j.name for j in w.jobs if j.name in map(w.qualify, SHARED_JOBS)]
-    return problems + [f'{job} exists already: every workload has it' for job in shared]
+    shared_jobs = {*map(w.qualify, SHARED_JOBS)}
+    problems = []
+    for job in w.jobs:
+        unknown = [asset for asset in (*job.consumes, *job.produces, *job.triggers) if asset not in known]
+        problems += [f'{job.name} names {asset!r}, which is not one of its assets ({assets})' for asset in unknown]
+        if job.name in shared_jobs: problems.append(f'{job.name} exists already: every workload has it')
+    return problems
 
 # %% ../../nbs/core/01_workload.ipynb #25c54a52
 def _bind_job(w: Workload, job: Job) -> Job:
@@ -135,8 +137,8 @@ def _validate(
 
 # %% ../../nbs/core/01_workload.ipynb #4a0430fb
 def _import_named(
-    name: str, # module:name
-): # the value of that name
+    name: str, # name of a value, as module:name
+): # that value
     "Import a value by its name; raises `PlantError` where that fails."
     module, _, attribute = name.partition(':')
     try: return getattr(importlib.import_module(module), attribute)
@@ -145,7 +147,7 @@ def _import_named(
         raise PlantError(f'PLANT_WORKLOADS: {name!r} cannot be imported ({e}). {advice}') from None
 
 def _import_installed(
-    point: EntryPoint,
+    point: EntryPoint, # entry point of an installed package
 ):
     "The value that an installed package declares; raises `PlantError` where it cannot be loaded."
     try: return point.load()
@@ -156,8 +158,8 @@ def _import_installed(
 
 # %% ../../nbs/core/01_workload.ipynb #de43c572
 def _discover(
-    named: str, # module:name, comma-separated
-) -> list: # (where it comes from, value)
+    named: str, # names of further workloads, as module:name, comma-separated
+) -> list: # (where it was declared, value)
     "What installed packages and `PLANT_WORKLOADS` declare as workloads."
     points = entry_points(group='plant_mlops.workloads')
     installed = [(f'{p.dist.name} ({p.value})', _import_installed(p)) for p in points]
@@ -165,7 +167,7 @@ def _discover(
 
 @cache
 def _load(
-    named: str, # module:name, comma-separated
+    named: str, # names of further workloads, as module:name, comma-separated
 ) -> dict: # name → `Workload`, the default one first
     "All workloads, validated."
     declared = {} # name → value

@@ -29,7 +29,7 @@ def _is_photo(
 def add_folder(
     engine: sa.Engine, # engine of the catalog
     path: Path | str, # folder with one folder for each class
-    mirror: bool = False, # delete the rows of files that do not exist any more
+    mirror: bool = False, # whether to delete the rows of files that do not exist any more
 ) -> dict: # numbers of rows: `new`, `relabelled` and `gone` (their files do not exist any more)
     "Add the photos under a folder, labelled by the folder they are in; raises `PlantError` if there are none."
     root = Path(path).expanduser().absolute()
@@ -41,7 +41,7 @@ def add_folder(
                          f'Put photos into one folder for each class, as in {root.name}/grass/1.jpg.')
     rows = [dict(url_source=file.as_uri(), label=file.relative_to(root).parts[0]) for file in files]
     result = add_rows(engine, rows)
-    gone = remove_missing(engine, f'{root.as_uri()}/', {r['url_source'] for r in rows}, delete=mirror)
+    gone = remove_missing(engine, f'{root.as_uri()}/', {row['url_source'] for row in rows}, delete=mirror)
     return dict(result, gone=gone)
 
 # %% ../../nbs/data/01_catalog_files.ipynb #825237f1
@@ -69,14 +69,15 @@ def _split_statements(
     "Split a script at the semicolons that end a line; comment lines are left out."
     lines = (line for line in text.splitlines() if not line.lstrip().startswith('--'))
     statements = re.split(r';\s*(?:\n|$)', '\n'.join(lines))
-    return [s.strip() for s in statements if s.strip() and not _TRANSACTION_CONTROL.match(s)]
+    return [statement.strip() for statement in statements
+            if statement.strip() and not _TRANSACTION_CONTROL.match(statement)]
 
 # %% ../../nbs/data/01_catalog_files.ipynb #b7fae935
 def _load_sql(
     engine: sa.Engine, # engine of the catalog
     path: Path, # path of the file, for error messages
     text: str, # content of the file
-) -> dict: # numbers of rows: `new` and `relabelled`, which is 0
+) -> dict: # numbers of rows: `new` and `relabelled`, which is always 0
     "Run an SQL script in one transaction; raises `PlantError` where a statement fails."
     escapes_percent = engine.dialect.name != 'sqlite' # the drivers of other databases use % for parameters
     try:

@@ -16,9 +16,9 @@ CAPTION_HEIGHT = 16 # height of a caption, in pixels
 GAP = 4 # gap between pictures, in pixels
 
 def _sheet_lines(
-    strips: list, # (heading, list of (JPEG bytes, caption))
+    strips: list, # strips: (heading, list of (JPEG bytes, caption))
     title: str, # title of the sheet
-    columns: int, # pictures in a line
+    columns: int, # number of pictures in a line
 ) -> Iterator: # a str for a line of text, a list of (JPEG bytes, caption) for a line of pictures
     "Lines of a contact sheet, from top to bottom."
     yield title
@@ -26,13 +26,29 @@ def _sheet_lines(
         yield heading
         for i in range(0, len(pictures), columns): yield pictures[i:i+columns]
 
+# %% ../../nbs/data/05_contact_sheet.ipynb #f2a9af70
 def _shorten(caption: str) -> str: return caption if len(caption) < 20 else caption[:18] + '…'
+
+def _draw_pictures(
+    sheet: Image.Image, # sheet to draw on
+    pictures: list, # (JPEG bytes, caption), from left to right
+    y: int, # upper edge of the pictures, in pixels
+    side: int, # side of a picture, in pixels
+):
+    "Draw a line of pictures, with their captions below."
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(10)
+    for i, (data, caption) in enumerate(pictures):
+        x = GAP + i*(side + GAP)
+        picture = Image.open(io.BytesIO(data)).convert('RGB')
+        sheet.paste(ImageOps.fit(picture, (side, side)), (x, y))
+        draw.text((x, y + side), _shorten(caption), 'dimgray', font)
 
 # %% ../../nbs/data/05_contact_sheet.ipynb #18226095
 def contact_sheet(
-    strips: list, # (heading, list of (JPEG bytes, caption)), a strip each
+    strips: list, # strips: (heading, list of (JPEG bytes, caption))
     title: str, # title of the sheet
-    columns: int = 10, # pictures in a line
+    columns: int = 10, # number of pictures in a line
     side: int = 112, # side of a picture, in pixels
 ) -> bytes: # JPEG
     "Pictures under headings."
@@ -40,17 +56,11 @@ def contact_sheet(
     heights = [TEXT_HEIGHT if isinstance(line, str) else side + CAPTION_HEIGHT for line in lines]
     sheet = Image.new('RGB', (columns*(side + GAP) + GAP, sum(heights)), 'white')
     draw = ImageDraw.Draw(sheet)
-    heading_font = ImageFont.load_default(13)
-    caption_font = ImageFont.load_default(10)
+    font = ImageFont.load_default(13)
     y = 0
     for line, height in zip(lines, heights):
-        if isinstance(line, str): draw.text((GAP, y + GAP), line, 'black', heading_font)
-        else:
-            for i, (data, caption) in enumerate(line):
-                x = GAP + i*(side + GAP)
-                picture = Image.open(io.BytesIO(data)).convert('RGB')
-                sheet.paste(ImageOps.fit(picture, (side, side)), (x, y))
-                draw.text((x, y + side), _shorten(caption), 'dimgray', caption_font)
+        if isinstance(line, str): draw.text((GAP, y + GAP), line, 'black', font)
+        else: _draw_pictures(sheet, line, y, side)
         y += height
     out = io.BytesIO()
     sheet.save(out, 'JPEG', quality=85)

@@ -16,10 +16,10 @@ import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from rich.console import Console, Group
 from rich.table import Table
 from ..core.config import PlantError, Settings
+from ..core.database import call_with_retry
 from ..core.store import NotFound, open_store, sha256_of
 from .card import latest_version
-from .catalog import count_by_status, open_catalog, list_rows, list_stored
-from ..core.database import call_with_retry
+from .catalog import count_by_status, list_rows, list_stored, open_catalog
 from .contact_sheet import contact_sheet
 from .embeddings import embed_photos, embedding_name, known_embeddings
 from .flags import FLAG_MEANINGS, THRESHOLDS, find_flags
@@ -30,8 +30,8 @@ from .synthetic import SOURCE_NAMES, source_of
 # %% ../../nbs/data/18_dataset.ipynb #7538a1b2
 def merge_duplicates(
     rows: list, # dicts with sha256, label and url_source
-) -> pd.DataFrame: # sha256, label, url_source, copies, conflict; a row a photo, sorted by sha256
-    "Merge rows of the same photo; of different labels the first in the alphabet is kept."
+) -> pd.DataFrame: # a row for each photo, sorted by sha256: sha256, label, url_source, copies, conflict
+    "Merge rows of the same photo; where labels differ, the first in alphabetical order is kept."
     table = pd.DataFrame(rows, columns=['sha256', 'label', 'url_source']).sort_values(['sha256', 'label', 'url_source'])
     photos = table.groupby('sha256').agg(
         label=('label', 'first'), url_source=('url_source', 'min'), copies=('label', 'size'),
@@ -44,7 +44,7 @@ def make_manifest(
     photos: pd.DataFrame, # result of `merge_duplicates`, merged with that of `read_shards`
     embedding: np.ndarray | None, # embeddings (n, d), rows of length 1
 ) -> pd.DataFrame: # sha256, label, url_source, group, split, flags, shard
-    "Group, split and flag photos."
+    "Assign groups, splits and flags to photos."
     pairs = near_pairs(photos.phash.tolist(), embedding)
     photos = photos.assign(group=group_pairs(len(photos), pairs))
     usable = photos[~photos.conflict]
@@ -56,15 +56,15 @@ def make_manifest(
 # %% ../../nbs/data/18_dataset.ipynb #bce6d05d
 def dataset_version(
     manifest: pd.DataFrame, # manifest of the dataset
-    **recipe, # parameters of the dataset, such as the name of the embedding
+    **parameters, # parameters of the dataset, such as the name of the embedding
 ) -> str: # 12 hexadecimal digits
-    "Hash of the content; the same on every machine."
+    "Hash of the content; it is the same on every machine."
     content = manifest.sort_values('sha256')[['sha256', 'label', 'group', 'split', 'flags']].astype(str).values.tolist()
-    return sha256_of(json.dumps([recipe, content], sort_keys=True).encode())[:12]
+    return sha256_of(json.dumps([parameters, content], sort_keys=True).encode())[:12]
 
 # %% ../../nbs/data/18_dataset.ipynb #e2f27d30
 def _split_warnings(
-    table: pd.DataFrame, # numbers of photos: a row a class, a column a split
+    table: pd.DataFrame, # numbers of photos: a row for each class, a column for each split
 ) -> list: # sentences
     "Warnings about classes with too few photos."
     n_usable = table[list(FRACTIONS)].sum(axis=1)
@@ -100,7 +100,7 @@ def make_card(
 class Dataset:
     "One version of the data."
     version: str           # hash of its content
-    manifest: pd.DataFrame # sha256, label, url_source, group, split, flags, shard; a row a photo
+    manifest: pd.DataFrame # a row for each photo: sha256, label, url_source, group, split, flags, shard
     card: dict             # counts and findings, see `make_card`
 
     @property
@@ -112,7 +112,8 @@ class Dataset:
         "The card, as a table and a few lines."
         card = self.card
         table = Table('class', *FRACTIONS, 'total')
-        for label, n in card['classes'].items(): table.add_row(label, *(f'{n[k]:,}' for k in (*FRACTIONS, 'total')))
+        columns = (*FRACTIONS, 'total')
+        for label, counts in card['classes'].items(): table.add_row(label, *(f'{counts[name]:,}' for name in columns))
         title = f'dataset {self.version}: {card["photos"]:,} {SOURCE_NAMES[card["source"]]}'
         return Group(title, table, *_findings(card))
 
@@ -125,14 +126,14 @@ def _findings(card: dict) -> list:
     "Flags, photos left out and warnings, a line each."
     by_count = sorted(card['flags'].items(), key=lambda item: -item[1])
     lines = [f'{n} {flag}: {FLAG_MEANINGS[flag]}' for flag, n in by_count]
-    left_out = ', '.join(f'{n} rows {why}' for why, n in card.get('left_out', {}).items() if n)
+    left_out = ', '.join(f'{n} rows {reason}' for reason, n in card.get('left_out', {}).items() if n)
     if left_out: lines.append(f'left out: {left_out}')
     return lines + [f'warning: {warning}' for warning in card['warnings']]
 
 # %% ../../nbs/data/18_dataset.ipynb #4b0964fc
 def _drop_synthetic(
     rows: list, # rows of the catalog
-) -> tuple: # the rows to use, number of synthetic ones left out
+) -> tuple: # rows to use; number of synthetic rows that are left out
     "Leave out synthetic photos, if there is a real one."
     real = [row for row in rows if source_of([row['url_source']]) != 'synthetic']
     return (real, len(rows) - len(real)) if real else (rows, 0)
@@ -140,17 +141,18 @@ def _drop_synthetic(
 # %% ../../nbs/data/18_dataset.ipynb #d1aa9581
 def _dataset_photos(
     s: Settings, # settings
-    store, # from `open_store`
+    store, # store, from `open_store`
     engine, # engine of the catalog
 ) -> tuple: # photos as a DataFrame, numbers of photos left out as a dict: reason → number
     "Labelled, prepared photos; raises `PlantError` where a classifier cannot be trained on them."
-    in_store = call_with_retry(list_stored, engine)
-    n = call_with_retry(count_by_status, engine)
-    if not in_store:
-        raise PlantError(f'No photo is stored: of {sum(n.values()):,} rows in the catalog, {n["rejected"]:,} were '
-                         f'rejected and {n["failed"]:,} failed; `plant-mlops catalog list` shows the reasons. '
+    stored = call_with_retry(list_stored, engine)
+    counts = call_with_retry(count_by_status, engine)
+    if not stored:
+        raise PlantError(f'No photo is stored: of {sum(counts.values()):,} rows in the catalog, '
+                         f'{counts["rejected"]:,} were rejected and {counts["failed"]:,} failed; '
+                         '`plant-mlops catalog list` shows the reasons. '
                          'Add photos with `plant-mlops catalog add DIR`, then run `plant-mlops ingest`.')
-    usable, n_synthetic = _drop_synthetic(in_store)
+    usable, n_synthetic = _drop_synthetic(stored)
     labelled = [row for row in usable if row['label']]
     if not labelled: raise PlantError('No stored photo has a label. Load a CSV with the columns url_source and label.')
     photos = merge_duplicates(labelled).merge(read_shards(store, side=s.photo_side), on='sha256')
@@ -162,8 +164,8 @@ def _dataset_photos(
         raise PlantError(f'A classifier needs two classes, and the photos have {len(classes)}: {names}. '
                          'Add photos of another class.')
     n_unprepared = len({row['sha256'] for row in labelled}) - len(photos)
-    left_out = dict(rejected=n['rejected'], failed=n['failed'], new=n['new'], synthetic=n_synthetic,
-                    unlabelled=len(usable) - len(labelled), unprepared=n_unprepared)
+    left_out = {status: counts[status] for status in ('rejected', 'failed', 'new')}
+    left_out |= dict(synthetic=n_synthetic, unlabelled=len(usable) - len(labelled), unprepared=n_unprepared)
     return photos, left_out
 
 # %% ../../nbs/data/18_dataset.ipynb #0658db6c
@@ -171,12 +173,12 @@ def _dataset_sheet(
     s: Settings, # settings
     manifest: pd.DataFrame, # manifest of the dataset
     title: str, # title of the sheet
-    most: int = 20, # maximum number of photos of a class
+    most: int = 20, # maximum number of photos of each class
 ) -> bytes: # JPEG
-    "The contact sheet of a dataset: some photos of each class (twelve classes at most), then flagged ones."
+    "The contact sheet of a dataset: some photos of each class, for at most twelve classes, then flagged ones."
     def strip(heading, photos, caption): return heading, list(zip(load_jpegs(s, photos), photos[caption]))
-    by_label = list(manifest.groupby('label'))[:12]
-    strips = [strip(f'{label}: {len(photos)} photos', photos.head(most), 'split') for label, photos in by_label]
+    classes = list(manifest.groupby('label'))[:12]
+    strips = [strip(f'{label}: {len(photos)} photos', photos.head(most), 'split') for label, photos in classes]
     flagged = manifest[manifest['flags'] != ''].sort_values(['flags', 'group'])
     if len(flagged): strips.append(strip(f'flagged: {len(flagged)} photos', flagged.head(2*most), 'flags'))
     return contact_sheet(strips, title)
@@ -193,7 +195,7 @@ def _json_bytes(value) -> bytes: return json.dumps(value, indent=1, ensure_ascii
 
 def _write_dataset(
     s: Settings, # settings
-    store, # from `open_store`
+    store, # store, from `open_store`
     manifest: pd.DataFrame, # manifest of the dataset
     embedding: np.ndarray | None, # embeddings (n, d), in the manifest's order
     card: dict, # card of the dataset
@@ -202,8 +204,8 @@ def _write_dataset(
     version = card['version']
     store.put(f'agg/{version}/manifest.parquet', _table_bytes(manifest))
     if embedding is not None:
-        features = pd.DataFrame(dict(sha256=manifest.sha256, embedding=list(embedding)))
-        store.put(f'agg/{version}/features.parquet', _table_bytes(features))
+        embeddings = pd.DataFrame(dict(sha256=manifest.sha256, embedding=list(embedding)))
+        store.put(f'agg/{version}/features.parquet', _table_bytes(embeddings))
     title = f'{SOURCE_NAMES[card["source"]]} · dataset {version}'
     store.put(f'agg/{version}/contact_sheet.jpg', _dataset_sheet(s, manifest, title))
     store.put(f'agg/{version}/card.json', _json_bytes(card))
@@ -211,10 +213,10 @@ def _write_dataset(
 # %% ../../nbs/data/18_dataset.ipynb #337dac7c
 def build_dataset(
     s: Settings, # settings
-    embed: Callable | None = None, # (n, side, side, 3) uint8 → (n, d) float, rows of length 1; None: no embeddings
+    embed: Callable | None = None, # embedding: (n, side, side, 3) uint8 → (n, d) float, rows of length 1
     progress: bool = True, # whether to show a progress bar
 ) -> str: # version
-    "Build a version of all stored, prepared, labelled photos; raises `PlantError` where they are too few to train on."
+    "Build a version of all labelled, prepared photos; raises `PlantError` where a classifier cannot be trained."
     store = open_store(s)
     engine = call_with_retry(open_catalog, s)
     photos, left_out = _dataset_photos(s, store, engine)
@@ -246,5 +248,5 @@ def load_dataset(
         manifest = pd.read_parquet(io.BytesIO(store.get(f'agg/{version}/manifest.parquet')))
     except NotFound:
         raise PlantError(f'There is no dataset {version}. '
-                         '`plant-mlops dataset` makes one of the photos that are stored now.') from None
+                         '`plant-mlops dataset` builds one of the photos that are stored.') from None
     return Dataset(version, manifest, card)

@@ -15,9 +15,9 @@ import numpy as np
 def random_colours(
     rng, # numpy Generator
     n: int, # number of colours
-    hue: tuple, # range in degrees
-    saturation: tuple, # range in 0..1
-    value: tuple, # range in 0..1
+    hue: tuple, # range of the hue, in degrees
+    saturation: tuple, # range of the saturation, within 0..1
+    value: tuple, # range of the value, within 0..1
 ) -> list: # n tuples of red, green, blue in 0..255
     "Colours drawn evenly from a box in [HSV](https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative)."
     low, high = np.array([hue, saturation, value]).T
@@ -33,7 +33,7 @@ def random_greens(rng, n: int) -> list:
 
 # %% ../../nbs/data/06_plant_drawing.ipynb #ce4c01e3
 def _rotation(
-    angle: float, # radians
+    angle: float, # angle of the rotation, in radians
 ) -> np.ndarray: # (2,2)
     "Rotation, for points held as rows."
     cos, sin = math.cos(angle), math.sin(angle)
@@ -42,8 +42,8 @@ def _rotation(
 def _fill_polygons(
     d, # ImageDraw
     rng, # numpy Generator
-    shapes: np.ndarray, # (n, corners, 2) in pixels
-    colours: list, # one is picked for each shape
+    shapes: np.ndarray, # polygons (n, corners, 2), in pixels
+    colours: list, # colours, of which one is picked for each polygon
 ):
     "Fill each polygon with one of the colours."
     picks = rng.integers(0, len(colours), len(shapes)).tolist()
@@ -63,11 +63,11 @@ def _draw_disc(d, xy: tuple, radius: float, colour: tuple, squash: float = 1.):
 def draw_blades(
     d, # ImageDraw
     rng, # numpy Generator
-    colours: list, # one is picked for each blade
-    roots: np.ndarray, # (n,2) in pixels
-    length: tuple, # range in pixels
-    angle: tuple, # range in radians; -π/2 is upwards
-    width: tuple, # range in pixels
+    colours: list, # colours, of which one is picked for each blade
+    roots: np.ndarray, # feet of the blades (n, 2), in pixels
+    length: tuple, # range of the length, in pixels
+    angle: tuple, # range of the angle, in radians; -π/2 is upwards
+    width: tuple, # range of the width, in pixels
 ):
     "Tapered blades, each bending a little."
     n = len(roots)
@@ -86,11 +86,11 @@ def _draw_petals(
     rng, # numpy Generator
     xy: tuple, # centre, in pixels
     r: float, # radius, in pixels
-    colours: list, # one is picked for each petal
+    colours: list, # colours, of which one is picked for each petal
     n: int, # number of petals
     half_width: float, # half width of a petal, as a fraction of r
-    squash: float = 1., # 1 is seen from above, 0 from the side
-    tilt: float = 0., # radians
+    squash: float = 1., # height as a fraction of the width: 1 from above, 0 from the side
+    tilt: float = 0., # rotation of the ring, in radians
 ):
     "A ring of petals."
     angles = np.arange(n)*2*np.pi/n + rng.normal(0, .08, n) + rng.uniform(0, 6)
@@ -107,11 +107,12 @@ def draw_stem(
     rng, # numpy Generator
     xy: tuple, # position of the flower, in pixels
     foot: tuple, # foot of the stem, in pixels
-    width: float, # in pixels
-    colour: tuple, # red, green, blue
+    width: float, # width of the stem, in pixels
+    colour: tuple, # colour as red, green, blue
 ):
     "A bent stem from a flower to its foot."
-    (x, y), (foot_x, foot_y) = xy, foot
+    x, y = xy
+    foot_x, foot_y = foot
     bend = rng.normal(0, .12)*abs(foot_y - y)
     upper = (x + .3*(foot_x - x) + bend, y + .4*(foot_y - y))
     lower = (x + .7*(foot_x - x) + bend, y + .75*(foot_y - y))
@@ -126,12 +127,15 @@ def draw_dandelion_from_above(
     xy: tuple, # centre, in pixels
     r: float, # radius, in pixels
 ):
-    "A dandelion's flower, from above or aslant."
-    squash, tilt, hue = rng.uniform(.45, 1), rng.normal(0, .5), rng.uniform(46, 54)
-    for k, (share, n) in enumerate(_RINGS):
-        hues, values = (hue - 5 - 1.5*k, hue + 3 - 1.5*k), (.8 + .06*k, 1)
+    "A dandelion's flower, from above or at an angle."
+    squash = rng.uniform(.45, 1)
+    tilt = rng.normal(0, .5)
+    hue = rng.uniform(46, 54)
+    for k, (fraction, n) in enumerate(_RINGS):
+        hues = hue - 5 - 1.5*k, hue + 3 - 1.5*k
+        values = .8 + .06*k, 1
         rays = random_colours(rng, 6, hues, (.85, 1), values)
-        _draw_petals(d, rng, xy, r*share, rays, n, .055 + .02*k, squash, tilt)
+        _draw_petals(d, rng, xy, r*fraction, rays, n, .055 + .02*k, squash, tilt)
     dots = rng.normal(0, .13*r, (14, 2))*[1, squash] + xy
     colours = random_colours(rng, 14, (36, 46), (.9, 1), (.75, .95))
     for dot, colour in zip(dots.tolist(), colours): _draw_disc(d, dot, .04*r + .5, colour)
@@ -144,9 +148,11 @@ def draw_dandelion_from_side(
     r: float, # radius, in pixels
 ):
     "A dandelion's flower, from the side."
-    (x, y), up = xy, -np.pi/2
+    x, y = xy
+    up = -np.pi/2
     for k in range(3):
-        n, spread = 26 - 4*k, 1.25 - .2*k
+        n = 26 - 4*k
+        spread = 1.25 - .2*k
         rays = random_colours(rng, 6, (44, 54), (.85, 1), (.8 + .06*k, 1))
         roots = rng.normal((x, y + .05*r), .05*r, (n, 2))
         draw_blades(d, rng, rays, roots, (r*(.75 - .15*k), r*(.9 - .15*k)), (up - spread, up + spread), (.1*r, .17*r))
@@ -163,14 +169,17 @@ def draw_seed_head(
 ):
     "A dandelion's seed head, with a gap where seeds have flown away."
     x, y = xy
-    n, white = int(rng.integers(70, 110)), int(rng.uniform(225, 255))
+    n = int(rng.integers(70, 110))
+    white = int(rng.uniform(225, 255))
     for fraction in np.linspace(.98, .4, 8): _draw_disc(d, xy, fraction*r, (white, white, white - 6, 20))
     _draw_disc(d, xy, .13*r, random_colours(rng, 1, (25, 60), (.25, .5), (.4, .65))[0])
-    angles, lengths = rng.uniform(0, 2*np.pi, n), r*np.sqrt(rng.uniform(.1, 1, n))
-    gap_start, gap = rng.uniform(0, 6), rng.uniform(0, 1.3)
-    is_left = (angles - gap_start) % (2*np.pi) > gap
+    angles = rng.uniform(0, 2*np.pi, n)
+    lengths = r*np.sqrt(rng.uniform(.1, 1, n))
+    gap_start = rng.uniform(0, 6)
+    gap = rng.uniform(0, 1.3)
+    is_kept = (angles - gap_start) % (2*np.pi) > gap
     width = max(1, int(.012*r))
-    for angle, length in zip(angles[is_left].tolist(), lengths[is_left].tolist()):
+    for angle, length in zip(angles[is_kept].tolist(), lengths[is_kept].tolist()):
         tip_x, tip_y = x + length*math.cos(angle), y + length*math.sin(angle)
         d.line((x, y, tip_x, tip_y), fill=(white, white, white - 8, 120), width=width)
         for hair in (angle + rng.uniform(-1.3, 1.3, 7)).tolist():
@@ -183,15 +192,17 @@ def draw_rosette(
     rng, # numpy Generator
     xy: tuple, # centre, in pixels
     r: float, # radius, in pixels
-    colours: list, # one is picked for each leaf
+    colours: list, # colours, of which one is picked for each leaf
 ):
     "A rosette of toothed leaves."
     n = int(rng.integers(7, 13))
     for angle in (np.arange(n)*2*np.pi/n + rng.normal(0, .25, n)).tolist():
-        n_teeth, length = int(rng.integers(5, 8)), r*rng.uniform(.6, 1.1)
+        n_teeth = int(rng.integers(5, 8))
+        length = r*rng.uniform(.6, 1.1)
         along = np.linspace(.1, .92, n_teeth)
         half_width = (.05 + .13*along)*rng.uniform(.8, 1.2, n_teeth)
-        notches, teeth = np.stack([along + .02, half_width*.4], 1), np.stack([along - .05, half_width], 1)
+        notches = np.stack([along + .02, half_width*.4], 1)
+        teeth = np.stack([along - .05, half_width], 1)
         edge = np.stack([notches, teeth], 1).reshape(-1, 2)
         outline = np.concatenate([[(0, 0)], edge, [(1, 0)], (edge*[1, -1])[::-1]])
         leaf = outline*length @ _rotation(angle)*[1, .75] + xy
@@ -243,7 +254,8 @@ def draw_grass_flower(
     r: float, # half its height, in pixels
 ):
     "Grass in flower."
-    (x, y), n = xy, 22
+    x, y = xy
+    n = 22
     spikelets = np.stack([x + rng.normal(0, .06*r, n), rng.uniform(y - r, y + r, n)], 1)
     colours = random_colours(rng, 3, (40, 75), (.25, .6), (.5, .85))
     draw_blades(d, rng, colours, spikelets, (.2*r, .45*r), (-2.3, -.85), (.09*r, .16*r))

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 from ..core.config import PlantError, Settings
+from ..core.database import call_with_retry
 from ..core.process import cpu_cores
 from ..core.progress import progress_bar
 from ..core.store import Corrupt, NotFound, open_store, sha256_of
-from .catalog import open_catalog, record_results, list_stored
-from ..core.database import call_with_retry
-from .photo import PhotoLimits, PhotoError, check_photo, open_photo
+from .catalog import list_stored, open_catalog, record_results
+from .photo import PhotoError, PhotoLimits, check_photo, open_photo
 from .quality import measure_photo
 from .shards import PreparedPhoto, put_shard, read_shards
 
@@ -43,7 +43,7 @@ class PrepareFailure(NamedTuple):
     error: str # reason, for the user
 
 def _prepare_stored(
-    store, # from `open_store`
+    store, # store, from `open_store`
     sha256: str, # checksum of the photo
     side: int, # shorter side of the result, in pixels
     limits: PhotoLimits, # which photos are accepted
@@ -57,7 +57,7 @@ def _prepare_stored(
 
 # %% ../../nbs/data/13_prepare.ipynb #5270ea06
 def _check_store_has_photos(
-    store, # from `open_store`
+    store, # store, from `open_store`
     n_photos: int, # number of photos that are stored according to the catalog
 ):
     "Raise `PlantError` where a store holds no photo at all."
@@ -68,7 +68,7 @@ def _check_store_has_photos(
 
 # %% ../../nbs/data/13_prepare.ipynb #ca00cd22
 def _prepare_batch(
-    store, # from `open_store`
+    store, # store, from `open_store`
     batch: list, # checksums of photos
     side: int, # shorter side of the results, in pixels
     limits: PhotoLimits, # which photos are accepted
@@ -86,7 +86,7 @@ def _prepare_batch(
     return photos, failures
 
 def _failed_rows(
-    store, # from `open_store`
+    store, # store, from `open_store`
     failures: dict, # checksum → `PrepareFailure`
     rows_of: dict, # checksum → rows of the catalog
 ) -> list: # dicts for `record_results`
@@ -97,7 +97,7 @@ def _failed_rows(
 # %% ../../nbs/data/13_prepare.ipynb #785a4852
 def prepare(
     s: Settings, # settings
-    shard: tuple = (1, 1), # (i, n): the photos of worker i of n, by their checksum
+    part: tuple = (1, 1), # (i, n): the photos of worker i of n, by their checksum
     progress: bool = True, # whether to show a progress bar
 ) -> dict: # numbers of photos: prepared, already prepared before and failed; and seconds
     "Prepare all stored photos that are in no shard yet; raises `PlantError` where store or catalog cannot be used."
@@ -105,10 +105,10 @@ def prepare(
     store = open_store(s)
     engine = call_with_retry(open_catalog, s)
     rows_of = defaultdict(list) # checksum → rows of the catalog
-    for row in call_with_retry(list_stored, engine, shard): rows_of[row['sha256']].append(row)
-    already = set(read_shards(store, columns=['sha256'], side=s.photo_side).sha256)
-    todo = sorted(rows_of.keys() - already)
-    if todo and not already: _check_store_has_photos(store, len(rows_of))
+    for row in call_with_retry(list_stored, engine, part): rows_of[row['sha256']].append(row)
+    prepared = set(read_shards(store, columns=['sha256'], side=s.photo_side).sha256)
+    todo = sorted(rows_of.keys() - prepared)
+    if todo and not prepared: _check_store_has_photos(store, len(rows_of))
     limits = PhotoLimits(max_pixels=s.photo_max_pixels)
     n_failed = 0
     pool = ThreadPoolExecutor(min(8, cpu_cores() + 2))

@@ -50,7 +50,7 @@ def check_address(
 def _resolve_result(
     host: str, # host name
     address: str, # IPv4 or IPv6 address
-    port: int, # port
+    port: int, # port of the URL
 ) -> ResolveResult: # the type that aiohttp expects
     "One address of a host."
     family = socket.AF_INET6 if ':' in address else socket.AF_INET
@@ -58,13 +58,14 @@ def _resolve_result(
 
 async def look_up_addresses(
     host: str, # host name
-    port: int, # port
+    port: int, # port of the URL
     family: int, # address family: IPv4, IPv6 or both
 ) -> list: # a `ResolveResult` for each address
     "Resolve a name, in a thread; raises `OSError` where it has no address."
     results = await asyncio.to_thread(
         socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
-    return [_resolve_result(host, *result[4][:2]) for result in results]
+    endpoints = [result[4] for result in results] # (address, port), and more for IPv6
+    return [_resolve_result(host, *endpoint[:2]) for endpoint in endpoints]
 
 # %% ../../nbs/data/03_safe_urls.ipynb #03915a09
 class CheckedResolver(AbstractResolver):

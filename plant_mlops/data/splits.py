@@ -16,19 +16,19 @@ HAMMING = 10 # largest number of different bits of near-duplicates
 COSINE = .95 # smallest cosine similarity of near-duplicates
 
 def near_pairs(
-    phash: list, # n perceptual hashes: strings of 16 hexadecimal digits
+    hashes: list, # n perceptual hashes: strings of 16 hexadecimal digits
     embedding: np.ndarray | None = None, # embeddings (n, d), rows of length 1
-    at_a_time: int = 10_000_000, # number of pairs held in memory
+    at_a_time: int = 10_000_000, # number of pairs that are held in memory
 ) -> np.ndarray: # (pairs, 2) indices, the smaller first
     "Pairs of photos that look alike by hash or by embedding."
-    bits = np.array([int(digits, 16) for digits in phash], dtype=np.uint64)
+    bits = np.array([int(digits, 16) for digits in hashes], dtype=np.uint64)
     block = max(1, at_a_time // max(1, len(bits)))
     pairs = [np.empty((0, 2), int)]
     for i in range(0, len(bits), block):
         is_near = np.bitwise_count(bits[i:i+block, None] ^ bits[i:]) <= HAMMING
         if embedding is not None: is_near |= embedding[i:i+block] @ embedding[i:].T >= COSINE
-        a, b = np.nonzero(is_near)
-        pairs.append(np.stack([a, b], 1)[a < b] + i)
+        first, second = np.nonzero(is_near)
+        pairs.append(np.stack([first, second], 1)[first < second] + i)
     return np.concatenate(pairs)
 
 # %% ../../nbs/data/15_splits.ipynb #cea2a3fa
@@ -37,11 +37,12 @@ def group_pairs(
     pairs: np.ndarray, # (pairs, 2) indices of photos
 ) -> np.ndarray: # (n,) group of each photo, numbered in the order of their first photo
     "Groups of photos that are connected by pairs."
-    a, b = np.reshape(pairs, (-1, 2)).T
-    graph = coo_array((np.ones(len(a)), (a, b)), shape=(n, n))
+    first, second = np.reshape(pairs, (-1, 2)).T
+    graph = coo_array((np.ones(len(first)), (first, second)), shape=(n, n))
     _, component = connected_components(graph, directed=False)
-    _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[inverse]
+    _, first_photo, number = np.unique(component, return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first_photo)) # of each component, by its first photo
+    return rank[number]
 
 # %% ../../nbs/data/15_splits.ipynb #4ed6e12a
 FRACTIONS = dict(train=.70, valid=.15, test=.15)
@@ -71,7 +72,7 @@ def _fill_small_splits(
 def _split_groups(
     sizes: np.ndarray, # number of photos in each group of one class, in the order of their hash
 ) -> np.ndarray: # split of each group
-    "Assign the groups of one class to splits; a group that is far too large is for training."
+    "Assign the groups of one class to splits; a group that is far too large for validation or test is for training."
     split = _split_at_middle(sizes)
     if len(sizes) < 3: return split
     too_large = 2*FRACTIONS['test']*sizes.sum()
@@ -87,7 +88,7 @@ def assign_splits(
     label: pd.Series, # label of each photo
     group: pd.Series, # group of each photo
 ) -> pd.Series: # train, valid or test
-    "Stratified split that never divides a group; a group of several labels counts for the most frequent one."
+    "A stratified split that never divides a group; a group of several labels counts for the most frequent one."
     photos = pd.DataFrame(dict(sha256=sha256, label=label, group=group))
     by_group = photos.groupby('group')
     label_counts = photos.groupby(['group', 'label']).size().sort_index()

@@ -13,7 +13,7 @@ from typing import Callable
 from rich.console import Console
 from ..core.config import PlantError, Settings
 from ..core.store import open_store
-from ..core.workload import Job, find_workload, settings_for, configured_workload
+from ..core.workload import Job, configured_workload, find_workload, settings_for
 from .parameters import parameters_of, route_parameters
 from .run_notes import new_run_id
 from .runner import run_job
@@ -25,10 +25,10 @@ def _ignore(run: JobRun): "Do nothing."
 
 def run_chain(
     s: Settings, # configured settings
-    jobs: list | None = None, # jobs, in order; None: all that lead to a model in production
+    jobs: list | None = None, # jobs, in order; None: all jobs that lead to a model in production
     values: dict | None = None, # parameters: name → value
     on_success: Callable = _ignore, # called with each successful `JobRun`
-    done: dict | None = None, # jobs that need not run: name → outputs
+    done: dict | None = None, # outputs of jobs that need not run again: name → outputs
     chain: str | None = None, # ID of the chain; None: a new one
     console: Console | None = None, # console for progress; None: standard error
     why: str = 'by hand', # reason for the run, for the record
@@ -45,7 +45,8 @@ def run_chain(
         if job.name in done:
             outputs |= done[job.name]
             continue
-        passed = {k: v for k, v in outputs.items() if k in parameters_of(job)}
+        known = parameters_of(job)
+        passed = {name: value for name, value in outputs.items() if name in known}
         run = run_job(s, job.name, passed | parameters[job.name], console, why=why, chain=chain, asked=values)
         on_success(run)
         runs.append(run)
@@ -57,14 +58,14 @@ def resume_chain(
     s: Settings, # configured settings
     on_success: Callable = _ignore, # called with each successful `JobRun`
     console: Console | None = None, # console for progress; None: standard error
-) -> list: # `JobRun`s of the jobs that were left
+) -> list: # `JobRun`s of the jobs that still had to run
     "Continue the newest chain from the job that failed; raises `PlantError` where there is no such chain."
-    chained = [r for r in history(s, limit=1000) if r.chain]
+    chained = [run for run in history(s, limit=1000) if run.chain]
     if not chained: raise PlantError('There is no chain to continue. Start one: plant-mlops job run --all')
     newest = chained[0]
-    done = {r.job: r.outputs for r in chained if r.chain == newest.chain and r.status == 'succeeded'}
+    done = {run.job: run.outputs for run in chained if run.chain == newest.chain and run.status == 'succeeded'}
     s = settings_for(s, find_job(s, newest.job))
-    if {j.name for j in chain_for(s)} <= {*done}:
+    if all(job.name in done for job in chain_for(s)):
         began = f'{newest.started_at:%Y-%m-%d %H:%M} UTC'
         raise PlantError(f'The newest chain ({began}) is complete. Start another: plant-mlops job run --all')
     return run_chain(s, None, newest.asked, on_success, done, newest.chain, console)
@@ -74,37 +75,42 @@ def _write_example(
     s: Settings, # settings whose model is the workload's
     dataset: str, # version of the dataset
     model, # model in production
-) -> tuple: # (path, label)
+) -> tuple: # path of the file; label of the example
     "Write a test example to a file."
     from PIL import Image
-    from plant_mlops.registry.model_file import read_metadata
     from plant_mlops.registry.evaluate import reader_for
+    from plant_mlops.registry.model_file import read_metadata
     from plant_mlops.registry.registry import model_bytes
     metadata = read_metadata(model_bytes(s, model.version))
     reader = reader_for(s, metadata)
-    manifest = reader.manifest(s, dataset)
-    example = manifest[manifest.split == 'test'].iloc[-1]
-    x = reader.inputs(s, dataset, [example.id], metadata['input'])[0]
+    examples = reader.manifest(s, dataset)
+    example = examples[examples.split == 'test'].iloc[-1]
+    model_input = reader.inputs(s, dataset, [example.id], metadata['input'])[0]
+    is_image = model.kind == 'image'
     name = re.sub(r'[^0-9A-Za-z]+', '-', str(example.id))[:60]
-    file = s.home/'sample'/f"{s.model}-{name}{'.png' if model.kind == 'image' else '.json'}"
+    file = s.home/'sample'/f"{s.model}-{name}{'.png' if is_image else '.json'}"
     file.parent.mkdir(parents=True, exist_ok=True)
-    if model.kind == 'image': Image.fromarray(x).save(file)
-    else: file.write_text(json.dumps(dict(features=x.tolist())))
+    if is_image: Image.fromarray(model_input).save(file)
+    else: file.write_text(json.dumps(dict(features=model_input.tolist())))
     return file, str(example.label)
 
 def predict_example(
     s: Settings, # settings whose model is the workload's
     dataset: str, # version of the dataset
-) -> dict: # file, label (the true one), and the answer of the model in production
+) -> dict: # file, label (the true one), and the prediction of the model in production
     "A prediction for one test example."
     from plant_mlops.serve.champion import load_champion
     from plant_mlops.serve.onnx_model import predict_files
     model = load_champion(s)
     file, label = _write_example(s, dataset, model)
-    answer, = predict_files(model, [file])
-    return dict(label=label) | answer
+    prediction, = predict_files(model, [file])
+    return dict(label=label) | prediction
 
 # %% ../../nbs/jobs/07_chains.ipynb #ae5b40bc
+def _join_outputs(runs: list) -> dict:
+    "The outputs of all runs of a chain; a later run takes precedence."
+    return {name: value for run in runs for name, value in run.outputs.items()}
+
 def run_workload(
     s: Settings, # configured settings
     name: str, # name of the workload
@@ -118,18 +124,19 @@ def run_workload(
     w = find_workload(s, name)
     if not w.default: s = s.model_copy(update=dict(model=name))
     runs = run_chain(s, None, values, on_success, console=console)
-    outputs = {k: v for r in runs for k, v in r.outputs.items()}
+    outputs = _join_outputs(runs)
+    decision = {name: outputs[name] for name in ('version', 'promoted', 'reason')}
+    result = dict(model=s.model, **decision, champion=None, evaluation=evaluate(s, outputs['version']), prediction=None)
     in_production = champion(s)
-    decision = {k: outputs[k] for k in ('version', 'promoted', 'reason')}
-    return dict(model=s.model, **decision, champion=in_production and in_production['version'],
-                evaluation=evaluate(s, outputs['version']),
-                prediction=predict_example(s, in_production['dataset']) if in_production else None)
+    if not in_production: return result
+    prediction = predict_example(s, in_production['dataset'])
+    return result | dict(champion=in_production['version'], prediction=prediction)
 
 # %% ../../nbs/jobs/07_chains.ipynb #2c6265f2
 def _retrain_by_jobs(s: Settings) -> dict:
     "Run the jobs of a workload; see `retrain`."
     from plant_mlops.registry.release import describe_promotion
-    outputs = {k: v for r in run_chain(s, why='drift') for k, v in r.outputs.items()}
+    outputs = _join_outputs(run_chain(s, why='drift'))
     trained = dict(dataset=outputs.get('dataset'), version=outputs.get('version'))
     if not outputs.get('trained', True):
         reason = 'nothing was trained, because the newest model was trained on the same data'
@@ -139,8 +146,8 @@ def _retrain_by_jobs(s: Settings) -> dict:
 
 def retrain(
     s: Settings, # configured settings
-    progress: bool = True, # show bars
-) -> dict: # trained (bool), dataset, reason; where a model was trained also version and promoted (bool)
+    progress: bool = True, # whether to show progress bars
+) -> dict: # trained (bool), dataset, reason; if a model was trained also version and promoted (bool)
     "Train a new model of the configured workload and promote it, unless there is no new data."
     w = configured_workload(s)
     return w.retrain(s, progress) if w.retrain else _retrain_by_jobs(s)
@@ -149,10 +156,11 @@ def retrain(
 def ci_settings(
     s: Settings, # settings of the job
 ) -> Settings:
-    "Settings with a home folder for CI, and with the values for short runs in place of defaults."
+    "Settings with a home folder for CI; those that have their default get the value for short runs."
     home = s.home/'ci'
     values = configured_workload(s).ci_settings
-    small = {k: v for k, v in values.items() if getattr(s, k) == Settings.model_fields[k].default}
+    def has_default(name): return getattr(s, name) == Settings.model_fields[name].default
+    small = {name: value for name, value in values.items() if has_default(name)}
     return s.model_copy(update=dict(home=home, catalog_url=f'sqlite:///{home}/catalog.db', store_url=str(home/'store'),
                                     tracking_uri=f'sqlite:///{home}/mlflow.db') | small)
 
@@ -161,9 +169,10 @@ def ci_chain(
     job: Job, # job from the job table
 ) -> list: # jobs, in order
     "A job with all the jobs it depends on; a training job is followed by the gate."
-    needed = [j for asset in job.produces for j in chain_to(s, asset)]
-    trains = any(configured_workload(s).qualify('model') in j.produces for j in needed)
-    return list(dict.fromkeys([*chain_for(s), *needed])) if trains else needed
+    needed = [before for asset in job.produces for before in chain_to(s, asset)]
+    model = configured_workload(s).qualify('model')
+    is_trained = any(model in before.produces for before in needed)
+    return list(dict.fromkeys([*chain_for(s), *needed])) if is_trained else needed
 
 # %% ../../nbs/jobs/07_chains.ipynb #6c39883b
 def run_ci(
@@ -186,4 +195,4 @@ def _copy_reports(s: Settings, to: Path):
     "Copy all reports from the store into a folder."
     to.mkdir(parents=True, exist_ok=True)
     store = open_store(s)
-    for o in store.list('jobs/'): (to/Path(o.key).name).write_bytes(store.get(o.key))
+    for stat in store.list('jobs/'): (to/Path(stat.key).name).write_bytes(store.get(stat.key))

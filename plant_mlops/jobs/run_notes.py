@@ -20,25 +20,25 @@ def new_run_id(
 def job_name_of(
     run_id: str, # ID of a run, from `new_run_id`
 ) -> str:
-    "The job of a run."
+    "The name of a run's job."
     return run_id.rsplit('-', 2)[0]
 
 # %% ../../nbs/jobs/02_run_notes.ipynb #38617c11
 RUN_MIME = 'application/vnd.plant-mlops.run+json'
-EMPTY = (None, '', {}, []) # values that are not shown
+EMPTY = (None, '', {}, []) # values that a note does not show
 
 def format_value(
-    v, # value: number, text …
+    value, # number, text …
 ) -> str:
-    "A value in a few characters."
-    return f'{v:.4g}' if isinstance(v, float) else str(v)
+    "A value as text; a float has four significant digits."
+    return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 def format_pairs(
     values: dict | None, # name → value
 ) -> str:
     "Names and values on one line, without those that are empty or false."
-    shown = {k: v for k, v in (values or {}).items() if v not in (None, '', False)}
-    return ', '.join(f'{k} {v}' for k, v in shown.items())
+    shown = {name: value for name, value in (values or {}).items() if value not in (None, '', False)}
+    return ', '.join(f'{name} {value}' for name, value in shown.items())
 
 # %% ../../nbs/jobs/02_run_notes.ipynb #2eb69c63
 class RunNote:
@@ -48,19 +48,20 @@ class RunNote:
         shown: dict, # name → value, human-readable
     ):
         self.data = data
-        self.shown = {k: format_value(v) for k, v in shown.items() if v not in EMPTY}
+        self.shown = {name: format_value(value) for name, value in shown.items() if value not in EMPTY}
 
-    def __repr__(self): return '\n'.join(f'{k:>10}  {v}' for k, v in self.shown.items())
+    def __repr__(self): return '\n'.join(f'{name:>10}  {value}' for name, value in self.shown.items())
 
     def _repr_mimebundle_(self, **kwargs):
         style = "style='text-align:left'"
-        rows = [f'<tr><th {style}>{escape(k)}</th><td {style}>{escape(v)}</td></tr>' for k, v in self.shown.items()]
+        rows = [f'<tr><th {style}>{escape(name)}</th><td {style}>{escape(value)}</td></tr>'
+                for name, value in self.shown.items()]
         return {RUN_MIME: self.data, 'text/html': f"<table>{''.join(rows)}</table>", 'text/plain': repr(self)}
 
 # %% ../../nbs/jobs/02_run_notes.ipynb #d57c1d8c
 def read_outcome(
-    notebook: dict, # executed, as JSON
-) -> dict: # run, job; at its end also news and outputs
+    notebook: dict, # executed notebook, as JSON
+) -> dict: # run, job; for a run that has ended also news and outputs
     "The data of the last note in an executed notebook; empty where there is none."
     outputs = [output.get('data', {}) for cell in notebook['cells'] for output in cell.get('outputs', ())]
     notes = [data[RUN_MIME] for data in outputs if RUN_MIME in data]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_tables', 'job_runs', 'job_locks', 'KILLED', 'JobRun', 'open_runs', 'utc_now', 'is_run_alive',
            'JobBusyError',
-           'busy_error', 'shards_overlap', 'find_active_run', 'claim_run', 'history', 'find_run', 'newest_runs']
+           'busy_error', 'parts_overlap', 'find_active_run', 'claim_run', 'history', 'find_run', 'newest_runs']
 
 # %% ../../nbs/jobs/03_runs.ipynb #7469b693
 from contextlib import contextmanager
@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 import psutil, sqlalchemy as sa
 from ..core.config import PlantError, Settings
-from ..core.database import call_with_retry, create_tables, insert_or_ignore
+from ..core.database import call_with_retry, insert_or_ignore, open_database
 from ..core.process import pid_namespace_id
-from ..data.catalog import open_catalog
 from .parameters import parse_shard
 from .table import models_for
 from ..serve.prediction_log import UtcTime
@@ -59,14 +58,14 @@ job_locks = sa.Table('job_turns', run_tables,
 @dataclass(frozen=True)
 class JobRun:
     "A run of a job: a row of `job_runs`."
-    id: str # ID, such as train-20261128T030000-1f2e3d
+    id: str # ID of the run, such as train-20261128T030000-1f2e3d
     model: str # name of the model that it works on
     job: str # name of the job
-    started_at: datetime # UTC
-    seen_at: datetime # UTC, of its last heartbeat
-    ended_at: datetime | None = None # UTC
+    started_at: datetime # time of its start, UTC
+    seen_at: datetime # time of its last heartbeat, UTC
+    ended_at: datetime | None = None # time of its end, UTC
     status: str = 'running' # running, succeeded, failed, timed out, cancelled or killed
-    shard: str = '1/1' # shard of the work: i/n is the i-th of n
+    shard: str = '1/1' # part of the work: i/n is the i-th of n
     why: str = 'by hand' # reason for the start: by hand, ci, schedule, retry, or the name of an asset
     attempt: int = 1 # number of the attempt: 2 for the first retry
     chain: str | None = None # ID of the chain of jobs that the run is part of
@@ -87,7 +86,7 @@ class JobRun:
 
     @property
     def seconds(self) -> float:
-        "How long it took, or has taken so far."
+        "Duration of the run, or its duration so far."
         return ((self.ended_at or self.seen_at) - self.started_at).total_seconds()
 
 # %% ../../nbs/jobs/03_runs.ipynb #e8481a4a
@@ -96,10 +95,8 @@ def open_runs(
     s: Settings, # uses `catalog_url`
 ): # yields an engine
     "The database of the runs; raises `PlantError` where it cannot be used."
-    engine = call_with_retry(open_catalog, s)
-    try:
-        call_with_retry(create_tables, engine, run_tables)
-        yield engine
+    engine = call_with_retry(open_database, s, run_tables)
+    try: yield engine
     finally: engine.dispose()
 
 def utc_now() -> datetime:
@@ -129,29 +126,30 @@ def busy_error(
     process = f'process {run.pid} on {run.host}, since {run.started_at:%Y-%m-%d %H:%M:%S} UTC ({run.why})'
     return JobBusyError(f'{run.job} is running already: {run.id}, {process}. Wait for it, or stop that process.')
 
-def shards_overlap(
-    a: str, # a shard, such as 2/4
-    b: str, # another shard
+def parts_overlap(
+    part: str, # a part of the work, such as 2/4
+    other: str, # another part
 ) -> bool:
-    "Whether two shards may have work in common."
-    i, n = parse_shard(a)
-    j, m = parse_shard(b)
-    return n != m or i == j
+    "Whether two parts may have work in common."
+    i, n = parse_shard(part)
+    other_i, other_n = parse_shard(other)
+    return n != other_n or i == other_i
 
 # %% ../../nbs/jobs/03_runs.ipynb #d64d6a7e
 def find_active_run(
     s: Settings, # uses `model`
     c: sa.Connection, # connection to the database
     job: str, # name of the job
-    shard: str = '1/1', # shard of the work
+    part: str = '1/1', # part of the work
 ) -> tuple: # (the `JobRun` that is alive, or None; IDs of dead runs that are not closed)
-    "Find the live run of a job whose shard overlaps, and dead runs."
+    "Find a live run of a job that works on the same part, and dead runs."
     t = job_runs.c
     query = sa.select(job_runs).where(t.job == job, t.model == s.model, t.status == 'running')
     runs = [JobRun(**row) for row in c.execute(query).mappings()]
-    runs = [r for r in runs if shards_overlap(r.shard, shard)]
-    alive = [r for r in runs if is_run_alive(s, r)]
-    return alive[0] if alive else None, [r.id for r in runs if r not in alive]
+    runs = [run for run in runs if parts_overlap(run.shard, part)]
+    alive = [run for run in runs if is_run_alive(s, run)]
+    dead = [run.id for run in runs if run not in alive]
+    return alive[0] if alive else None, dead
 
 # %% ../../nbs/jobs/03_runs.ipynb #2968753b
 KILLED = dict(status='killed', error='The process died.')
@@ -168,8 +166,9 @@ def claim_run(
         c.execute(sa.update(job_locks).where(job_locks.c.job == lock).values(n=job_locks.c.n + 1)) # others wait here
         active, dead = find_active_run(s, c, run.job, run.shard)
         if active: raise busy_error(active)
-        closing = sa.update(job_runs).where(job_runs.c.id.in_(dead)).values(ended_at=job_runs.c.seen_at, **KILLED)
-        if dead: c.execute(closing)
+        t = job_runs.c
+        close = sa.update(job_runs).where(t.id.in_(dead)).values(ended_at=t.seen_at, **KILLED)
+        if dead: c.execute(close)
         c.execute(sa.insert(job_runs), vars(run))
     return dead
 
@@ -190,13 +189,14 @@ def _select_runs(s: Settings, query) -> list:
 def history(
     s: Settings, # uses `model`
     job: str | None = None, # name of a job; None: all jobs
-    limit: int | None = 20, # most runs returned; None: all
-    **columns, # columns that must have a value: name → value
+    limit: int | None = 20, # maximum number of runs; None: all
+    **columns, # values that columns must have: name → value
 ) -> list: # of `JobRun`
     "Runs of jobs, newest first; raises `PlantError` where the database cannot be used."
     t = job_runs.c
     if job: columns |= dict(job=job)
-    query = sa.select(job_runs).where(t.model.in_(models_for(s)), *(t[k] == v for k, v in columns.items()))
+    conditions = [t[name] == value for name, value in columns.items()]
+    query = sa.select(job_runs).where(t.model.in_(models_for(s)), *conditions)
     return _select_runs(s, query.order_by(t.started_at.desc(), t.id.desc()).limit(limit))
 
 def find_run(
@@ -212,13 +212,13 @@ def find_run(
 # %% ../../nbs/jobs/03_runs.ipynb #5345f324
 def newest_runs(
     s: Settings, # uses `model`
-    each: int = 1, # most runs of each job
+    each: int = 1, # maximum number of runs of each job
 ) -> dict: # job → list of `JobRun`, newest first; without jobs that have never run
     "The newest runs of every job; raises `PlantError` where the database cannot be used."
     t = job_runs.c
     rank = sa.func.row_number().over(partition_by=t.job, order_by=(t.started_at.desc(), t.id.desc())).label('rank')
     ranked = sa.select(job_runs, rank).where(t.model.in_(models_for(s))).subquery()
-    columns = [ranked.c[k] for k in job_runs.c.keys()]
+    columns = [ranked.c[name] for name in job_runs.c.keys()]
     query = sa.select(*columns).where(ranked.c.rank <= each).order_by(ranked.c.rank)
     by_job = {}
     for run in _select_runs(s, query): by_job.setdefault(run.job, []).append(run)

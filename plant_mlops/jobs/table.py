@@ -14,7 +14,7 @@ from functools import cache
 from importlib import resources
 from ..core.config import PlantError, Settings
 from ..core.store import NotFound, open_store
-from ..core.workload import Asset, Job, Workload, settings_for, configured_workload, workloads
+from ..core.workload import Asset, Job, Workload, configured_workload, settings_for, workloads
 
 # %% ../../nbs/jobs/00_table.ipynb #a9bf1577
 def _model_state(
@@ -49,10 +49,11 @@ SHARED = dict(
 NOTEBOOKS = resources.files('plant_mlops')/'jobs'/'notebooks' # notebooks of the shared jobs
 
 def shared_jobs(
-    w: Workload, # workload that gets the shared jobs
+    w: Workload, # the workload that gets the shared jobs
 ) -> list: # promotion and monitoring
     "The jobs that every workload has."
-    candidate, champion = w.qualify(w.promote_after), w.qualify('champion')
+    candidate = w.qualify(w.promote_after)
+    champion = w.qualify('champion')
     prefix = 'model' if w.default else w.name
     monitoring = 'monitoring' if w.default else f'{w.name}_monitoring'
     promote = Job(
@@ -69,17 +70,18 @@ def shared_jobs(
 @dataclass(frozen=True)
 class JobTable:
     "The jobs and assets of all workloads."
-    jobs: dict # name → `Job`, in order
+    jobs: dict # name → `Job`, in the order in which they run
     assets: dict # name → `Asset`
 
 @cache
 def _build_table(*workloads: Workload) -> JobTable:
+    "The job table of some workloads."
     jobs = {}
     assets = {}
     for w in workloads:
         shared_assets = {w.qualify(name): asset for name, asset in SHARED.items()}
         assets |= shared_assets | w.assets
-        jobs |= {j.name: j for j in [*w.jobs, *shared_jobs(w)]}
+        jobs |= {job.name: job for job in [*w.jobs, *shared_jobs(w)]}
     return JobTable(jobs, assets)
 
 def job_table(
@@ -109,9 +111,11 @@ def chain_to(
     table = job_table(s)
     if asset not in table.assets:
         raise PlantError(f"There is no asset {asset!r}. There are: {', '.join(table.assets)}.")
-    producers = [j for j in table.jobs.values() if asset in j.produces]
-    before = [job for j in producers for a in j.consumes for job in chain_to(s, a)]
-    return list(dict.fromkeys([*before, *producers]))
+    producers = [job for job in table.jobs.values() if asset in job.produces]
+    chain = []
+    for job in producers:
+        for consumed in job.consumes: chain += chain_to(s, consumed)
+    return list(dict.fromkeys([*chain, *producers])) # each job once
 
 def chain_for(
     s: Settings, # uses `model`
@@ -125,22 +129,22 @@ def jobs_for(
 ) -> list: # jobs, in the order of the table
     "All jobs where the configured model is of the default workload; otherwise only those of its workload."
     w = configured_workload(s)
-    return [j for j in job_table(s).jobs.values() if w.default or j.workload == w.name]
+    return [job for job in job_table(s).jobs.values() if w.default or job.workload == w.name]
 
 def models_for(
     s: Settings, # uses `model`
 ) -> list: # names
-    "The models that those jobs work on."
-    return list(dict.fromkeys(settings_for(s, j).model for j in jobs_for(s)))
+    "The models that the jobs of `jobs_for` work on."
+    return list(dict.fromkeys(settings_for(s, job).model for job in jobs_for(s)))
 
 # %% ../../nbs/jobs/00_table.ipynb #afb7ab66
 def schedule_of(
     s: Settings, # uses `schedules`
-    job: Job, # job from the job table
+    job: Job, # job of the job table
 ) -> str: # cron expression in UTC; '': unscheduled
     "The schedule of a job; raises `PlantError` where a setting names an unknown job, or a weekday by number."
     for name, cron in s.schedules.items():
-        find_job(s, name)
+        find_job(s, name) # raises an error for an unknown name
         weekday = ''.join(cron.split()[4:])
         if re.search(r'\d', weekday):
             raise PlantError(f'PLANT_SCHEDULES: {name} at {cron!r}: write the day of the week as sun, mon …, '

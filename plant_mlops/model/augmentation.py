@@ -15,11 +15,13 @@ from ..core.process import cpu_cores
 from ..data.photo import resize_to_square, visible_size
 
 # %% ../../nbs/model/01_augmentation.ipynb #479b1957
-ZOOM, MIN_SCALE, LIGHT = .9, .35, .2 # training crops are 0.9 of image_size wide, and show at least 35 % of the photo
+ZOOM = .9 # side of a training crop, as a fraction of `image_size`
+MIN_SCALE = .35 # smallest fraction of a photo's area that a training crop shows
+LIGHT = .2 # largest change of brightness, contrast and saturation
 
 class TrainingCrop(fv.RandomResizedCrop):
-    "A random crop of a training photo, of about the photo's own shape."
-    split_idx = 0 # fastai: training photos only
+    "A random crop of a training photo, with about the shape of the photo."
+    split_idx = 0 # fastai applies it to training photos only
     def before_call(self, b, split_idx):
         photo = b[0] if isinstance(b, tuple) else b
         width, height = visible_size(*photo.size)
@@ -27,40 +29,41 @@ class TrainingCrop(fv.RandomResizedCrop):
         super().before_call(b, split_idx)
 
 class ValidationResize(fv.Transform):
-    "A validation photo as serving sees it."
-    split_idx, order = 1, 1 # fastai: validation photos only
+    "Resize a validation photo as serving does."
+    split_idx = 1 # fastai applies it to validation photos only
+    order = 1 # as `RandomResizedCrop`
     def __init__(self, size): self.size = size
     def encodes(self, x: fv.PILImage): return fv.PILImage.create(resize_to_square(x, self.size))
 
 def crop_size(
-    image_size: int, # side of the square that is classified, in pixels
+    image_size: int, # side of the square in validation and serving, in pixels
 ) -> int: # a multiple of 32
     "Side of a training crop in pixels."
     return max(32, round(image_size*ZOOM/32)*32)
 
 # %% ../../nbs/model/01_augmentation.ipynb #75cc4ef0
 def _batch_transforms(backbone: Backbone) -> list:
-    "Changes of light, and the channel statistics of the backbone; they run on whole batches."
+    "Transforms of whole batches: random changes of light, and normalization for the backbone."
     light = fv.aug_transforms(do_flip=False, max_rotate=0, max_zoom=1, max_warp=0, max_lighting=LIGHT, p_lighting=1)
     return [*light, fv.Saturation(LIGHT, p=1), fv.Normalize.from_stats(backbone.mean, backbone.std)]
 
 def make_dataloaders(
     jpegs: list, # prepared photos, JPEG bytes
     labels: np.ndarray, # (N,) int, index into `classes`
-    train_idx: np.ndarray, # of the photos to train on
-    valid_idx: np.ndarray, # of the photos to validate on
-    classes: list, # names
-    backbone: Backbone, # whose `mean` and `std` are used
-    s: Settings, # image size, batch size
+    train_idx: np.ndarray, # indices of the photos to train on
+    valid_idx: np.ndarray, # indices of the photos to validate on
+    classes: list, # names of the classes
+    backbone: Backbone, # backbone whose `mean` and `std` normalize the photos
+    s: Settings, # settings with image size and batch size
 ) -> fv.DataLoaders:
-    "fastai's batches of training and validation photos."
-    idx = [int(i) for i in [*train_idx, *valid_idx]]
+    "Batches of training photos, augmented, and of validation photos."
+    indices = [int(i) for i in [*train_idx, *valid_idx]]
     crop = TrainingCrop(crop_size(s.image_size), min_scale=MIN_SCALE)
     block = fv.DataBlock(
         (fv.ImageBlock, fv.CategoryBlock(classes, sort=False)),
         get_x=lambda i: jpegs[i], get_y=lambda i: classes[labels[i]],
-        splitter=fv.IndexSplitter(range(len(train_idx), len(idx))),
+        splitter=fv.IndexSplitter(range(len(train_idx), len(indices))),
         item_tfms=[crop, ValidationResize(s.image_size), fv.FlipItem(.5)], batch_tfms=_batch_transforms(backbone))
     device = get_device()
     workers = min(8, cpu_cores() - 1) if device.type == 'cuda' else 0
-    return block.dataloaders(idx, bs=min(s.batch_size, len(train_idx)), num_workers=workers, device=device)
+    return block.dataloaders(indices, bs=min(s.batch_size, len(train_idx)), num_workers=workers, device=device)

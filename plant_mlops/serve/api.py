@@ -29,22 +29,28 @@ from .routes import (
 from .schemas import Health, add_error_handlers
 
 # %% ../../nbs/serve/15_api.ipynb #214ace24
-_FIRST_REFRESH = 10 # seconds
+_FIRST_REFRESH = 10 # seconds to wait for the first model
 
-def _start_tasks(state: AppState, polls: bool, refreshed: asyncio.Event) -> list:
-    "Start the tasks that run as long as the server; one polls for another model."
+def _start_tasks(
+    state: AppState, # state of the app
+    polls: bool, # whether to poll for another model
+    refreshed: asyncio.Event, # set after the first poll
+) -> list[asyncio.Task]:
+    "Start the tasks that run as long as the server."
     coroutines = [task() for task in state.background]
     if polls: coroutines.append(poll_published(state.live, refreshed, state.settings.reload_every))
-    return [asyncio.create_task(c) for c in coroutines]
+    return [asyncio.create_task(coroutine) for coroutine in coroutines]
 
 @contextlib.asynccontextmanager
 async def _lifespan(
-    app: FastAPI,
-    polls: bool, # for another model
+    app: FastAPI, # app of one model, which also starts those of the others
+    polls: bool, # whether to poll for another model
 ):
-    "Start and stop the background work of a server."
-    state, refreshed = app.state, asyncio.Event()
-    state.pool, state.pending = ThreadPoolExecutor(thread_count(state.settings), 'answer'), 0
+    "Start the background work of a server, and stop it at the end."
+    state = app.state
+    state.pool = ThreadPoolExecutor(thread_count(state.settings), 'answer')
+    state.pending = 0
+    refreshed = asyncio.Event()
     if state.spool: state.spool.start()
     state.live.update_metrics()
     tasks = _start_tasks(state, polls, refreshed)
@@ -61,10 +67,11 @@ async def _lifespan(
 
 # %% ../../nbs/serve/15_api.ipynb #4a015497
 def _new_state(
-    s: Settings,
-    model: Model | None, # to serve, only this one; None: the one in production
-    server: Metrics | None, # metrics of another model on the same server
+    s: Settings, # settings of the server, with the name of the model
+    model: Model | None, # the only model to serve; None: serve the champion, and poll for another
+    server: Metrics | None, # metrics of another model on the same server; None: this is the first model
 ) -> AppState:
+    "The state of the app of one model."
     metrics = Metrics(s.model, server)
     live = LiveModel(s, model, metrics)
     spool = None
@@ -74,13 +81,13 @@ def _new_state(
 
 # %% ../../nbs/serve/15_api.ipynb #027c1e4c
 def _create_model_app(
-    s: Settings,
-    model: Model | None = None, # to serve, only this one; None: the one in production
-    server: Metrics | None = None, # metrics of another model on the same server
+    s: Settings, # settings of the server, with the name of the model
+    model: Model | None = None, # the only model to serve; None: serve the champion, and poll for another
+    server: Metrics | None = None, # metrics of another model on the same server; None: this is the first model
 ) -> FastAPI:
     "The app of one model, without middleware."
     app = FastAPIOffline(
-        title=f'plant_mlops: {s.model}', description='An input in, an answer out.', version=__version__,
+        title=f'plant_mlops: {s.model}', description='Predictions by a model.', version=__version__,
         lifespan=partial(_lifespan, polls=model is None), redoc_url=None, favicon_url='favicon.ico')
     app.state = _new_state(s, model, server)
     add_error_handlers(app)
@@ -94,17 +101,17 @@ def _create_model_app(
 # %% ../../nbs/serve/15_api.ipynb #33e40d39
 def model_apps(
     app: FastAPI, # from `create_app`
-) -> list: # FastAPI apps, that of PLANT_MODEL first
+) -> list[FastAPI]: # the app of PLANT_MODEL first
     "The app of each model."
     return [app, *app.state.other_apps]
 
 # %% ../../nbs/serve/15_api.ipynb #9d8f91ad
 def mount_models(
-    app: FastAPI, # of PLANT_MODEL
+    app: FastAPI, # app of PLANT_MODEL
 ):
-    "Add the routes at `/models`: those of every model on this server."
+    "Add `/models`, and below it the routes of every model on this server."
     state = app.state
-    own_routes = [*app.router.routes] # a copy, so that /models is not below /models/NAME again
+    own_routes = [*app.router.routes] # a copy, so that /models/NAME has no /models of its own
     for name in split_commas(state.settings.models):
         if name == state.settings.model: continue
         other = _create_model_app(state.settings.model_copy(update=dict(model=name)), server=state.metrics)
@@ -112,13 +119,14 @@ def mount_models(
         app.mount(f'/models/{name}', other)
     app.mount(f'/models/{state.settings.model}', Router(own_routes))
 
-    @app.get('/models', tags=['Service'], summary='Which models are there?')
-    async def models() -> dict[str, Health]: return {a.state.settings.model: model_health(a) for a in model_apps(app)}
+    @app.get('/models', tags=['Service'], summary='List the models of this server')
+    async def models() -> dict[str, Health]:
+        return {model_app.state.settings.model: model_health(model_app) for model_app in model_apps(app)}
 
 # %% ../../nbs/serve/15_api.ipynb #51ae2818
 def create_app(
-    s: Settings,
-    model: Model | None = None, # to serve, only this one; None: the one in production, and what follows it
+    s: Settings, # settings of the server
+    model: Model | None = None, # the only model to serve; None: serve the champion, and poll for another
 ) -> FastAPI: # ready for uvicorn
     "The API, as a FastAPI app."
     app = _create_model_app(s, model)

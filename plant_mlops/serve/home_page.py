@@ -17,35 +17,39 @@ _folder = resources.files('plant_mlops.serve')
 _template = Template((_folder/'home.html').read_text(encoding='utf-8'))
 LEAF_ICON = (_folder/'leaf.svg').read_text(encoding='utf-8')
 
-_LINKS = [ # relative, because the server may be behind a path of a proxy
-    ('docs', 'The API, to read and try'),
-    ('predict/demo', 'An answer, to see what one looks like'),
-    ('model/info', 'The model that serves'),
-    ('metrics', 'Its figures, for Prometheus'),
-    ('health', 'Health'),
+_LINKS = [ # (path, text); paths are relative, because a proxy may serve them under a longer path
+    ('docs', 'Documentation of the API, to try it'),
+    ('predict/demo', 'Example of a prediction'),
+    ('model/info', 'Model that serves'),
+    ('metrics', 'Metrics for Prometheus'),
+    ('health', 'Health of the server'),
 ]
 
 # %% ../../nbs/serve/13_home_page.ipynb #43b441bc
+_SYNTHETIC_PHOTOS = '<p class=note>It was trained on <b>synthetic</b> photos, drawn by a program.</p>'
+_SYNTHETIC_DATA = '<p class=note>It was trained on <b>synthetic</b> data, made by a program.</p>'
+
 def _links_html(has_ui: bool) -> str:
+    "The links as items of a list."
     links = [('ui/', 'Try it on a photo'), *_LINKS] if has_ui else _LINKS
     return ''.join(f'<li><a href="{path}">{text}</a>' for path, text in links)
 
 def home_html(
-    model: Model | None, # that serves, if one does
-    url: str, # of the server
+    model: Model | None, # model that serves; None: there is none
+    url: str, # URL of the server
     has_ui: bool, # whether there is a page at /ui
     error: str = '', # why no model serves
 ) -> str: # HTML
     "The page at `/`."
     title, about, note = 'No model yet', error, ''
-    what, curl, data = 'a photo', 'curl -F file=@photo.jpg', 'photos, drawn'
-    if model and model.kind != 'image':
-        what, data = f'{model.spec["shape"][1]} numbers', 'data, made'
-        curl = """curl -d '{"features": [1.5, …]}'"""
+    takes_photos = model is None or model.kind == 'image'
     if model:
-        title, classes = page_title(model.classes), ', '.join(model.classes)
+        title = page_title(model.classes)
+        what = 'a photo' if takes_photos else f'{model.spec["shape"][1]} numbers'
+        classes = ', '.join(model.classes)
         about = f'Send it {what}, and it says which it is: {classes}. (Version {model.version} serves.)'
-        if model.is_synthetic: note = f'<p class=note>It was trained on <b>synthetic</b> {data} by a program.</p>'
+        if model.is_synthetic: note = _SYNTHETIC_PHOTOS if takes_photos else _SYNTHETIC_DATA
+    curl = 'curl -F file=@photo.jpg' if takes_photos else """curl -d '{"features": [1.5, …]}'"""
     return _template.substitute(
         title=title, about=html.escape(about), note=note, links=_links_html(has_ui),
         curl=html.escape(curl, quote=False), url=html.escape(url))

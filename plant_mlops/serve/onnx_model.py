@@ -24,7 +24,7 @@ from ..data.photo import PhotoLimits, PhotoError, decode_for_model
 
 # %% ../../nbs/serve/00_onnx_model.ipynb #dffc0658
 def _session_options(threads: int):
-    "Options of ONNX Runtime: one operator at a time, each on so many threads."
+    "Options of ONNX Runtime: operators run one after another, each on `threads` threads (0: one for each core)."
     import onnxruntime as ort
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or cpu_cores()
@@ -50,7 +50,7 @@ def create_session(
 
 # %% ../../nbs/serve/00_onnx_model.ipynb #315e89f4
 def _metadata_value(text: str):
-    "A metadata value: JSON where it is JSON, else the text itself."
+    "A metadata value: the parsed JSON if the text is JSON, otherwise the text itself."
     try: return json.loads(text)
     except ValueError: return text
 
@@ -59,8 +59,8 @@ def session_metadata(
 ) -> dict: # classes, version, input, metrics, provenance, …
     "The metadata of an open model; raises `PlantError` if its classes or its input are missing."
     texts = session.get_modelmeta().custom_metadata_map
-    metadata = {k: _metadata_value(v) for k, v in sorted(texts.items())}
-    missing = [k for k in ('classes', 'input') if k not in metadata]
+    metadata = {key: _metadata_value(text) for key, text in sorted(texts.items())}
+    missing = [key for key in ('classes', 'input') if key not in metadata]
     if missing: raise PlantError(f'The model file does not say its {" and ".join(missing)}. Export it again.')
     spec = metadata['input']
     if not isinstance(spec, dict) or not {'kind', 'shape'} <= set(spec):
@@ -71,7 +71,7 @@ def session_metadata(
 def decode_image(
     data: bytes, # a photo as uploaded
     spec: dict, # the metadata's `input`
-    limits: PhotoLimits, # what is accepted
+    limits: PhotoLimits, # limits of the photos that are accepted
 ) -> np.ndarray: # uint8 [H, W, 3]
     "The pixels of a photo; raises `PhotoError` if it cannot be decoded."
     if not isinstance(data, bytes): raise PhotoError('The model takes photos, not numbers. Send a file.')
@@ -83,7 +83,7 @@ def decode_image(
 # %% ../../nbs/serve/00_onnx_model.ipynb #a179d57b
 @cache
 def _row_type(
-    n: int, # numbers in a row
+    n: int, # length of a row
 ) -> TypeAdapter:
     "The type of a row: exactly `n` finite numbers. Validation stops at the first error."
     number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -91,9 +91,10 @@ def _row_type(
 
 def _length_error(
     actual: int | None, # length of the row; None: longer than `n`
-    names: list | None, # of the features
-    n: int, # features that the model takes
+    names: list | None, # names of the features
+    n: int, # number of features that the model takes
 ) -> str:
+    "What is wrong with the length of a row, and what to send instead."
     order = f': {names[0]}, {names[1]} … {names[-1]}' if names and n > 2 else ''
     received = 'more' if actual is None else actual
     return f'features: the model takes {n} features, got {received}. Send them in the order of training{order}.'
@@ -108,31 +109,33 @@ def _row_error(
     if fault['type'] in ('too_short', 'too_long'): return _length_error(fault['ctx']['actual_length'], names, n)
     if not fault['loc']: return 'features: not a list of numbers. Send {"features": [1.5, …]}.'
     index, value = fault['loc'][0], fault['input']
-    if not isinstance(value, (str, int, float)): value = type(value).__name__
+    if not isinstance(value, (str, int, float)): value = type(value).__name__ # a list or an object may be long
     feature = names[index] if names else index
-    what = f'all {n}' if n > 1 else 'it'
+    numbers = f'all {n}' if n > 1 else 'it'
     return (f'features.{feature}: {str(value)[:40]!r} is not a finite number. '
-            f'Send {what} as JSON numbers, with gaps filled as in training.')
+            f'Send {numbers} as JSON numbers, with gaps filled as in training.')
 
 # %% ../../nbs/serve/00_onnx_model.ipynb #3afb5d0a
 def decode_features(
-    data: list | dict | bytes, # numbers in the order of training; as JSON: a list, or {"features": […]}
+    data: list | dict | bytes, # numbers in the order of training: a list, {"features": […]}, or one of these as JSON
     spec: dict, # the metadata's `input`
-    limits: PhotoLimits, # not used
+    limits: PhotoLimits, # not used; every decoder takes the same arguments
 ) -> np.ndarray: # float32 [F]
     "A row of numbers; raises `PlantError` if there are too few or too many, or if one is not finite."
     row_type = _row_type(spec['shape'][1])
     try:
         if isinstance(data, bytes): data = from_json(data)
-        row = row_type.validate_python(data.get('features') if isinstance(data, dict) else data)
+        if isinstance(data, dict): data = data.get('features')
+        row = row_type.validate_python(data)
         with np.errstate(over='ignore'): x = np.array(row, np.float32)
-        if not np.isfinite(x).all(): row_type.validate_python(x.tolist()) # too large for 32 bits
+        # a number too large for 32 bits is infinite now, so the second check names it
+        if not np.isfinite(x).all(): row_type.validate_python(x.tolist())
     except ValidationError as e: raise PlantError(_row_error(e, spec)) from None
     except ValueError: raise PlantError('features: the body is not JSON. Send {"features": [1.5, …]}.') from None
     return x
 
 # %% ../../nbs/serve/00_onnx_model.ipynb #9cc859dc
-DECODERS = {'image': decode_image, 'features': decode_features} # a new kind of input is one more entry
+DECODERS = {'image': decode_image, 'features': decode_features} # kind of input → its decoder
 
 # %% ../../nbs/serve/00_onnx_model.ipynb #8fdefe59
 class Model:
@@ -140,20 +143,20 @@ class Model:
     def __init__(self,
         source: str | Path | bytes, # an ONNX file, or its content
         threads: int = 0, # threads for one prediction; 0: one for each core
-        limits: PhotoLimits = PhotoLimits(), # what photos are accepted
+        limits: PhotoLimits = PhotoLimits(), # limits of the photos that are accepted
     ):
         self.session = create_session(source, threads)
         self.limits = limits
         self.metadata = session_metadata(self.session)
         self.classes = self.metadata['classes']
-        self.targets = self.metadata.get('targets') # what training called the classes, where that were numbers
+        self.targets = self.metadata.get('targets') # number of each class, if training called the classes by numbers
         self.version = self.metadata['version']
-        self.spec = self.metadata['input'] # kind and shape of an input, and how to make it
+        self.spec = self.metadata['input'] # kind and shape of an input, and how it is prepared
         self.kind = self.spec['kind']
         self.threshold = self.metadata.get('novelty', {}).get('threshold', float('inf'))
         self.is_synthetic = self.metadata.get('provenance', {}).get('source') == 'synthetic'
-        self.is_quick = False # `check_model` finds out
-        self.pointer = {} # by which the model was published, if it was
+        self.is_quick = False # whether a prediction takes less than a millisecond; set by `check_model`
+        self.pointer = {} # pointer by which the model was published; set by `load_published`
         self.input_name = self.session.get_inputs()[0].name
         self.output_names = [o.name for o in self.session.get_outputs()]
         if self.kind not in DECODERS:
@@ -171,36 +174,36 @@ class Model:
     def run(self,
         batch: np.ndarray, # decoded inputs, stacked: [N, …]
     ) -> dict: # name of output → [N, …]
-        "Every output of the graph."
+        "Run the graph; returns all of its outputs."
         return dict(zip(self.output_names, self.session.run(None, {self.input_name: batch})))
 
 # %% ../../nbs/serve/00_onnx_model.ipynb #e0c82778
 class ModelAnswer(TypedDict, total=False):
-    "The answer for one input, ready for JSON. `prediction_label` is there where `prediction` is a number."
-    prediction: str | int # most probable class, as training called it
-    prediction_label: str # its name
-    probability: float # of that class, calibrated
-    probabilities: dict[str, float] # of each class, by name
-    novelty: float | None # distance from the training data; None where the model does not measure it
-    novel: bool # whether that is above the model's threshold, so that the prediction means little
-    model_version: str
+    "The prediction for one input, ready for JSON."
+    prediction: str | int # most probable class: its name, or its number if training called classes by numbers
+    prediction_label: str # name of that class; present only if `prediction` is a number
+    probability: float # calibrated probability of that class
+    probabilities: dict[str, float] # name of a class → its probability
+    novelty: float | None # distance from the training data; None: the model does not measure it
+    novel: bool # whether the novelty is above the model's threshold, so that the prediction means little
+    model_version: str # version of the model that made the prediction
 
 @patch
 def answer(self:Model,
     outputs: dict, # from `run`
     i: int, # index in the batch
 ) -> ModelAnswer:
-    "The answer for one input, in plain Python types."
-    p = outputs['probabilities'][i]
-    best = int(p.argmax())
-    answer = dict(prediction=self.classes[best])
-    if self.targets: answer = dict(prediction=self.targets[best], prediction_label=self.classes[best])
+    "The answer for one input of a batch, in plain Python types."
+    probabilities = outputs['probabilities'][i]
+    best = int(probabilities.argmax())
+    predicted = dict(prediction=self.classes[best])
+    if self.targets: predicted = dict(prediction=self.targets[best], prediction_label=self.classes[best])
     novelty = outputs.get('novelty')
     if novelty is not None: novelty = round(float(novelty[i]), 6)
     return dict(
-        **answer,
-        probability=round(float(p[best]), 6),
-        probabilities={c: round(float(x), 6) for c, x in zip(self.classes, p)},
+        **predicted,
+        probability=round(float(probabilities[best]), 6),
+        probabilities={name: round(float(p), 6) for name, p in zip(self.classes, probabilities)},
         novelty=novelty,
         novel=novelty is not None and novelty > self.threshold,
         model_version=self.version)
@@ -209,7 +212,7 @@ def answer(self:Model,
 @patch
 def predict(self:Model,
     items: list, # photos' bytes, or lists of numbers
-) -> list: # a `ModelAnswer` for each
+) -> list[ModelAnswer]: # an answer for each item
     "Decode and predict; raises `PlantError` if any of them cannot be decoded."
     if not items: return []
     outputs = self.run(np.stack([self.decode(item) for item in items]))
@@ -218,15 +221,15 @@ def predict(self:Model,
 # %% ../../nbs/serve/00_onnx_model.ipynb #e4769da5
 def predicted_label(
     answer: ModelAnswer, # from `Model.answer`
-) -> str: # a class
+) -> str: # name of a class
     "The name of the predicted class."
     return answer.get('prediction_label') or answer['prediction']
 
 # %% ../../nbs/serve/00_onnx_model.ipynb #d22d65bb
 def golden_input(
-    model: Model, # that will run it
-    n: int = 1, # inputs
-) -> np.ndarray: # [n, …], the same each time
+    model: Model, # model whose inputs are imitated
+    n: int = 1, # number of inputs
+) -> np.ndarray: # [n, …], the same at each call
     "Random inputs of the kind that a model takes."
     rng = np.random.default_rng(0)
     shape = [n, *model.spec['shape'][1:]]
@@ -234,21 +237,22 @@ def golden_input(
     return rng.standard_normal(shape, np.float32)
 
 # %% ../../nbs/serve/00_onnx_model.ipynb #4d29dcd4
-QUICK_SECONDS = 1e-3
+QUICK_SECONDS = 1e-3 # a model is quick if its prediction takes less
 
 def _check_probabilities(model: Model, n: int):
     "Run `n` golden inputs; raises `PlantError` unless each has a probability for every class."
-    try: p = model.run(golden_input(model, n))['probabilities']
+    try: probabilities = model.run(golden_input(model, n))['probabilities']
     except Exception as e:
         raise PlantError(f'{model} fails on the golden input ({e}). Promote another version.') from e
-    if p.shape != (n, len(model.classes)): raise PlantError(f'{model} answers in shape {p.shape}. Export it again.')
-    if not np.isfinite(p).all() or not np.allclose(p.sum(1), 1, atol=1e-3):
+    if probabilities.shape != (n, len(model.classes)):
+        raise PlantError(f'{model} answers in shape {probabilities.shape}. Export it again.')
+    if not np.isfinite(probabilities).all() or not np.allclose(probabilities.sum(1), 1, atol=1e-3):
         raise PlantError(f'{model}: its probabilities do not sum to 1. Export it again.')
 
 def check_model(
-    model: Model, # before it serves
-) -> Model: # the same, with `is_quick` set
-    "Run the golden input; raises `PlantError` if the model fails or its output is not made of probabilities."
+    model: Model, # model that is to serve
+) -> Model: # the same object, with `is_quick` set
+    "Run golden inputs; raises `PlantError` if the model fails or does not return probabilities."
     for n in (1, 2): _check_probabilities(model, n)
     if model.kind == 'features':
         seconds = timeit.repeat(lambda: model.run(golden_input(model)), number=1, repeat=5)
@@ -257,10 +261,10 @@ def check_model(
 
 # %% ../../nbs/serve/00_onnx_model.ipynb #13013678
 def read_input_file(
-    path: str | Path, # any file
-    max_bytes: int = 20_000_000, # more is refused
-) -> bytes: # its content
-    "The bytes of a file; raises `PlantError` if it cannot be read or is too large."
+    path: str | Path, # file with an input
+    max_bytes: int = 20_000_000, # larger files are refused
+) -> bytes: # content of the file
+    "Read a file; raises `PlantError` if it cannot be read or is too large."
     try:
         with open(path, 'rb') as f: data = f.read(max_bytes + 1)
     except OSError as e: raise PlantError(f'{e.strerror or e}. Name a photo that can be read.') from None
@@ -275,18 +279,18 @@ def _decode_file(model: Model, max_bytes: int, path: str | Path) -> np.ndarray |
     except PlantError as e: return e
 
 def _predict_decoded(model: Model, decoded: list):
-    "An answer for each array, and for each error the error."
-    arrays = [x for x in decoded if not isinstance(x, PlantError)]
+    "Predict the arrays among some decoded files, as one batch; yields an answer for each array, a dict for each error."
+    arrays = [item for item in decoded if not isinstance(item, PlantError)]
     outputs = model.run(np.stack(arrays)) if arrays else {}
     answers = (model.answer(outputs, i) for i in range(len(arrays)))
-    for x in decoded: yield dict(error=str(x)) if isinstance(x, PlantError) else next(answers)
+    for item in decoded: yield dict(error=str(item)) if isinstance(item, PlantError) else next(answers)
 
 def predict_files(
-    model: Model,
-    paths, # files, any number
+    model: Model, # model that predicts
+    paths, # paths of files, as any iterable
     max_bytes: int = 20_000_000, # larger files are refused
-    batch_size: int = 16, # files predicted together
-): # a dict for each, in order: file, and its answer or an error
+    batch_size: int = 16, # number of files that are predicted together
+): # a dict for each file, in order: `file`, and the fields of its answer or `error`
     "Predict files, as a generator."
     paths = iter(paths)
     decode = partial(_decode_file, model, max_bytes)

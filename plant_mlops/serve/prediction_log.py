@@ -34,12 +34,12 @@ predictions = sa.Table('predictions', log_tables,
     sa.Column('model', sa.String(100), nullable=False),
     sa.Column('version', sa.String(32), nullable=False),
     sa.Column('variant', sa.String(16), nullable=False),               # champion or challenger
-    sa.Column('input', sa.String(64), nullable=False),                 # SHA-256 of what was sent
+    sa.Column('input', sa.String(64), nullable=False),                 # SHA-256 of the input
     sa.Column('prediction', sa.String(100), nullable=False),
     sa.Column('probability', sa.Float, nullable=False),
     sa.Column('novelty', sa.Float),
     sa.Column('novel', sa.Boolean, nullable=False),
-    sa.Column('seconds', sa.Float))                                    # to decode and to infer
+    sa.Column('seconds', sa.Float))                                    # time to decode the input and run the model
 
 feedback = sa.Table('feedback', log_tables,
     sa.Column('id', sa.String(36), primary_key=True),
@@ -48,7 +48,7 @@ feedback = sa.Table('feedback', log_tables,
     sa.Column('label', sa.String(100), nullable=False))                # the true label
 
 samples = sa.Table('samples', log_tables,
-    sa.Column('id', sa.String(36), primary_key=True),                  # of the prediction
+    sa.Column('id', sa.String(36), primary_key=True),                  # id of the prediction
     sa.Column('timestamp', UtcTime, nullable=False, index=True),
     sa.Column('model', sa.String(100), nullable=False),
     sa.Column('version', sa.String(32), nullable=False),
@@ -60,17 +60,17 @@ _TABLES = dict(predictions=predictions, feedback=feedback, samples=samples)
 # %% ../../nbs/serve/19_prediction_log.ipynb #066042d0
 def open_prediction_log(
     s: Settings, # uses catalog_url
-) -> sa.Engine: # to be disposed of
-    "The database of the catalog, with these three tables; raises `PlantError` or what SQLAlchemy raises."
+) -> sa.Engine: # the caller disposes of it
+    "Open the database of the catalog and create the three tables; raises `PlantError` or an error of SQLAlchemy."
     return open_database(s, log_tables)
 
 # %% ../../nbs/serve/19_prediction_log.ipynb #8f1d25b3
 log = logging.getLogger(__name__)
 
 def read_log_file(
-    file: Path, # of a `Spool`
+    file: Path, # file of a `Spool`
 ) -> dict[str, list]: # table → rows
-    "The rows of a file, without lines that are no rows."
+    "The rows in a file; lines that are not valid rows are logged and skipped."
     rows = {table: [] for table in _TABLES}
     for line in file.read_text(errors='replace').splitlines():
         try:
@@ -82,70 +82,79 @@ def read_log_file(
     return rows
 
 def _to_database_row(row: dict) -> dict:
-    "A row for the database: its time in UTC without a zone, a sample's statistics as JSON, its embedding as bytes."
+    "A row for the database, with a time in UTC without a zone; of a sample, with statistics as JSON and bytes."
     row = row | dict(timestamp=datetime.fromisoformat(row['timestamp']).replace(tzinfo=None))
     if 'stats' not in row: return row
     embedding = row['embedding'] and base64.b64decode(row['embedding'], validate=True)
     return row | dict(stats=json.dumps(row['stats']), embedding=embedding)
 
 # %% ../../nbs/serve/19_prediction_log.ipynb #3de16b58
-class RowsRejectedError(Exception): "Rows that the database rejects, however often they are sent."
+class RowsRejectedError(Exception): "The database rejects some rows for good, so sending them again cannot help."
 
-def _insert_rows(eng: sa.Engine, rows: dict):
-    "Insert the rows of a file, without those that are there; raises `RowsRejectedError` where the rows are at fault."
+def _insert_rows(engine: sa.Engine, rows: dict):
+    "Insert the rows that are not in the database yet; raises `RowsRejectedError` if rows cause an error."
     try:
-        with eng.begin() as c:
+        with engine.begin() as connection:
             for table, table_rows in rows.items():
-                if table_rows: c.execute(insert_or_ignore(eng.dialect.name, _TABLES[table], 'id'), table_rows)
+                if not table_rows: continue
+                statement = insert_or_ignore(engine.dialect.name, _TABLES[table], 'id')
+                connection.execute(statement, table_rows)
     except (sa.exc.DataError, sa.exc.IntegrityError, sa.exc.CompileError) as e:
         raise RowsRejectedError(database_message(e)) from e
-    except sa.exc.DBAPIError: raise # the database is at fault
+    except sa.exc.DBAPIError: raise # not caused by the rows
     except sa.exc.StatementError as e: raise RowsRejectedError(database_message(e)) from e
 
 # %% ../../nbs/serve/19_prediction_log.ipynb #1db708bf
 def load_log_files(
-    eng: sa.Engine, # catalog
-    folder: Path, # of a `Spool`
-) -> int: # rows
-    "Insert all files into the database and remove them; raises `PlantError` where the database does not answer."
-    n = 0
+    engine: sa.Engine, # from `open_prediction_log`
+    folder: Path, # folder of a `Spool`
+) -> int: # number of rows
+    "Load all files into the database and remove them; raises `PlantError` if the database does not answer."
+    n_rows = 0
     for file in waiting_files(folder):
         try:
             rows = read_log_file(file)
-            call_with_retry(_insert_rows, eng, rows, retry_seconds=2) # the next round is another retry
-            n += sum(map(len, rows.values()))
+            call_with_retry(_insert_rows, engine, rows, retry_seconds=2) # not longer, because another attempt follows
+            n_rows += sum(map(len, rows.values()))
             file.unlink()
-        except FileNotFoundError: pass # another server was quicker
+        except FileNotFoundError: pass # another process has loaded and removed it
         except RowsRejectedError as e:
             log.error('%s cannot be inserted into the database (%s). It is kept as %s.refused.', file, e, file.name)
             file.rename(file.with_name(f'{file.name}.refused'))
-    return n
+    return n_rows
 
 # %% ../../nbs/serve/19_prediction_log.ipynb #ffc09d8a
+_MAX_PAUSE = 30 # seconds between two attempts, at most
+
 def _load_until(ended: Event, s: Settings, interval: float):
-    "Load log files until an event is set, and once more then."
-    folder, eng, pause, last_warning = spool_folder(s), None, interval, ''
+    "Load log files until an event is set, and then once more."
+    folder = spool_folder(s)
+    engine = None
+    pause = interval
+    last_warning = ''
     is_last = False
     while not is_last:
         is_last = ended.wait(pause)
         try:
             if waiting_files(folder):
-                eng = eng or call_with_retry(open_prediction_log, s)
-                load_log_files(eng, folder)
-            pause, last_warning = interval, ''
+                engine = engine or call_with_retry(open_prediction_log, s)
+                load_log_files(engine, folder)
+            pause = interval
+            last_warning = ''
         except PlantError as e:
             if str(e) != last_warning: log.warning('Predictions wait in %s. %s', folder, e)
-            pause, last_warning = min(2*pause, 30), str(e)
+            pause = min(2*pause, _MAX_PAUSE)
+            last_warning = str(e)
         except Exception:
             log.exception('Predictions could not be written to the database')
-            pause = min(2*pause, 30)
-    if eng: eng.dispose()
+            pause = min(2*pause, _MAX_PAUSE)
+    if engine: engine.dispose()
 
 # %% ../../nbs/serve/19_prediction_log.ipynb #760c9e51
 @contextlib.contextmanager
 def load_in_background(
-    s: Settings, # home and catalog
-    interval: float = 1., # seconds between two looks for files
+    s: Settings, # uses home and catalog_url
+    interval: float = 1., # seconds between two attempts
 ):
     "Load log files on a thread for the length of a `with`, and once more at its end."
     ended = Event()
@@ -157,9 +166,9 @@ def load_in_background(
         thread.join(10)
 
 def load_until_terminated(
-    s: Settings, # home and catalog
+    s: Settings, # uses home and catalog_url
 ):
-    "Load log files until SIGTERM, and once more then; for a process of its own. Ctrl-C is left to the supervisor."
+    "Load log files until SIGTERM, and then once more; runs in a process of its own, and leaves Ctrl-C to its parent."
     terminated = Event()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -169,64 +178,75 @@ def load_until_terminated(
 # %% ../../nbs/serve/19_prediction_log.ipynb #4e4c2b4f
 def select_latest_feedback() -> sa.Subquery:
     "The newest label for each prediction."
-    newest = sa.select(feedback.c.prediction_id, sa.func.max(feedback.c.timestamp).label('at'))
-    newest = newest.group_by(feedback.c.prediction_id).subquery()
-    is_newest = sa.and_(feedback.c.prediction_id == newest.c.prediction_id, feedback.c.timestamp == newest.c.at)
-    labels = sa.select(feedback.c.prediction_id, sa.func.max(feedback.c.label).label('label')).join(newest, is_newest)
-    return labels.group_by(feedback.c.prediction_id).subquery()
+    columns = feedback.c
+    newest = sa.select(columns.prediction_id, sa.func.max(columns.timestamp).label('newest_time'))
+    newest = newest.group_by(columns.prediction_id).subquery()
+    is_newest = sa.and_(columns.prediction_id == newest.c.prediction_id, columns.timestamp == newest.c.newest_time)
+    # two labels of the same time: the last in the alphabet counts
+    labels = sa.select(columns.prediction_id, sa.func.max(columns.label).label('label')).join(newest, is_newest)
+    return labels.group_by(columns.prediction_id).subquery()
 
 def count_correct(
-    eng: sa.Engine, # catalog
-    since: datetime | None = None, # UTC; None: all
-    model: str | None = None, # its name; None: all
+    engine: sa.Engine, # from `open_prediction_log`
+    since: datetime | None = None, # UTC time of the first prediction that counts; None: all count
+    model: str | None = None, # name of the model; None: all models
 ) -> list[dict]: # version, variant, n, right
-    "How many predictions got feedback, and how many of them were right, by version and variant."
-    p, truth = predictions.c, select_latest_feedback()
-    predicted = sa.case((p.novel, 'neither'), else_=p.prediction)
+    "The number of predictions with feedback, and how many of them were right, by version and variant."
+    columns = predictions.c
+    truth = select_latest_feedback()
+    predicted = sa.case((columns.novel, 'neither'), else_=columns.prediction)
     right = sa.func.sum(sa.case((predicted == truth.c.label, 1), else_=0)).label('right')
-    query = sa.select(p.version, p.variant, sa.func.count().label('n'), right)
-    query = query.join(truth, truth.c.prediction_id == p.id).group_by(p.version, p.variant)
-    if since: query = query.where(p.timestamp >= since)
-    if model: query = query.where(p.model == model)
-    with eng.connect() as c: return [dict(r._mapping, right=int(r.right)) for r in c.execute(query)]
+    query = sa.select(columns.version, columns.variant, sa.func.count().label('n'), right)
+    query = query.join(truth, truth.c.prediction_id == columns.id).group_by(columns.version, columns.variant)
+    if since: query = query.where(columns.timestamp >= since)
+    if model: query = query.where(columns.model == model)
+    with engine.connect() as connection: rows = connection.execute(query).all()
+    return [dict(row._mapping, right=int(row.right)) for row in rows]
 
 # %% ../../nbs/serve/19_prediction_log.ipynb #21d3b7c8
+_BATCH = 500 # samples per query, because databases limit the length of a statement
+
 def _choose(ids: list, n: int, seed: int) -> list:
-    "At most n of some ids, at random, in their order."
+    "At most `n` of some ids, chosen at random, in the same order."
     if len(ids) <= n: return ids
     chosen = random.Random(seed).sample(range(len(ids)), n)
     return [ids[i] for i in sorted(chosen)]
 
 def read_recent_samples(
-    eng: sa.Engine, # catalog
-    model: str, # name
-    version: str, # of it: embeddings of two versions cannot be compared
-    since: datetime, # UTC
-    n: int, # at most
-    seed: int = 42, # of the choice
+    engine: sa.Engine, # from `open_prediction_log`
+    model: str, # name of the model
+    version: str, # version of the model; embeddings of different versions cannot be compared
+    since: datetime, # UTC time of the oldest sample
+    n: int, # largest number of samples
+    seed: int = 42, # seed of the random choice
 ) -> list[dict]: # id, stats (dict) and embedding (bytes or None), oldest first
     "Some of the samples since a time, chosen at random."
-    t, found = samples.c, {}
-    matching = sa.select(t.id).where(t.model == model, t.version == version, t.timestamp >= since)
-    with eng.connect() as c:
-        ids = _choose(list(c.scalars(matching.order_by(t.timestamp, t.id))), n, seed)
-        for k in range(0, len(ids), 500): # a database limits the length of a statement
-            chosen = sa.select(t.id, t.stats, t.embedding).where(t.id.in_(ids[k:k+500]))
-            found |= {r.id: dict(id=r.id, stats=json.loads(r.stats), embedding=r.embedding) for r in c.execute(chosen)}
-    return [found[id] for id in ids if id in found]
+    columns = samples.c
+    matching = sa.select(columns.id).where(
+        columns.model == model, columns.version == version, columns.timestamp >= since)
+    sample_of = {} # id → sample
+    with engine.connect() as connection:
+        all_ids = list(connection.scalars(matching.order_by(columns.timestamp, columns.id)))
+        ids = _choose(all_ids, n, seed)
+        for i in range(0, len(ids), _BATCH):
+            chosen = sa.select(columns.id, columns.stats, columns.embedding).where(columns.id.in_(ids[i:i+_BATCH]))
+            for row in connection.execute(chosen):
+                sample_of[row.id] = dict(id=row.id, stats=json.loads(row.stats), embedding=row.embedding)
+    return [sample_of[id] for id in ids if id in sample_of] # one may have been deleted in the meantime
 
 # %% ../../nbs/serve/19_prediction_log.ipynb #feb9f9cf
 def delete_old_samples(
-    eng: sa.Engine, # catalog
-    model: str, # name
-    before: datetime, # UTC
-    keep: int, # how many may stay at most
-) -> int: # how many were removed
-    "Remove the samples that are older than a time, and the oldest of those that are too many."
-    t = samples.c
-    newest_excess = sa.select(t.timestamp).where(t.model == model).order_by(t.timestamp.desc()).offset(keep).limit(1)
-    with eng.begin() as c:
-        last = c.scalar(newest_excess)
-        is_old = t.timestamp < before
-        if last is not None: is_old = sa.or_(is_old, t.timestamp <= last)
-        return c.execute(sa.delete(samples).where(t.model == model, is_old)).rowcount
+    engine: sa.Engine, # from `open_prediction_log`
+    model: str, # name of the model
+    before: datetime, # UTC time; older samples are removed
+    keep: int, # largest number of samples that stay
+) -> int: # number of samples that were removed
+    "Remove the samples that are older than a time, and of the others the oldest if there are too many."
+    columns = samples.c
+    newest_first = sa.select(columns.timestamp).where(columns.model == model).order_by(columns.timestamp.desc())
+    first_excess = newest_first.offset(keep).limit(1) # the newest of the samples that are too many
+    with engine.begin() as connection:
+        excess_time = connection.scalar(first_excess)
+        is_old = columns.timestamp < before
+        if excess_time is not None: is_old = sa.or_(is_old, columns.timestamp <= excess_time)
+        return connection.execute(sa.delete(samples).where(columns.model == model, is_old)).rowcount

@@ -14,13 +14,13 @@ from urllib.parse import quote
 from uuid import uuid4
 
 # %% ../../nbs/serve/03_request_log.ipynb #ee1d06cc
-request_id = ContextVar('request_id', default='') # of the request that is being answered
+request_id = ContextVar('request_id', default='') # id of the request in progress; '' outside of requests
 
-# made once, because `json.dumps` would make an encoder for each call
+# created once, because `json.dumps` with options creates an encoder for each call
 _encode_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 class JsonFormatter(logging.Formatter):
-    "Log records as JSON, one a line. The attribute `about` of a record holds more fields."
+    "Formats each log record as a line of JSON. The attribute `about` of a record is a dict of further fields."
     def format(self, record):
         timestamp = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec='milliseconds')
         fields = dict(time=timestamp, level=record.levelname.lower(), logger=record.name, message=record.getMessage(),
@@ -30,10 +30,11 @@ class JsonFormatter(logging.Formatter):
 
 # %% ../../nbs/serve/03_request_log.ipynb #6d89953d
 class TextFormatter(logging.Formatter):
-    "Log records as text, each with the first letters of the request's id."
+    "Formats log records as text, each with the first eight characters of the request's id."
     def format(self, record):
-        text, name = super().format(record), request_id.get()
-        return f'{text}  [{name[:8]}]' if name else text
+        text = super().format(record)
+        id = request_id.get()
+        return f'{text}  [{id[:8]}]' if id else text
 
 # %% ../../nbs/serve/03_request_log.ipynb #3d9eb93f
 def log_config(
@@ -42,25 +43,27 @@ def log_config(
 ) -> dict: # for `logging.config.dictConfig`
     "The logging configuration of a server, which logs to standard error."
     is_json = style == 'json' or (style == 'auto' and not sys.stderr.isatty())
-    text = {'()': TextFormatter, 'fmt': '%(asctime)s %(levelname)-7s %(message)s', 'datefmt': '%H:%M:%S'}
+    text_formatter = {'()': TextFormatter, 'fmt': '%(asctime)s %(levelname)-7s %(message)s', 'datefmt': '%H:%M:%S'}
+    formatter = {'()': JsonFormatter} if is_json else text_formatter
     handler = {'class': 'logging.StreamHandler', 'formatter': 'line', 'stream': 'ext://sys.stderr'}
     levels = dict(plant_mlops=level, uvicorn='WARNING')
     return dict(
         version=1,
         disable_existing_loggers=False,
-        formatters=dict(line={'()': JsonFormatter} if is_json else text),
+        formatters=dict(line=formatter),
         handlers=dict(err=handler),
         loggers={name: dict(handlers=['err'], level=level, propagate=False) for name, level in levels.items()})
 
 # %% ../../nbs/serve/03_request_log.ipynb #d781ff3b
 def route_name(
-    scope: dict, # of ASGI, after routing
+    scope: dict, # ASGI scope of a request, after routing
 ) -> str: # path as declared, such as /models/{name}; 'other' if no route matched
     "The name under which a request is counted."
-    path = 'endpoint' in scope and getattr(scope.get('route'), 'path', '')
+    if 'endpoint' not in scope: return 'other'
+    path = getattr(scope.get('route'), 'path', '')
     if not path: return 'other'
     root = scope.get('root_path', '')
-    mounted_at = root.removeprefix(scope.get('app_root_path', root)) # where one app is mounted in another
+    mounted_at = root.removeprefix(scope.get('app_root_path', root)) # path at which one app is mounted in another
     return mounted_at + path
 
 # %% ../../nbs/serve/03_request_log.ipynb #a9709cbe
@@ -73,43 +76,63 @@ SECURITY_HEADERS = {
 
 _raw_security_headers = [(k.lower().encode(), v.encode()) for k, v in SECURITY_HEADERS.items()]
 
-def _answer_headers(headers: list, name: str) -> list:
-    "Headers of an answer with the request's id and the security headers, where the app has not set them."
-    present = {k for k, _ in headers}
-    missing = [(k, v) for k, v in _raw_security_headers if k not in present]
-    return [*headers, (b'x-request-id', name.encode()), *missing]
+def _response_headers(headers: list, id: str) -> list:
+    "The headers of a response, with the request's id and those security headers that the app has not set itself."
+    present = {name for name, _ in headers}
+    missing = [(name, value) for name, value in _raw_security_headers if name not in present]
+    return [*headers, (b'x-request-id', id.encode()), *missing]
 
 # %% ../../nbs/serve/03_request_log.ipynb #5c02d3db
 def _request_id_of(scope: dict) -> str:
-    "The id that the client sent, if it is well formed, else a new one."
+    "The id that the client sent if it is well formed, otherwise a new one."
     sent = next((value.decode('latin-1') for key, value in scope['headers'] if key == b'x-request-id'), '')
     return sent if re.fullmatch(r'[\w.:-]{1,64}', sent, re.ASCII) else uuid4().hex
 
-# %% ../../nbs/serve/03_request_log.ipynb #7c7a8397
+# %% ../../nbs/serve/03_request_log.ipynb #c09a6082
 log = logging.getLogger('plant_mlops.requests')
 
+def _record_request(
+    metrics, # `Metrics` of the server
+    scope: dict, # ASGI scope of the request, after routing
+    status: int, # HTTP status of the response
+    seconds: float, # from the request to the end of the response
+):
+    "Count a request in the metrics, and log it."
+    route, method = route_name(scope), scope['method']
+    counted_method = method if method in ('GET', 'POST', 'HEAD') else 'other'
+    metrics.requests.labels(route, counted_method, status).inc()
+    metrics.request_seconds.labels(route).observe(seconds)
+    path = quote(scope['path'], safe='/') # a line break in a path must not become one in the log
+    client = (scope.get('client') or [None])[0]
+    ms = 1000*seconds
+    about = dict(method=method, path=path, status=status, ms=round(ms, 1), client=client)
+    log.info('%s %s %s %.0f ms', method, path, status, ms, extra=dict(about=about))
+
+# %% ../../nbs/serve/03_request_log.ipynb #7c7a8397
 class RequestMiddleware:
-    "ASGI middleware: a request id, headers, metrics, and a line in the log."
+    "ASGI middleware that gives each request an id, adds headers to its response, counts, times and logs it."
     def __init__(self,
-        app, # ASGI app that answers
-        metrics, # `Metrics`
+        app, # ASGI app that handles the requests
+        metrics, # `Metrics` of the server
     ):
         self.app = app
         self.metrics = metrics
 
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http': return await self.app(scope, receive, send)
-        start, status = time.perf_counter(), 500
-        scope['request_id'] = name = _request_id_of(scope)
+        start = time.perf_counter()
+        status = 500 # until a response begins
+        id = _request_id_of(scope)
+        scope['request_id'] = id
 
         async def send_with_headers(message):
             nonlocal status
             if message['type'] == 'http.response.start':
                 status = message['status']
-                message['headers'] = _answer_headers(message['headers'], name)
+                message['headers'] = _response_headers(message['headers'], id)
             await send(message)
 
-        token = request_id.set(name)
+        token = request_id.set(id)
         self.metrics.in_flight.inc()
         try: await self.app(scope, receive, send_with_headers)
         except Exception:
@@ -117,17 +140,5 @@ class RequestMiddleware:
             raise
         finally:
             self.metrics.in_flight.dec()
-            self._record(scope, status, time.perf_counter() - start)
+            _record_request(self.metrics, scope, status, time.perf_counter() - start)
             request_id.reset(token)
-
-    def _record(self, scope, status, seconds):
-        "Count a request, and log it."
-        route, method = route_name(scope), scope['method']
-        counted_method = method if method in ('GET', 'POST', 'HEAD') else 'other'
-        self.metrics.requests.labels(route, counted_method, status).inc()
-        self.metrics.request_seconds.labels(route).observe(seconds)
-        path = quote(scope['path'], safe='/') # a line break in a path must not become one in the log
-        client = (scope.get('client') or [None])[0]
-        ms = 1000*seconds
-        about = dict(method=method, path=path, status=status, ms=round(ms, 1), client=client)
-        log.info('%s %s %s %.0f ms', method, path, status, ms, extra=dict(about=about))

@@ -55,14 +55,22 @@ def _body(content: dict) -> dict:
 
 # %% ../../nbs/serve/14_routes.ipynb #2c4570d7
 _DESCRIPTIONS = {
-    400: 'Nothing sent', 401: 'The wrong token', 403: 'No token is set', 408: 'Sent too slowly', 413: 'Too large',
-    415: 'Not a photo', 422: 'A broken photo', 429: 'Too many at a time', 503: 'No model yet',
+    400: 'The body is empty, or the form is broken',
+    401: 'The token is missing or wrong',
+    403: 'The server has no token',
+    408: 'The request did not arrive in time',
+    413: 'The body is too large',
+    415: 'The body is not a photo',
+    422: 'The input cannot be decoded',
+    429: 'Too many requests are waiting',
+    503: 'No model serves',
 }
 
 def _problems(*statuses: int) -> dict:
-    "The description of errors, for `responses`; without statuses, of all."
+    "The description of some errors, for `responses`; of all errors if no status is given."
     content = {'application/problem+json': dict(schema=Problem.model_json_schema())}
-    return {status: dict(description=_DESCRIPTIONS[status], content=content) for status in statuses or _DESCRIPTIONS}
+    statuses = statuses or _DESCRIPTIONS
+    return {status: dict(description=_DESCRIPTIONS[status], content=content) for status in statuses}
 
 # %% ../../nbs/serve/14_routes.ipynb #ae071d4e
 _bool = TypeAdapter(bool)
@@ -75,11 +83,12 @@ def _wants_heatmap(request: Request) -> bool:
 def add_predict_route(
     app: FastAPI, # from `create_app`
 ):
-    "Answer `POST /predict`, without FastAPI."
+    "Add the route that handles `POST /predict`, in front of all others."
     async def predict(request: Request):
-        request.scope['route'] = route
+        request.scope['route'] = route # the request is counted under its path
         answer = await predict_request(request, _wants_heatmap(request))
         return Response(to_json(answer), media_type='application/json')
+
     route = Route('/predict', predict, methods=['POST'])
     app.router.routes.insert(0, route)
 
@@ -88,9 +97,9 @@ def add_predict_route(
 def _drawn_photo() -> bytes: return draw_jpeg(LABELS[0], 0, 0)
 
 def demo_input(
-    model: Model, # that will answer
-) -> tuple: # a photo's bytes or a list of numbers, and a file name or None
-    "A drawn photo; for a model of numbers its example, or random numbers."
+    model: Model, # model that will predict
+) -> tuple: # bytes of a photo or list of numbers, and file name or None
+    "A drawn photo; for a model of numbers the example in its metadata, or random numbers."
     if model.kind == 'image': return _drawn_photo(), 'synthetic.jpg'
     return model.spec.get('example') or golden_input(model)[0].tolist(), None
 
@@ -98,21 +107,22 @@ def demo_input(
 def add_prediction_routes(
     app: FastAPI, # from `create_app`
 ):
-    "`/predict` and its variants."
+    "Add `/predict`, `/predict/batch` and `/predict/demo`."
     post = partial(app.post, tags=['Predictions'], responses=_problems(), response_model_exclude_unset=True)
 
-    @post('/predict', summary='Answer for one photo', openapi_extra=_body(_ONE_INPUT))
+    # only the description: `add_predict_route` adds the route that handles the requests
+    @post('/predict', summary='Predict one input', openapi_extra=_body(_ONE_INPUT))
     async def predict(
         request: Request,
-        heatmap: Annotated[bool, Query(description='Say where the model saw the class')] = False,
+        heatmap: Annotated[bool, Query(description='Include a heatmap of where the model saw the class')] = False,
     ) -> Answer:
-        "The most probable class of a photo or a row of numbers, and the probability of each." # see `add_predict_route`
+        "The most probable class of a photo or a row of numbers, and the probability of each class."
 
-    @post('/predict/batch', summary='Answer for many in one request', openapi_extra=_body(_MANY_INPUTS))
+    @post('/predict/batch', summary='Predict many inputs in one request', openapi_extra=_body(_MANY_INPUTS))
     async def predict_batch(request: Request) -> Answers:
-        return await predict_batch_request(request) # FastAPI passes on a `Response` as it is
+        return await predict_batch_request(request) # if this is a `Response`, FastAPI does not validate it
 
-    @app.get('/predict/demo', tags=['Predictions'], summary='Answer for a made-up input, to see that all is well',
+    @app.get('/predict/demo', tags=['Predictions'], summary='Predict a built-in input, to check the server',
              responses=_problems(503), response_model_exclude_unset=True)
     async def predict_demo() -> Answer:
         model = serving_model(app)
@@ -122,17 +132,17 @@ def add_prediction_routes(
 
 # %% ../../nbs/serve/14_routes.ipynb #becbee9f
 def require_token(
-    request: Request, # with the token in its header
-    also: str = '', # another token that is accepted
+    request: Request, # request that should have a token in its header
+    page_token: str = '', # token of the server's page, if it is accepted too
 ):
-    "Raises 401 if the token is wrong, 403 if none is set."
+    "Check the token of a request; raises 401 if it is missing or wrong, 403 if the server has none."
     token = request.app.state.settings.token.get_secret_value()
-    accepted = [t for t in (token, also) if t]
+    accepted = list(filter(None, (token, page_token)))
     if not accepted:
         raise HTTPException(403, 'This route is closed, because no token is set. Set PLANT_TOKEN for the server, '
                                  'and send it as "Authorization: Bearer …".')
     sent = request.headers.get('authorization', '').encode()
-    matches = [hmac.compare_digest(sent, f'Bearer {t}'.encode()) for t in accepted]
+    matches = [hmac.compare_digest(sent, f'Bearer {token}'.encode()) for token in accepted]
     if not any(matches):
         raise HTTPException(401, 'The token is missing or wrong. Send it as "Authorization: Bearer …".',
                             {'WWW-Authenticate': 'Bearer'})
@@ -140,10 +150,11 @@ def require_token(
 # %% ../../nbs/serve/14_routes.ipynb #540df2a7
 def record_feedback(
     app: FastAPI, # from `create_app`
-    truth: Truth, # about one prediction
+    truth: Truth, # true label for one prediction
 ):
-    "Log a true label; raises 422 if the model does not know it, 503 if predictions are not logged."
-    state, labels = app.state, true_labels(serving_model(app).classes)
+    "Log a true label; raises 422 if it is not a class of the model or \"neither\", 503 if predictions are not logged."
+    state = app.state
+    labels = true_labels(serving_model(app).classes)
     if not state.spool:
         raise HTTPException(503, 'This server keeps no log of its predictions. Set PLANT_LOG_PREDICTIONS=true.')
     if truth.label not in labels:
@@ -153,13 +164,13 @@ def record_feedback(
                     label=truth.label)
 
 # %% ../../nbs/serve/14_routes.ipynb #622dedee
-_MAX_FEEDBACK = 10_000 # bytes
+_MAX_FEEDBACK = 10_000 # largest size of a body, in bytes
 
 def add_feedback_route(
     app: FastAPI, # from `create_app`
 ):
-    "`POST /feedback`."
-    @app.post('/feedback', tags=['Predictions'], status_code=202, summary='Say what it really was',
+    "Add `POST /feedback`."
+    @app.post('/feedback', tags=['Predictions'], status_code=202, summary='Send the true label for a prediction',
               responses=_problems(401, 403, 413, 422, 503),
               openapi_extra=_body({'application/json': dict(schema=Truth.model_json_schema())}))
     async def give_feedback(request: Request) -> Truth:
@@ -172,38 +183,38 @@ def add_feedback_route(
 
 # %% ../../nbs/serve/14_routes.ipynb #355a5b4d
 def model_health(
-    app: FastAPI, # of one model
+    app: FastAPI, # app of one model
 ) -> Health:
-    "Whether there is a model, and which version."
-    live = app.state.live
-    model, error = live.model, live.error
+    "Whether a model serves, and which version."
+    model, error = app.state.live.model, app.state.live.error
     return Health(
         status='ok', ready=model is not None, model_version=model and model.version, detail=error and str(error))
 
 def add_service_routes(
     app: FastAPI, # from `create_app`
 ):
-    "`/health`, `/ready`, `/model/info`, `/reload` and `/metrics`."
-    get, post = partial(app.get, tags=['Service']), partial(app.post, tags=['Service'])
+    "Add `/health`, `/ready`, `/model/info`, `/reload` and `/metrics`."
+    get = partial(app.get, tags=['Service'])
+    post = partial(app.post, tags=['Service'])
 
-    @get('/health', summary='Is the server up, and has it a model?')
+    @get('/health', summary='Check that the server is up')
     async def health() -> Health: return model_health(app)
 
-    @get('/ready', summary='Can it answer?', responses=_problems(503))
+    @get('/ready', summary='Check that the server can predict', responses=_problems(503))
     async def ready() -> Health:
-        serving_model(app)
+        serving_model(app) # raises if there is none
         return model_health(app)
 
-    @get('/model/info', summary='What serves: classes, figures, data', responses=_problems(503))
+    @get('/model/info', summary='Describe the model that serves', responses=_problems(503))
     async def model_info() -> dict: return describe_model(app.state.live)
 
-    @post('/reload', summary='Look at once whether another model is in production', responses=_problems(401, 403))
+    @post('/reload', summary='Load the model in production now', responses=_problems(401, 403))
     async def reload(request: Request) -> Health:
         require_token(request)
         await app.state.reload()
         return model_health(app)
 
-    @get('/metrics', summary='Figures for Prometheus', response_class=Response)
+    @get('/metrics', summary='Metrics for Prometheus', response_class=Response)
     async def metrics():
         text = await to_thread.run_sync(render_metrics, app.state.metrics.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
@@ -212,13 +223,13 @@ def add_service_routes(
 def has_ui(
     app: FastAPI, # from `create_app`
 ) -> bool:
-    "Whether the app passes `/ui` on to a page."
+    "Whether the app has a page at `/ui`."
     return any(getattr(route, 'path', '').startswith('/ui') for route in app.routes)
 
 def add_home_page(
     app: FastAPI, # from `create_app`
 ):
-    "`/`, and its icon."
+    "Add the home page at `/`, and its icon."
     @app.get('/favicon.ico', include_in_schema=False)
     async def icon():
         return Response(LEAF_ICON, media_type='image/svg+xml', headers={'Cache-Control': 'max-age=86400'})
@@ -229,4 +240,5 @@ def add_home_page(
         try: model = serving_model(app)
         except PlantError as e: error = str(e)
         is_mounted = 'app_root_path' in request.scope # at /models/NAME, where there is no page
-        return home_html(model, str(request.url.replace(query='')), has_ui(app) and not is_mounted, error)
+        url = str(request.url.replace(query=''))
+        return home_html(model, url, has_ui(app) and not is_mounted, error)

@@ -37,7 +37,7 @@ TOLERANCE = 1e-5 # largest difference of a probability between scikit-learn and 
 
 def _export_checked(
     model: Pipeline, # scaler and classifier
-    examples: pd.DataFrame, # examples to compare on; the last becomes the file's example
+    examples: pd.DataFrame, # examples to compare on, of which the last is stored in the file
     **metadata, # further metadata, with keys of `METADATA_TYPES`
 ) -> onnx.ModelProto: # model file, without a version
     "Convert a model and check the file; raises `PlantError` where its predictions differ."
@@ -54,8 +54,9 @@ def training_recipe(
     s: Settings, # settings
     kind: str, # kind of classifier, a key of `CLASSIFIERS`
 ) -> dict: # name → value
-    "All parameters that the model depends on, besides the days; raises `PlantError` for an unknown kind."
-    return dict(arch=kind, seed=s.seed, classifier=' '.join(str(new_classifier(kind, s.seed)).split()))
+    "All parameters that determine the model, except the days; raises `PlantError` for an unknown kind."
+    classifier = str(new_classifier(kind, s.seed))
+    return dict(arch=kind, seed=s.seed, classifier=' '.join(classifier.split())) # without line breaks
 
 # %% ../../nbs/stocks/04_train.ipynb #f55429ed
 def _record_training(

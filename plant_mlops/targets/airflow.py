@@ -7,8 +7,10 @@ __all__ = ['JSON_TYPES', 'operator_class', 'json_type', 'dags']
 
 # %% ../../nbs/targets/00_airflow.ipynb #788bc367
 import json, logging, os, subprocess
+from collections import defaultdict
 from datetime import timedelta
 from functools import cache
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
@@ -23,7 +25,7 @@ def _archive_report(
     kernel: str, # name of the training environment's kernel
     file: Path, # executed notebook
 ):
-    "Archive a report with the Python of the training environment; a failure is only logged, without repeating the job."
+    "Archive a report with the Python of the training environment; an error is logged and does not fail the task."
     from jupyter_client.kernelspec import get_kernel_spec
     log = logging.getLogger(__name__)
     try:
@@ -33,17 +35,21 @@ def _archive_report(
     except Exception as e:
         log.warning('The report of %s was not archived: %s', file.stem, getattr(e, 'stderr', '') or e)
 
+# %% ../../nbs/targets/00_airflow.ipynb #2e6f2535
+def _notebook_parameters(job: str, dag_parameters: dict) -> dict:
+    "The parameters of a DAG that have a value and that the notebook of a job declares."
+    declared = parameters_of(find_job(settings(), job))
+    return {name: value for name, value in dag_parameters.items() if name in declared and value is not None}
+
 @cache
 def operator_class() -> type:
-    "The operator of all tasks: papermill's, for jobs."
+    "The operator of all tasks; a function, because its base class is imported from Airflow."
     from airflow.providers.papermill.operators.papermill import PapermillOperator
     class JobOperator(PapermillOperator):
-        "The job that has the name of the task."
+        "Executes the notebook of the job that has the name of the task."
         def execute(self, context):
-            known = parameters_of(find_job(settings(), self.task_id))
             run_id = new_run_id(self.task_id)
-            given = {k: v for k, v in context['params'].items() if k in known and v is not None}
-            self.parameters = given | (self.parameters or {})
+            self.parameters = _notebook_parameters(self.task_id, context['params']) | (self.parameters or {})
             why = f"airflow {context['run_id']}"[:200]
             os.environ['JOB_CONTEXT'] = json.dumps(dict(run=run_id, why=why, attempt=context['ti'].try_number))
             with TemporaryDirectory() as folder:
@@ -61,8 +67,8 @@ def operator_class() -> type:
 JSON_TYPES = {str: 'string', int: 'integer', float: 'number', bool: 'boolean'}
 
 def json_type(
-    kind, # type of a parameter: str, int | None …
-) -> str | list: # of a JSON schema
+    kind, # type of a parameter, such as `str` or `int | None`
+) -> str | list: # name of the type, or list of two names for one that may be null
     "The JSON schema type of a Python type."
     options = get_args(kind) or (kind,)
     name = JSON_TYPES[next(option for option in options if option in JSON_TYPES)]
@@ -73,29 +79,33 @@ def json_type(
 def _dag_params(
     jobs: list, # jobs of a group
 ) -> dict: # name → Param
-    "The parameters of a group of jobs; `shard` is replaced by the number of shards."
+    "The parameters of a group of jobs; `shard`, a part of the work, is replaced by `shards`, the number of parts."
     from airflow.sdk import Param
-    known = {k: p for j in jobs for k, p in parameters_of(j).items()}
-    has_shards = known.pop('shard', None)
-    params = {k: Param(p.default, p.description, type=json_type(p.type)) for k, p in known.items()}
-    shards = Param(settings().ingest_shards, 'Parts of the work, each for a worker', type='integer', minimum=1)
-    return params | (dict(shards=shards) if has_shards else {})
+    declared = {}
+    for job in jobs: declared |= parameters_of(job)
+    has_shards = declared.pop('shard', None)
+    params = {name: Param(p.default, p.description, type=json_type(p.type)) for name, p in declared.items()}
+    if has_shards:
+        n_shards = settings().ingest_shards
+        params['shards'] = Param(n_shards, 'Parts of the work, each for a worker', type='integer', minimum=1)
+    return params
 
 # %% ../../nbs/targets/00_airflow.ipynb #7d2218c5
 def _airflow_asset(name: str):
+    "An asset of the job table as an Airflow asset."
     from airflow.sdk import Asset
     return Asset(name=name, uri=f'plant://{name}')
 
 def _dag_schedule(
     jobs: list, # jobs of a group
 ):
-    "The `schedule` of the DAG of a group; None: unscheduled."
+    "The `schedule` of a group's DAG; None if it has neither a cron schedule nor a trigger."
     from airflow.sdk import AssetAny, AssetOrTimeSchedule, CronTriggerTimetable
-    produced = {a for j in jobs for a in j.produces}
-    triggers = sorted({a for j in jobs for a in j.triggers} - produced)
-    crons = [schedule_of(settings(), j) for j in jobs]
+    produced = {asset for job in jobs for asset in job.produces}
+    triggers = {asset for job in jobs for asset in job.triggers} - produced
+    crons = [schedule_of(settings(), job) for job in jobs]
     cron = next(filter(None, crons), None)
-    assets = AssetAny(*map(_airflow_asset, triggers)) if triggers else None
+    assets = AssetAny(*map(_airflow_asset, sorted(triggers))) if triggers else None
     timetable = CronTriggerTimetable(cron, timezone='UTC', run_immediately=timedelta()) if cron else None
     if timetable and assets: return AssetOrTimeSchedule(timetable=timetable, assets=assets)
     return timetable or assets
@@ -105,13 +115,14 @@ def _dag_task(
     job: Job, # job from the job table
     retries: int | None, # number of retries; None: as in the job table
 ):
-    "The task of a job; one for each shard where its notebook has that parameter."
+    "The task of a job, or its mapped tasks if its notebook has the parameter `shard`."
     from airflow.sdk import task
     options = dict(
         task_id=job.name, doc_md=job.description,
         input_nb=str(notebook_of(job)), kernel_name=settings().airflow_kernel, log_output=True,
         inlets=[*map(_airflow_asset, job.consumes)], outlets=[*map(_airflow_asset, job.produces)],
-        execution_timeout=timedelta(seconds=job.timeout + 180), retries=job.retries if retries is None else retries,
+        execution_timeout=timedelta(seconds=job.timeout + 180),
+        retries=job.retries if retries is None else retries,
         retry_delay=timedelta(minutes=1), retry_exponential_backoff=2)
     if 'shard' not in parameters_of(job): return operator_class()(**options)
     @task
@@ -120,6 +131,7 @@ def _dag_task(
         return [dict(shard=f'{i}/{n}') for i in range(1, n + 1)]
     return operator_class().partial(**options).expand(parameters=shards())
 
+# %% ../../nbs/targets/00_airflow.ipynb #819ff8cc
 def _group_dag(
     group: str, # name of the group
     jobs: list, # jobs of the group
@@ -127,20 +139,18 @@ def _group_dag(
 ):
     "The DAG of a group."
     from airflow.sdk import DAG
-    description = '. '.join(j.description for j in jobs)
+    description = '. '.join(job.description for job in jobs)
     with DAG(group, description=description, schedule=_dag_schedule(jobs), params=_dag_params(jobs), catchup=False,
              max_active_runs=1, tags=['plant_mlops']) as dag:
-        tasks = {j.name: _dag_task(j, retries) for j in jobs}
-        for job in jobs:
-            for before in jobs:
-                if set(before.produces) & set(job.triggers): tasks[before.name] >> tasks[job.name]
+        tasks = {job.name: _dag_task(job, retries) for job in jobs}
+        for first, second in product(jobs, jobs):
+            if set(first.produces) & set(second.triggers): tasks[first.name] >> tasks[second.name]
     return dag
 
-# %% ../../nbs/targets/00_airflow.ipynb #1264b92b
 def dags(
     retries: int | None = None, # number of retries of every job; None: as in the job table
 ) -> dict: # group → DAG
     "A DAG for each group of jobs, for a file in Airflow's folder of DAGs."
-    groups = {}
-    for j in jobs_for(settings()): groups.setdefault(j.group, []).append(j)
+    groups = defaultdict(list)
+    for job in jobs_for(settings()): groups[job.group].append(job)
     return {group: _group_dag(group, jobs, retries) for group, jobs in groups.items()}
