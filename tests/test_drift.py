@@ -257,7 +257,7 @@ def test_drift_of_a_model_of_numbers(tmp_path, monkeypatch):
     publish('0')
     with monkeypatch.context() as patch:
         patch.delitem(evaluate.readers, 'features', raising=False)
-        with pytest.raises(PlantError, match='install the workload'): drift(s)
+        with pytest.raises(PlantError, match='Install the workload'): drift(s)
     monkeypatch.setitem(evaluate.readers, 'features', Reader(manifest, read_inputs))
     publish('1')
     model = load_champion(s)
