@@ -97,13 +97,13 @@ def free_port() -> int:
         port = rng.randrange(12_000, 22_000)
         if is_free(port) and is_free(port + 10_000): return port
 
-def wait_for(is_ready, seconds=60, what='server'):
+def wait_for(is_ready, seconds=60, what='server', every=.1):
     "Wait until `is_ready()` is true; an exception counts as false."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(Exception):
             if is_ready(): return
-        time.sleep(.1)
+        time.sleep(every)
     raise TimeoutError(f'{what} was not ready after {seconds} s')
 
 def stop(process):

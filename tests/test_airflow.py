@@ -1,6 +1,7 @@
 "A real Airflow 3 with a real PostgreSQL runs the DAGs of the job table, which start each other by asset events."
 import json, os, subprocess, sys, urllib.request
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 import psutil, pytest
 from helpers import draw_photos, free_port, missing, quick, root, wait_for
@@ -49,7 +50,7 @@ def airflow_variables(url, port, database) -> dict:
         database__sql_alchemy_conn_async=f'postgresql+asyncpg{database}',
         api__host='127.0.0.1', api__port=port, api__base_url=url, api__secret_key=secret, api__workers=1,
         api_auth__jwt_secret=secret,
-        scheduler__scheduler_heartbeat_sec=1, scheduler__job_heartbeat_sec=1, scheduler__scheduler_idle_sleep_time=.2,
+        scheduler__scheduler_heartbeat_sec=1, scheduler__job_heartbeat_sec=1, scheduler__scheduler_idle_sleep_time=1,
         dag_processor__parsing_processes=1, dag_processor__refresh_interval=3600,
         dag_processor__min_file_process_interval=3600, usage_data_collection__enabled=False)
     return {f'AIRFLOW__{name.upper()}': str(value) for name, value in options.items()}
@@ -75,17 +76,21 @@ class Airflow:
         for args in (['api-server'], ['dag-processor'], ['scheduler', '--skip-serve-logs']):
             with open(self.folder/f'{args[0]}.log', 'w') as log:
                 self.processes.append(psutil.Popen([program, *args], **kw, stdout=log, stderr=log))
-        wait_for(self.is_healthy, 180, 'Airflow')
+        wait_for(self.is_healthy, 180, 'Airflow', every=1)
 
     def is_healthy(self) -> bool:
         if self.get('dags')['total_entries'] != len(dag_ids): return False
         return self.get('monitor/health')['scheduler']['status'] == 'healthy'
 
+    @cached_property
+    def token(self) -> str:
+        "Of the user that all requests are made for."
+        with urllib.request.urlopen(f'{self.url}/auth/token', timeout=10) as response:
+            return json.load(response)['access_token']
+
     def request(self, method, path, **body):
         "Response of the REST API."
-        with urllib.request.urlopen(f'{self.url}/auth/token', timeout=10) as response:
-            token = json.load(response)['access_token']
-        headers = {'Authorization': f'Bearer {token}', 'Content-Type': 'application/json'}
+        headers = {'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json'}
         data = json.dumps(body).encode() if body else None
         request = urllib.request.Request(f'{self.url}/api/v2/{path}', data, headers, method=method)
         with urllib.request.urlopen(request, timeout=10) as response: return json.load(response)
@@ -105,7 +110,7 @@ class Airflow:
 
     def wait_for_last_run(self, dag) -> str:
         "State of the last run of a DAG, once it has ended."
-        wait_for(lambda: self.runs(dag)[-1]['state'] in ('success', 'failed'), 300, dag)
+        wait_for(lambda: self.runs(dag)[-1]['state'] in ('success', 'failed'), 300, dag, every=1)
         return self.runs(dag)[-1]['state']
 
     def trigger(self, dag, **conf):
@@ -117,7 +122,7 @@ class Airflow:
 
     def assert_triggered_by_assets(self, dag):
         "Wait for a run of a DAG; it has to succeed, and to have been started by asset events."
-        wait_for(lambda: self.runs(dag), 120, dag)
+        wait_for(lambda: self.runs(dag), 120, dag, every=1)
         assert self.wait_for_last_run(dag) == 'success', dag
         assert self.runs(dag)[0]['run_type'] == 'asset_triggered', dag
 

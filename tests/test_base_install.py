@@ -74,3 +74,8 @@ def test_the_error_of_a_missing_extra_names_it(base, tmp_path, args):
 def test_status_needs_no_extra(base, tmp_path):
     r = run_base(base, tmp_path, 'status', '--json')
     assert r.returncode == 0 and 'Traceback' not in r.stderr
+
+@pytest.mark.parametrize('name', ['ab', 'catalog', 'drift', 'job', 'pipeline', 'promote', 'train'])
+def test_help_needs_no_extra(base, name):
+    r = subprocess.run([base/'bin/plant-mlops', name, '--help'], capture_output=True, text=True)
+    assert r.returncode == 0 and name in r.stdout, r.stderr

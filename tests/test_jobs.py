@@ -1,4 +1,4 @@
-"The jobs as a person, a workflow and a scheduler run them: killed, started twice, with bad parameters, on a full disk."
+"Jobs started by hand, in CI and by the scheduler: killed, started twice, with bad parameters, on a full disk."
 import json, os, shutil, signal, sqlite3, subprocess, sys, time
 from contextlib import suppress
 from datetime import timedelta
@@ -22,7 +22,7 @@ def link_photos(folder):
     return folder
 
 def reports_in_mlflow(s, run_id):
-    "The suffixes of the files that a run in MLflow has of the job `train`."
+    "Suffixes of the artifacts of the job `train` in an MLflow run."
     from plant_mlops.registry.tracking import mlflow_client
     with mlflow_client(s) as c: return {Path(o.path).suffix for o in c.list_artifacts(run_id, 'jobs/train')}
 
@@ -74,9 +74,10 @@ def wait_for_run(s, job, process):
     wait_for(lambda: running(s, job) or process.poll() is not None, 60, job)
     return running(s, job)
 
-def test_a_chain_that_is_killed_in_each_job_is_resumed(tmp_path):
+def test_each_job_succeeds_when_it_is_run_again_after_a_kill(tmp_path):
     s = settings(home=tmp_path/'home')
-    parameters, delay = dict(ingest=['-p', 'synthetic', 200]), dict(ingest=.5, prepare=3) # seconds into its work
+    parameters = dict(ingest=['-p', 'synthetic', 200])
+    delay = dict(ingest=.5, prepare=3) # seconds into its work
     for job in ('ingest', 'prepare', 'train', 'evaluate', 'promote', 'monitor'):
         args = ['job', 'run', job, *parameters.get(job, [])]
         process = start_plant(*args, home=s.home)
@@ -103,16 +104,16 @@ def test_a_job_cannot_run_twice_at_a_time_and_sigterm_cancels_it(tmp_path):
     plant('job', 'run', 'prepare', home=s.home)
     two = [start_plant('job', 'run', 'train', home=s.home, PLANT_EPOCHS='50') for _ in range(2)]
     wait_for(lambda: [p for p in two if p.poll() is not None], 120, 'one of the two')
-    refused, works = sorted(two, key=lambda p: p.poll() is None)
+    refused, accepted = sorted(two, key=lambda p: p.poll() is None)
     run, = history(s, 'train', None)
     message = ' '.join(refused.communicate()[1].split())
     assert refused.returncode == 6
     assert f'train is running already: {run.id}, process {run.pid} on' in message
 
-    works.send_signal(signal.SIGTERM)
-    out, err = works.communicate(timeout=60)
+    accepted.send_signal(signal.SIGTERM)
+    out, err = accepted.communicate(timeout=60)
     run, = history(s, 'train', None)
-    assert works.returncode == 130 and 'Traceback' not in err, (out, err)
+    assert accepted.returncode == 130 and 'Traceback' not in err, (out, err)
     assert (run.status, run.exit) == ('cancelled', 130) and run.report
     wait_for(lambda: not psutil.pid_exists(run.pid), 10, 'the end of the kernel')
 
@@ -192,7 +193,8 @@ def test_ci_fails_if_the_gate_rejects_the_model(tmp_path):
     home, photos, reports = tmp_path/'home', tmp_path/'photos', tmp_path/'reports'
     draw_photos(photos, 35, ['dandelion'])
     draw_photos(tmp_path/'more', 7, ['grass'], seed=1000)
-    shutil.move(tmp_path/'more'/'grass', photos/'grass') # dandelions, too: there is only the most common class to learn
+    # these are dandelion photos too, so the labels cannot be learned
+    shutil.move(tmp_path/'more'/'grass', photos/'grass')
     args = ['job', 'run', 'train', '--ci', '-p', 'photos', photos, '--reports', reports, '--json']
     rows = json.loads(plant_messages(*args, home=home, ok=4).splitlines()[0])
     assert rows[-1]['job'] == 'promote' and not rows[-1]['outputs']['promoted']

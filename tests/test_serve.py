@@ -1,4 +1,4 @@
-"Serving: bad photos, bad requests, a store that is away, and what one prediction costs."
+"Serving: bad photos, bad requests, a store that cannot be reached, and the cost of one prediction."
 import contextlib, json, os, random, signal, socket, struct, subprocess, sys, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +18,8 @@ from plant_mlops.serve.sockets import listen
 
 # -- Photos, good and bad
 
-def two_halves():
-    "Yellow on the left, green on the right, so that a wrong crop or rotation changes the pixels."
+def yellow_and_green():
+    "Yellow on the left two thirds, green on the rest, so that a wrong crop or rotation changes the pixels."
     im = Image.new('RGB', (400, 200), 'green')
     im.paste('gold', (0, 0, 260, 200))
     return im
@@ -28,7 +28,7 @@ def png_chunk(kind, data):
     return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
 
 def huge_png(side=50_000):
-    "The header of a photo of 2.5 thousand million pixels, and almost nothing else."
+    "The header of a photo of 2.5 billion pixels, and almost nothing else."
     header = png_chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0))
     pixels = png_chunk(b'IDAT', zlib.compress(bytes(1000)))
     return b'\x89PNG\r\n\x1a\n' + header + pixels + png_chunk(b'IEND', b'')
@@ -37,7 +37,7 @@ def sideways():
     "A photo on its side whose EXIF says so."
     exif = Image.Exif()
     exif[0x0112] = 6
-    return photo_bytes(two_halves().rotate(90, expand=True), exif=exif)
+    return photo_bytes(yellow_and_green().rotate(90, expand=True), exif=exif)
 
 gold = Image.new('RGB', (320, 240), 'gold')
 green_frames = [Image.new('RGB', (320, 240), 'green')]*3
@@ -69,7 +69,7 @@ bad = {
     'script.svg': b'<svg xmlns="http://www.w3.org/2000/svg"/>',
 }
 
-def scratched(rng, data, changes=20) -> bytes:
+def corrupted(rng, data, changes=20) -> bytes:
     "A file with some bytes changed, cut off somewhere."
     data = bytearray(data)
     for _ in range(rng.randrange(1, changes)): data[rng.randrange(len(data))] = rng.randrange(256)
@@ -104,7 +104,7 @@ def test_16_bit_grey_levels_are_scaled_and_not_clipped(model):
     assert 150 < x.mean() < 160
 
 def test_a_photo_is_rotated_as_its_metadata_says(model):
-    difference = model.decode(sideways()).astype(int) - model.decode(photo_bytes(two_halves()))
+    difference = model.decode(sideways()).astype(int) - model.decode(photo_bytes(yellow_and_green()))
     assert np.abs(difference).mean() < 2
 
 # -- Requests, good and bad
@@ -125,7 +125,7 @@ def test_a_bad_photo_gets_an_error_message(client, name):
 
 def test_randomly_damaged_photos_cause_no_server_error(client):
     rng, photos = random.Random(1), list(good.values())
-    statuses = {client.post('/predict', content=scratched(rng, rng.choice(photos))).status_code for _ in range(400)}
+    statuses = {client.post('/predict', content=corrupted(rng, rng.choice(photos))).status_code for _ in range(400)}
     assert statuses <= {200, 415, 422}
 
 form_type = 'multipart/form-data; boundary=x'
@@ -150,11 +150,11 @@ def memory_of_children(pid) -> float:
     return total/1e6
 
 def test_2000_malformed_bodies_leak_no_memory(tmp_path):
-    "Photos scratched, cut and repeated, in forms and bare: no server error, and the workers do not grow."
+    "Corrupted, cut and repeated photos: no server error, and after 1000 of them the workers do not grow."
     publish_example(settings(home=tmp_path))
     port, rng = free_port(), random.Random(2)
     corpus = [data for data in (good | bad).values() if data]
-    def malformed(): return scratched(rng, rng.choice(corpus), changes=30) * rng.choice([1, 1, 1, 20])
+    def malformed(): return corrupted(rng, rng.choice(corpus), changes=30) * rng.choice([1, 1, 1, 20])
     serve = [*cli, 'serve', '--home', str(tmp_path), '--port', str(port)]
     p = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -168,7 +168,7 @@ def test_2000_malformed_bodies_leak_no_memory(tmp_path):
             statuses |= set(pool.map(send, [malformed() for _ in range(1000)]))
             assert statuses <= {200, 400, 415, 422}
             growth = memory_of_children(p.pid) - before
-            assert growth < 25, f'{growth:.0f} MB' # the second thousand bodies have about 50 MB
+            assert growth < 25, f'{growth:.0f} MB' # the second thousand bodies are about 50 MB in total
             assert c.post('/predict', content=photo_bytes()).status_code == 200
     finally: stop(p)
 
@@ -177,7 +177,8 @@ def test_fuzzing_by_the_openapi_description_finds_no_server_error(kind, model, t
     numbers = linear_model([[2, 0], [0, 1], [-1, 1]], ['up', 'down'], version='1').SerializeToString()
     served = model if kind == 'photos' else Model(numbers)
     with running(create_app(settings(home=tmp_path, token='hush'), served)) as c:
-        command = [programs/'st', 'run', str(c.base_url.join('/openapi.json')), '--checks=not_a_server_error',
+        command = [programs/'st', 'run', # Schemathesis
+                   str(c.base_url.join('/openapi.json')), '--checks=not_a_server_error',
                    '--max-examples=50', '--seed=1', '--no-color', '-H', 'Authorization: Bearer hush']
         r = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-500:]
@@ -204,7 +205,7 @@ def frozen(seaweedfs):
     try: yield
     finally: os.kill(seaweedfs.process.pid, signal.SIGCONT)
 
-def test_a_model_from_s3_is_loaded_from_its_copy_while_s3_is_away(seaweedfs, tmp_path):
+def test_a_model_is_loaded_from_its_local_copy_while_s3_is_unreachable(seaweedfs, tmp_path):
     s = seaweedfs.settings('serving', home=tmp_path)
     with pytest.raises(NoModelError): load_champion(s)
     publish_example(s, '7')
@@ -212,12 +213,12 @@ def test_a_model_from_s3_is_loaded_from_its_copy_while_s3_is_away(seaweedfs, tmp
     publish_example(settings(home=tmp_path), '8')
     assert load_champion(settings(home=tmp_path)).version == '8'
     with frozen(seaweedfs):
-        away = s.model_copy(update=dict(s3_timeout=.5))
+        unreachable = s.model_copy(update=dict(s3_timeout=.5))
         start = time.monotonic()
-        champion = load_champion(away)
-        assert champion.version == '7' and champion.pointer['note'], 'version 8 is a copy from another store'
+        champion = load_champion(unreachable)
+        assert champion.version == '7' and champion.pointer['note'], 'version 8 was copied from another store'
         assert time.monotonic() - start < 20
-        with pytest.raises(StoreError): load_champion(away.model_copy(update=dict(home=tmp_path/'elsewhere')))
+        with pytest.raises(StoreError): load_champion(unreachable.model_copy(update=dict(home=tmp_path/'elsewhere')))
 
 def test_health_responds_while_the_store_hangs(tmp_path):
     with listen('127.0.0.1', 0) as silent:

@@ -140,7 +140,7 @@ def view_doubtful_labels(
     s: Settings, # settings
     dataset, # `Dataset`
 ) -> Iterable: # parts
-    "Photos whose label is probably wrong."
+    "Photos whose label may be wrong."
     from plant_mlops.data.embeddings import load_embeddings
     try: embeddings = load_embeddings(s, dataset.version)
     except NotFound:

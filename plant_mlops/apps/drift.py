@@ -36,7 +36,7 @@ class DriftFinding:
 def read_finding(
     s: Settings, # settings
 ) -> DriftFinding | None: # None where `plant-mlops drift` has not run
-    "The last finding about drift; raises `PlantError` where it cannot be read."
+    "The last finding about drift; raises `PlantError` if it cannot be read."
     try: content = json.loads(open_store(s).get(f'models/{s.model}/drift.json'))
     except NotFound: return None
     except ValueError: content = None

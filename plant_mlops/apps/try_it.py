@@ -28,7 +28,7 @@ def view_answer(
     s: Settings, # settings
     data: bytes, # content of a file
 ) -> Iterable: # parts
-    "The prediction of the model in production for a file; raises `PlantError` where the file cannot be used."
+    "The prediction of the model in production for a file; raises `PlantError` if the file cannot be used."
     if len(data) > s.ingest_max_bytes:
         limit = f'{s.ingest_max_bytes/1e6:g} MB'
         raise PlantError(f'The file is larger than {limit}. Make it smaller, or raise PLANT_INGEST_MAX_BYTES.')

@@ -38,7 +38,7 @@ PortOption = Annotated[Optional[int], typer.Option(help='Port to listen on')]
 def read_shard(
     shard: str, # text such as 2/4
 ) -> tuple: # (i, n): part i of n
-    "The part of the work that `--shard` names; raises `BadParameter` where the text is not valid."
+    "The part of the work that `--shard` names; raises `BadParameter` if the text is not valid."
     from plant_mlops.jobs.parameters import ParameterError, parse_shard
     try: return parse_shard(shard)
     except ParameterError as e: raise typer.BadParameter(str(e), param_hint='--shard') from None

@@ -44,7 +44,7 @@ def history(home: HomeOption = None, as_json: JsonOption = False):
     else: print_table(events, 'Nothing has been promoted yet.')
 
 # %% ../../nbs/cli/05_release.ipynb #aec0b897
-ab_app = new_app('Compare two models in production (an A/B test).')
+ab_app = new_app('Compare two versions on live traffic (an A/B test).')
 app.add_typer(ab_app, name='ab')
 
 @ab_app.command('start')

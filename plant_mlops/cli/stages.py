@@ -68,7 +68,7 @@ def evaluate(version: VersionOption = None, home: HomeOption = None, as_json: Js
 
 # %% ../../nbs/cli/04_stages.ipynb #7aca8449
 def _read_seeds(text: str | None, default: int) -> list:
-    "The seeds that `--seeds` names, or the default one; raises `BadParameter` where the text is not valid."
+    "The seeds that `--seeds` names, or the default one; raises `BadParameter` if the text is not valid."
     if not text: return [default]
     try: return [int(seed) for seed in text.split(',')]
     except ValueError:

@@ -19,7 +19,7 @@ def copy_object(
     target: Store, # store to copy to
     key: str, # key of the object
 ) -> int: # bytes that were copied; 0 where the target has the same
-    "Copy one object unless the target has it; raises `Corrupt` where it is damaged, `NotFound` where it is missing."
+    "Copy one object unless the target has it; raises `Corrupt` if it is damaged, `NotFound` where it is missing."
     existing = target.stat(key)
     if existing and checksum_in_key(key): return 0
     data = source.get(key)

@@ -198,7 +198,7 @@ def _explain(
 def settings(
     **overrides, # values that take precedence over the environment and `.env`; None means not given
 ) -> Settings: # checked settings
-    "The settings from arguments, environment and `.env`; raises `PlantError` where a value is not usable."
+    "The settings from arguments, environment and `.env`; raises `PlantError` if a value is not usable."
     overrides = {name: value for name, value in overrides.items() if value is not None}
     for name in overrides:
         if name in Settings.model_fields: continue

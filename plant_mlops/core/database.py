@@ -149,7 +149,7 @@ def call_with_retry(
     *args, # arguments of the function
     retry_seconds: float = RETRY_SECONDS, # time for which transient errors are retried
 ): # what `f` returns
-    "Call a function of the catalog; raises `PlantError` where the database keeps failing or does not answer."
+    "Call a function of the catalog; raises `PlantError` if the database keeps failing or does not answer."
     retrying = tenacity.Retrying(
         retry=_retry_if_transient, reraise=True, stop=tenacity.stop_after_delay(retry_seconds),
         wait=tenacity.wait_exponential(.3, max=5) + tenacity.wait_random(0, .3)) # with jitter

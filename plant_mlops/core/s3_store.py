@@ -43,7 +43,7 @@ def s3_client(
     s: Settings, # endpoint, keys and timeout
     tries: int = 8, # number of tries of a request: half a minute, in which a server may be restarted
 ): # boto3 client
-    "Client for the configured S3, which retries with backoff; raises `StoreError` where the endpoint is not a URL."
+    "Client for the configured S3, which retries with backoff; raises `StoreError` if the endpoint is not a URL."
     region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION') or 'us-east-1'
     key = s.s3_access_key.get_secret_value()
     secret = s.s3_secret_key.get_secret_value()
@@ -81,7 +81,7 @@ def _raise_s3_errors(
         raise StoreError(f'{key}: {where} cannot be used ({e}). Is it running, and is PLANT_S3_ENDPOINT_URL right? '
                          'Nothing was lost: run again.') from e
 
-# %% ../../nbs/core/06_s3_store.ipynb #22594b38
+# %% ../../nbs/core/06_s3_store.ipynb #8f5dac9f
 class S3Bucket:
     "A bucket of S3, and the prefix of a store's keys within it."
     def __init__(self,
@@ -113,7 +113,7 @@ class S3Bucket:
             with contextlib.suppress(Conflict), _raise_s3_errors(self.bucket, self.where):
                 self.client.create_bucket(Bucket=self.bucket)
 
-# %% ../../nbs/core/06_s3_store.ipynb #1c8918e6
+# %% ../../nbs/core/06_s3_store.ipynb #ee15d264
 _PART_SIZE = 8 << 20 # bytes; that of boto3's uploads
 
 def _put_condition(

@@ -49,7 +49,7 @@ class Stat:
 
 # %% ../../nbs/core/04_store_protocol.ipynb #e3307498
 class Store(Protocol):
-    "Objects by key. Every method raises `StoreError` where the store cannot be used."
+    "Objects by key. Every method raises `StoreError` if the store cannot be used."
     threads: int # number of threads that make sense at the same time
 
     def url(self, key: str) -> str:

@@ -22,7 +22,8 @@ class Reader:
     manifest: Callable # (s, dataset) → DataFrame with id, label, group, and split: train, valid, test or none
     inputs: Callable # (s, dataset, ids, input metadata) → array [N, …] for the model
     stable_groups: bool = False # whether a group has the same name in every dataset, such as a day
-    kind: str = '' # kind of input that this reader also reads for model files that name no workload, such as 'image'
+    # kind of input, such as 'image'; the reader is also used for model files with such an input that name no reader
+    kind: str = ''
 
 # %% ../../nbs/core/01_workload.ipynb #542a40ae
 def _always(s: Settings) -> bool: return True
@@ -62,8 +63,8 @@ class Workload:
     folder: Path | str = '' # folder of its job notebooks
     promote_after: str = 'model' # name of the asset whose change starts promotion
     monitor_schedule: str = '30 * * * *' # cron expression of its monitoring, in UTC; '': unscheduled
-    page: Callable | None = None # (s) → parts of a section of the dashboard
-    catalog: Callable | None = None # (s) → rows of its catalog by status, for `plant-mlops status`
+    page: Callable | None = None # (s) → HTML and widgets of its section of the dashboard
+    catalog: Callable | None = None # (s) → dict of status → number of rows of its catalog, for `plant-mlops status`
     # function for retraining: (s, progress) → dict of trained, dataset and reason, and of version and promoted if a
     # model was trained; None: the jobs are run one after another
     retrain: Callable | None = None
@@ -85,7 +86,7 @@ SHARED_JOBS = ('promote', 'monitor') # jobs that every workload has
 
 def _check_name(w: Workload) -> list:
     "Problems with the name of a workload."
-    reserved = '' if w.default else Settings.model_fields['model'].default # the model of the default workload
+    reserved = '' if w.default else Settings.model_fields['model'].default # name of the default workload's model
     if re.fullmatch('[a-z][a-z0-9]*', w.name) and w.name != reserved: return []
     exception = f', other than {reserved}' if reserved else ''
     return [f'its name, {w.name!r}, has to be one word of lowercase letters and digits{exception}']
@@ -138,8 +139,8 @@ def _validate(
 # %% ../../nbs/core/01_workload.ipynb #4a0430fb
 def _import_named(
     name: str, # name of a value, as module:name
-): # that value
-    "Import a value by its name; raises `PlantError` where that fails."
+): # the imported value
+    "Import a value by its name; raises `PlantError` if that fails."
     module, _, attribute = name.partition(':')
     try: return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as e:
@@ -149,7 +150,7 @@ def _import_named(
 def _import_installed(
     point: EntryPoint, # entry point of an installed package
 ):
-    "The value that an installed package declares; raises `PlantError` where it cannot be loaded."
+    "The value that an installed package declares; raises `PlantError` if it cannot be loaded."
     try: return point.load()
     except Exception as e:
         reason = f'{type(e).__name__}: {e}'
@@ -186,16 +187,16 @@ def _load(
 
 # %% ../../nbs/core/01_workload.ipynb #416a2e4f
 def workloads(
-    s: Settings | None = None, # None: those of the environment
+    s: Settings | None = None, # None: the settings from the environment
 ) -> dict: # name → `Workload`, the default one first
-    "All workloads; raises `PlantError` where one cannot be used."
+    "All workloads; raises `PlantError` if one cannot be used."
     return _load((s or settings()).workloads)
 
 # %% ../../nbs/core/01_workload.ipynb #e70264fc
 def configured_workload(
     s: Settings, # uses `model`
 ) -> Workload:
-    "The workload of the configured model; raises `PlantError` where there is none."
+    "The workload of the configured model; raises `PlantError` if there is none."
     known = workloads(s)
     default = next((w for w in known.values() if w.default), None)
     w = known.get(s.model, default)
@@ -207,7 +208,7 @@ def find_workload(
     s: Settings, # uses `workloads`
     name: str, # name of a workload
 ) -> Workload:
-    "A workload by its name; raises `PlantError` where there is none."
+    "A workload by its name; raises `PlantError` if there is none."
     known = workloads(s)
     if name in known: return known[name]
     raise PlantError(f'There is no workload {name!r}. There are: {", ".join(known)}. '

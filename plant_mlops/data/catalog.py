@@ -67,7 +67,7 @@ def _check_row(
 def _merge_rows(
     rows: Iterable[dict], # rows with `url_source` and `label`
 ) -> list: # checked rows, one for each URL
-    "Check rows and merge those of the same URL; raises `PlantError` where they have different labels."
+    "Check rows and merge those of the same URL; raises `PlantError` if they have different labels."
     merged = {}        # URL → row
     first_numbers = {} # URL → number of its first row
     for number, raw_row in enumerate(rows, 1):

@@ -50,7 +50,7 @@ def _load_csv(
     path: Path, # path of the file, for error messages
     text: str, # content of the file
 ) -> dict: # numbers of rows: `new` and `relabelled`
-    "Add the rows of a CSV file; raises `PlantError` where one is not usable, adding nothing."
+    "Add the rows of a CSV file; raises `PlantError` if one is not usable, adding nothing."
     rows = csv.DictReader(io.StringIO(text, newline=''))
     if 'url_source' not in (rows.fieldnames or []):
         raise PlantError(f'{path} has no column "url_source"; its columns are {rows.fieldnames or "none"}. '
@@ -78,7 +78,7 @@ def _load_sql(
     path: Path, # path of the file, for error messages
     text: str, # content of the file
 ) -> dict: # numbers of rows: `new` and `relabelled`, which is always 0
-    "Run an SQL script in one transaction; raises `PlantError` where a statement fails."
+    "Run an SQL script in one transaction; raises `PlantError` if a statement fails."
     escapes_percent = engine.dialect.name != 'sqlite' # the drivers of other databases use % for parameters
     try:
         with engine.begin() as c:

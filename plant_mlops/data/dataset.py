@@ -144,7 +144,7 @@ def _dataset_photos(
     store, # store, from `open_store`
     engine, # engine of the catalog
 ) -> tuple: # photos as a DataFrame, numbers of photos left out as a dict: reason → number
-    "Labelled, prepared photos; raises `PlantError` where a classifier cannot be trained on them."
+    "Labelled, prepared photos; raises `PlantError` if a classifier cannot be trained on them."
     stored = call_with_retry(list_stored, engine)
     counts = call_with_retry(count_by_status, engine)
     if not stored:
@@ -216,7 +216,7 @@ def build_dataset(
     embed: Callable | None = None, # embedding: (n, side, side, 3) uint8 → (n, d) float, rows of length 1
     progress: bool = True, # whether to show a progress bar
 ) -> str: # version
-    "Build a version of all labelled, prepared photos; raises `PlantError` where a classifier cannot be trained."
+    "Build a version of all labelled, prepared photos; raises `PlantError` if a classifier cannot be trained."
     store = open_store(s)
     engine = call_with_retry(open_catalog, s)
     photos, left_out = _dataset_photos(s, store, engine)

@@ -67,7 +67,7 @@ async def ingest_photo(
     limits: PhotoLimits, # which photos are accepted
     pool: ThreadPoolExecutor, # threads for decoding and storing
 ) -> PhotoResult:
-    "Find or fetch one photo and store it; raises `StoreError` where the store itself cannot be used."
+    "Find or fetch one photo and store it; raises `StoreError` if the store itself cannot be used."
     in_thread = partial(asyncio.get_running_loop().run_in_executor, pool)
     try:
         if row['sha256']:

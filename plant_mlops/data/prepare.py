@@ -48,7 +48,7 @@ def _prepare_stored(
     side: int, # shorter side of the result, in pixels
     limits: PhotoLimits, # which photos are accepted
 ) -> PreparedPhoto | PrepareFailure:
-    "Prepare one stored photo; raises `StoreError` where the store itself cannot be used."
+    "Prepare one stored photo; raises `StoreError` if the store itself cannot be used."
     try: return prepare_photo(store.get(f'raw/{sha256}'), side, limits)
     except PhotoError as e: return PrepareFailure('rejected', str(e))
     except (NotFound, Corrupt) as e:

@@ -61,7 +61,7 @@ async def look_up_addresses(
     port: int, # port of the URL
     family: int, # address family: IPv4, IPv6 or both
 ) -> list: # a `ResolveResult` for each address
-    "Resolve a name, in a thread; raises `OSError` where it has no address."
+    "Resolve a name, in a thread; raises `OSError` if it has no address."
     results = await asyncio.to_thread(
         socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
     endpoints = [result[4] for result in results] # (address, port), and more for IPv6

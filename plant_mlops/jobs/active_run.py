@@ -50,7 +50,8 @@ def _announced_state(
     if except_why: query = query.where(t.why != except_why)
     with engine.connect() as c:
         for states, news in c.execute(query.order_by(t.ended_at.desc()).limit(1000)):
-            if asset in news or not states.get(asset): return states.get(asset, '')
+            is_absent = not states.get(asset) # the asset did not exist then, so it is new when it exists again
+            if asset in news or is_absent: return states.get(asset, '')
     return ''
 
 def find_news(
@@ -58,7 +59,7 @@ def find_news(
     s: Settings, # settings of the job
     job: Job, # job whose work is done
     states: dict, # states of the assets that it produces: asset → state
-    retry_why: str | None = None, # reason of a retried run, whose own earlier announcements do not count
+    retry_why: str | None = None, # reason of a retried run: announcements of its earlier attempts are ignored
 ) -> list: # names of assets
     "The assets that a job has to announce."
     assets = job_table(s).assets
@@ -68,7 +69,7 @@ def find_news(
 
 # %% ../../nbs/jobs/04_active_run.ipynb #c9a2988d
 class ActiveRun(RunNote):
-    "A run in progress, shown as a table."
+    "A run in progress; like every `RunNote`, a notebook shows it as a table, and the runner finds it in the output."
     def __init__(self,
         s: Settings, # settings of the job
         engine: sa.Engine, # database of the runs; it is closed at the end of the run
@@ -128,8 +129,8 @@ def _heartbeat(self:ActiveRun):
 @patch
 def _update(self:ActiveRun, **values) -> bool:
     "Change the row of the run; False where it has been closed by another run."
-    is_open = job_runs.c.id == self.id, job_runs.c.status == 'running'
-    update = sa.update(job_runs).where(*is_open).values(**values)
+    conditions = (job_runs.c.id == self.id, job_runs.c.status == 'running')
+    update = sa.update(job_runs).where(*conditions).values(**values)
     with self.engine.begin() as c: return bool(c.execute(update).rowcount)
 
 @patch
@@ -181,7 +182,7 @@ def to_json_values(
 def done(self:ActiveRun,
     **outputs, # results; a later job of the chain gets those that are its parameters
 ) -> RunNote:
-    "End the run, and announce its news; raises `PlantError` where it was considered dead in the meantime."
+    "End the run, and announce its news; raises `PlantError` if it was considered dead in the meantime."
     if self._ended.is_set():
         raise PlantError(f'{self.id} has ended already. Begin another: run the notebook from its first cell.')
     assets = job_table(self.s).assets

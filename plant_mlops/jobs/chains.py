@@ -59,7 +59,7 @@ def resume_chain(
     on_success: Callable = _ignore, # called with each successful `JobRun`
     console: Console | None = None, # console for progress; None: standard error
 ) -> list: # `JobRun`s of the jobs that still had to run
-    "Continue the newest chain from the job that failed; raises `PlantError` where there is no such chain."
+    "Continue the newest chain from the job that failed; raises `PlantError` if there is no such chain."
     chained = [run for run in history(s, limit=1000) if run.chain]
     if not chained: raise PlantError('There is no chain to continue. Start one: plant-mlops job run --all')
     newest = chained[0]

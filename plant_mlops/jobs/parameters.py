@@ -18,7 +18,7 @@ from ..core.workload import Job
 def notebook_of(
     job: Job, # job from the job table
 ) -> Path:
-    "The path of a job's notebook; raises `PlantError` where it does not exist."
+    "The path of a job's notebook; raises `PlantError` if it does not exist."
     path = Path(job.notebook)
     if path.is_file(): return path
     raise PlantError(f'The notebook of the job {job.name!r} is missing: {path} does not exist. '
@@ -27,7 +27,7 @@ def notebook_of(
 def read_cells(
     path: Path, # path of a notebook
 ) -> list: # its cells, as in the file
-    "The cells of a notebook; raises `PlantError` where it cannot be read."
+    "The cells of a notebook; raises `PlantError` if it cannot be read."
     try: return json.loads(path.read_text(encoding='utf-8'))['cells']
     except (ValueError, KeyError, TypeError) as e:
         raise PlantError(f'{path} is not a notebook ({e}). Open it in Jupyter and save it.') from None
@@ -55,7 +55,7 @@ def _parse_type(
 def parameters_of(
     job: Job, # job from the job table
 ) -> dict: # name → `Parameter`
-    "The parameters of a job, from its notebook; raises `PlantError` where they cannot be read."
+    "The parameters of a job, from its notebook; raises `PlantError` if they cannot be read."
     path = notebook_of(job)
     tagged = [cell for cell in read_cells(path) if 'parameters' in cell['metadata'].get('tags', ())]
     source = ''.join(tagged[0]['source']) if tagged else ''
@@ -78,7 +78,7 @@ class ParameterError(PlantError):
 def parse_shard(
     shard: str, # value of the parameter `shard`, such as 2/4
 ) -> tuple: # (i, n): part i of n
-    "Read which part of the work is meant; raises `ParameterError` where the text is not valid."
+    "Read which part of the work is meant; raises `ParameterError` if the text is not valid."
     try: i, n = map(int, shard.split('/'))
     except ValueError: i, n = 0, 0
     if 1 <= i <= n: return i, n

@@ -88,7 +88,7 @@ def log_report(
     run: JobRun, # run that has ended
     files: list, # paths of the files of the report
 ):
-    "Add the report of a run to MLflow; raises `PlantError` where MLflow cannot be reached."
+    "Add the report of a run to MLflow; raises `PlantError` if MLflow cannot be reached."
     with mlflow_client(s) as c:
         mlflow_runs = [created.info.run_id for created in find_mlflow_runs(c, s, run.id)]
         changed = (run.outputs or {}).get('run')
@@ -127,7 +127,7 @@ def archive_report(
     error: str = '', # error, as far as it is known
     **context, # parameters, why, chain, asked, attempt of a run that failed before `begin`
 ) -> JobRun:
-    "Close the record of a run, and put its report into the store and MLflow; raises `PlantError` where that fails."
+    "Close the record of a run, and put its report into the store and MLflow; raises `PlantError` if that fails."
     skip_url_grammar()
     import nbformat
     run_id = file.stem

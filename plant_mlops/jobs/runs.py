@@ -94,7 +94,7 @@ class JobRun:
 def open_runs(
     s: Settings, # uses `catalog_url`
 ): # yields an engine
-    "The database of the runs; raises `PlantError` where it cannot be used."
+    "The database of the runs; raises `PlantError` if it cannot be used."
     engine = call_with_retry(open_database, s, run_tables)
     try: yield engine
     finally: engine.dispose()
@@ -192,7 +192,7 @@ def history(
     limit: int | None = 20, # maximum number of runs; None: all
     **columns, # values that columns must have: name → value
 ) -> list: # of `JobRun`
-    "Runs of jobs, newest first; raises `PlantError` where the database cannot be used."
+    "Runs of jobs, newest first; raises `PlantError` if the database cannot be used."
     t = job_runs.c
     if job: columns |= dict(job=job)
     conditions = [t[name] == value for name, value in columns.items()]
@@ -203,7 +203,7 @@ def find_run(
     s: Settings, # uses `model`
     name: str, # ID of a run, or name of a job for its newest run
 ) -> JobRun:
-    "One run; raises `PlantError` where there is none."
+    "One run; raises `PlantError` if there is none."
     runs = history(s, limit=1, id=name) or history(s, name, 1)
     if runs: return runs[0]
     raise PlantError(f'There is no run {name!r}, and no job of that name has run. '
@@ -214,7 +214,7 @@ def newest_runs(
     s: Settings, # uses `model`
     each: int = 1, # maximum number of runs of each job
 ) -> dict: # job → list of `JobRun`, newest first; without jobs that have never run
-    "The newest runs of every job; raises `PlantError` where the database cannot be used."
+    "The newest runs of every job; raises `PlantError` if the database cannot be used."
     t = job_runs.c
     rank = sa.func.row_number().over(partition_by=t.job, order_by=(t.started_at.desc(), t.id.desc())).label('rank')
     ranked = sa.select(job_runs, rank).where(t.model.in_(models_for(s))).subquery()

@@ -23,7 +23,7 @@ def next_time(
     cron: str, # cron expression, in UTC
     after: datetime, # time before the result, UTC
 ) -> datetime: # UTC
-    "The first time of a cron expression after another time; raises `PlantError` where there is none."
+    "The first time of a cron expression after another time; raises `PlantError` if there is none."
     try: trigger = CronTrigger.from_crontab(cron, timezone.utc)
     except ValueError as e:
         raise PlantError(f'{cron!r} is not a cron expression ({e}). Write minute, hour, day, month and day of the '
@@ -99,7 +99,7 @@ def check_due(
     s: Settings, # configured settings
     name: str, # name of the job
 ) -> tuple: # reason and number of the attempt; ('', 0) where the job is not due
-    "Whether a job is due now; raises `PlantError` where the runs cannot be read."
+    "Whether a job is due now; raises `PlantError` if the runs cannot be read."
     runs = recent_runs(s)
     now = utc_now()
     why = why_due(s, find_job(s, name), runs, now, now)
@@ -135,7 +135,7 @@ def start_due_jobs(
     paused: dict, # jobs that failed: name → end of the pause; changed in place
     start: Callable = start_job, # function that starts a job
 ) -> list: # (job, reason) for each job that was started
-    "Start all jobs that are due; raises `PlantError` where the runs cannot be read."
+    "Start all jobs that are due; raises `PlantError` if the runs cannot be read."
     _collect_ended(running, paused, now)
     runs = recent_runs(s)
     started = []
@@ -198,7 +198,7 @@ class Scheduler:
         self.stopping.set()
 
     def log_schedule(self):
-        "Log when each job is next due; raises `PlantError` where a schedule cannot be read."
+        "Log when each job is next due; raises `PlantError` if a schedule cannot be read."
         for job in jobs_for(self.s):
             cron = schedule_of(self.s, job)
             if cron: log.info('%s: next at %s UTC', job.name, next_time(cron, self.since).strftime('%a %d %b %H:%M'))
@@ -227,7 +227,7 @@ class Scheduler:
 def run_scheduler(
     s: Settings, # configured settings
 ):
-    "Run jobs when they are due, until SIGTERM or Ctrl-C; raises `PlantError` where a schedule cannot be read."
+    "Run jobs when they are due, until SIGTERM or Ctrl-C; raises `PlantError` if a schedule cannot be read."
     scheduler = Scheduler(s)
     scheduler.log_schedule()
     signals = (signal.SIGINT, signal.SIGTERM)

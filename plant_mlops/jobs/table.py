@@ -57,11 +57,11 @@ def shared_jobs(
     prefix = 'model' if w.default else w.name
     monitoring = 'monitoring' if w.default else f'{w.name}_monitoring'
     promote = Job(
-        w.qualify('promote'), 'Put the newest model into production, if the gate lets it', f'{prefix}_deployment',
+        w.qualify('promote'), 'Put the newest model into production, if it passes the gate', f'{prefix}_deployment',
         consumes=(candidate,), produces=(champion,), triggers=(candidate,),
         notebook=str(NOTEBOOKS/'promote.ipynb'), workload=w.name)
     monitor = Job(
-        w.qualify('monitor'), 'Look at the traffic, and whether its inputs have drifted', monitoring,
+        w.qualify('monitor'), 'Measure the traffic, and check its inputs for drift', monitoring,
         consumes=(champion,), produces=(w.qualify('drift'),), schedule=w.monitor_schedule, retries=1, timeout=1800,
         notebook=str(NOTEBOOKS/'monitor.ipynb'), workload=w.name)
     return [promote, monitor]
@@ -87,7 +87,7 @@ def _build_table(*workloads: Workload) -> JobTable:
 def job_table(
     s: Settings, # uses `workloads`
 ) -> JobTable:
-    "The job table of these settings; raises `PlantError` where a workload cannot be used."
+    "The job table of these settings; raises `PlantError` if a workload cannot be used."
     return _build_table(*workloads(s).values())
 
 # %% ../../nbs/jobs/00_table.ipynb #84ac22b1
@@ -95,7 +95,7 @@ def find_job(
     s: Settings, # uses `workloads`
     name: str, # name of a job
 ) -> Job: # the job from the table
-    "A job by its name; raises `PlantError` where there is none."
+    "A job by its name; raises `PlantError` if there is none."
     jobs = job_table(s).jobs
     if name in jobs: return jobs[name]
     similar = difflib.get_close_matches(name, jobs, 1)
@@ -107,7 +107,7 @@ def chain_to(
     s: Settings, # uses `workloads`
     asset: str, # name of the asset that is produced in the end
 ) -> list: # jobs, in order
-    "The jobs that lead to an asset; raises `PlantError` where there is no such asset."
+    "The jobs that lead to an asset; raises `PlantError` if there is no such asset."
     table = job_table(s)
     if asset not in table.assets:
         raise PlantError(f"There is no asset {asset!r}. There are: {', '.join(table.assets)}.")
@@ -142,7 +142,7 @@ def schedule_of(
     s: Settings, # uses `schedules`
     job: Job, # job of the job table
 ) -> str: # cron expression in UTC; '': unscheduled
-    "The schedule of a job; raises `PlantError` where a setting names an unknown job, or a weekday by number."
+    "The schedule of a job; raises `PlantError` if a setting names an unknown job, or a weekday by number."
     for name, cron in s.schedules.items():
         find_job(s, name) # raises an error for an unknown name
         weekday = ''.join(cron.split()[4:])

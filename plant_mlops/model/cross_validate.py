@@ -35,7 +35,7 @@ def make_folds(
     folds: int = 5, # number of folds, ≥ 2
     seed: int = 42, # seed of the shuffling
 ) -> np.ndarray: # (N,) int, the fold in which a photo is held out
-    "Split photos into folds, group by group; raises `PlantError` where there are too few photos."
+    "Split photos into folds, group by group; raises `PlantError` if there are too few photos."
     labels = np.asarray(labels)
     groups = np.asarray(groups)
     groups_per_class = [len(set(groups[labels == label])) for label in np.unique(labels)]
@@ -102,7 +102,7 @@ def cross_validate(
     seeds: list = (42,), # seeds; there is one whole cross-validation for each
     progress: bool = True, # whether to show a progress bar for each fold
 ) -> dict: # accuracy (out-of-fold, mean of the seeds), its interval, other metrics; `runs`, a dict for each seed
-    "Out-of-fold metrics of the recipe on all photos of a dataset; raises `PlantError` where there are too few."
+    "Out-of-fold metrics of the recipe on all photos of a dataset; raises `PlantError` if there are too few."
     data = load_dataset(s, version)
     rows = data.manifest[data.manifest.split != 'none'].reset_index(drop=True)
     classes = sorted(rows.label.unique())

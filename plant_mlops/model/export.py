@@ -116,7 +116,7 @@ def build_serving_net(
     trained, # any object with `net`, `mean`, `std`, `image_size`, and optionally `temperature`
     bank=None, # float [M, D], see `embedding_bank`
 ) -> ServingNet: # in evaluation mode, on the CPU
-    "Prepare a trained network for export; raises `PlantError` where it has another form."
+    "Prepare a trained network for export; raises `PlantError` if it has another form."
     net = copy.deepcopy(trained.net).cpu().float().eval()
     for module in net.modules():
         if hasattr(module, 'inplace'): module.inplace = False
@@ -223,7 +223,7 @@ def export_onnx(
     provenance: dict = None, # further provenance
     bank=None, # float [M, D], see `embedding_bank`; None: from `trained.embeddings`
 ) -> Path: # path of the file
-    "Write the model file; raises `PlantError` where the network has another form, or the outputs differ."
+    "Write the model file; raises `PlantError` if the network has another form, or the outputs differ."
     path = Path(path)
     valid_metrics = _fit_temperature(trained)
     has_embeddings = getattr(trained, 'embeddings', None) is not None

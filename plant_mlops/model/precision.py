@@ -169,7 +169,7 @@ def _quantize_and_compare(
     int8_file: Path, # path of the int8 file to write
     examples: Callable, # (split, n) → inputs and labels, see `choose_precision`
 ) -> PrecisionChoice:
-    "Write the int8 file and compare it; raises `PlantError` where there is nothing to quantize, and other errors."
+    "Write the int8 file and compare it; raises `PlantError` if there is nothing to quantize, and other errors."
     select_nodes(load_model_file(fp32_file).graph) # raises an error before examples are read
     x, labels = examples('valid', MAX_VALIDATION)
     if len(labels) < MIN_VALIDATION:

@@ -37,7 +37,7 @@ def _ancestors(
 def select_nodes(
     graph: onnx.GraphProto,
 ) -> tuple[list, list]: # two lists of NodeProtos
-    "Nodes to quantize, and the convolutions among them; raises `PlantError` where there are none."
+    "Nodes to quantize, and the convolutions among them; raises `PlantError` if there are none."
     nodes = _ancestors(graph, 'probabilities')
     positions = [i for i, node in enumerate(nodes) if node.op_type == 'Conv']
     if len(positions) <= FLOAT_CONVOLUTIONS:
@@ -187,7 +187,7 @@ def quantize(
     inputs: np.ndarray, # [M, …] inputs of training examples, for calibration
     batch: int = 8, # number of examples in a batch
 ) -> onnx.ModelProto: # the model in int8
-    "Quantize a model statically and correct its biases; raises `PlantError` where there is nothing to quantize."
+    "Quantize a model statically and correct its biases; raises `PlantError` if there is nothing to quantize."
     source = load_model_file(model)
     batches = [inputs[i:i + batch] for i in range(0, len(inputs), batch)]
     feeds = [{source.graph.input[0].name: examples} for examples in batches]

@@ -66,7 +66,7 @@ def train(
     version: str = 'latest', # version of the dataset
     progress: bool = True, # whether to show a progress bar
 ) -> TrainedNetwork: # with the `run_id` of its MLflow run
-    "Train on a dataset and record the run in MLflow; raises `PlantError` where there are too few photos."
+    "Train on a dataset and record the run in MLflow; raises `PlantError` if there are too few photos."
     data = load_dataset(s, version)
     rows = data.manifest[data.manifest.split.isin(('train', 'valid'))].reset_index(drop=True)
     classes = sorted(rows.label.unique())

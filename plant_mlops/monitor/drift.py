@@ -36,7 +36,7 @@ def _sample_held_out(
     pointer: dict, # pointer of the model in production
     data: bytes, # model file
 ) -> Iterator[dict]: # samples, with the embedding as base64, as a server writes them
-    "Samples of examples that the model was not trained on; raises `PlantError` where they cannot be read."
+    "Samples of examples that the model was not trained on; raises `PlantError` if they cannot be read."
     dataset = pointer.get('dataset')
     if not dataset:
         raise PlantError(f"Version {pointer['version']} of {s.model!r} does not say which dataset it was trained on, "
@@ -115,7 +115,7 @@ def _store_result(
     store.put(f'models/{s.model}/drift.json', data)
     _delete_old_reports(s, store)
 
-# %% ../../nbs/monitor/03_drift.ipynb #fe2835f5
+# %% ../../nbs/monitor/03_drift.ipynb #623668df
 def drift(
     s: Settings, # settings
 ) -> dict: # the content of `drift.json`

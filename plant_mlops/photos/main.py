@@ -101,7 +101,7 @@ def run(
     synthetic: int = 320, # number of photos to draw if there are none
     console: Console | None = None, # console for the lines of the stages; None: standard error
 ) -> dict: # model, version, champion, promoted, source, dataset, evaluation, gate, prediction
-    """Run all stages, and predict a test photo; raises `PlantError` where no model is in production at the end.
+    """Run all stages, and predict a test photo; raises `PlantError` if no model is in production at the end.
 
     `version` is the new version, `champion` the one in production, and `gate` the reason of the promotion's outcome."""
     from plant_mlops.data.prepare import prepare

@@ -78,12 +78,12 @@ class PretrainedEmbedding:
         from plant_mlops.model.backbone import embed
         return embed(images, self.s)
 
-# %% ../../nbs/photos/00_stages.ipynb #cef87c47
+# %% ../../nbs/photos/00_stages.ipynb #1c38f427
 def dataset(
     s: Settings, # uses catalog and store
     progress: bool = True, # whether to show a progress bar
 ) -> dict: # version, photos (their number), source, classes and splits
-    "Make a version of the dataset; raises `PlantError` where there are too few photos."
+    "Make a version of the dataset; raises `PlantError` if there are too few photos."
     from plant_mlops.data.dataset import build_dataset, load_dataset
     embedding = PretrainedEmbedding(s) if s.pretrained else None
     version = build_dataset(s, embed=embedding, progress=progress)

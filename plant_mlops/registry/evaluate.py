@@ -26,7 +26,7 @@ def reader_for(
     s: Settings, # settings with the installed workloads
     meta: dict, # metadata of a model file
 ) -> Reader: # the reader of the model's examples
-    "Find the reader of a model's examples; raises `PlantError` where no workload reads them."
+    "Find the reader of a model's examples; raises `PlantError` if no workload reads them."
     name = meta['input'].get('reader') or meta['input']['kind']
     known = {w.reader.kind or w.name: w.reader for w in workloads(s).values()} | readers
     if name in known: return known[name]
@@ -40,7 +40,7 @@ def examples(
     split: str, # 'train', 'valid' or 'test'
     n: int, # largest number of examples
 ) -> tuple[np.ndarray, np.ndarray]: # inputs [M, …] as the model takes them; labels int [M], indices of its classes
-    "Random examples of a model's dataset, of all classes in proportion; raises `PlantError` where there are none."
+    "Random examples of a model's dataset, of all classes in proportion; raises `PlantError` if there are none."
     meta = check_model_file(model)
     reader = reader_for(s, meta)
     dataset = meta['provenance'].get('dataset', '')
@@ -87,7 +87,7 @@ def _run_test_split(
     model_version, # MLflow's ModelVersion
     dataset: str, # version of the dataset
 ) -> Predictions:
-    "Predict the test split of a dataset; raises `PlantError` where it is empty."
+    "Predict the test split of a dataset; raises `PlantError` if it is empty."
     data = download_model(s, model_version)
     meta = read_metadata(data)
     reader = reader_for(s, meta)
@@ -134,7 +134,7 @@ def predict_test_split(
     version=None, # number of the version; None: the newest
     dataset: str | None = None, # dataset with the test split; None: the one the model was trained on
 ) -> Predictions:
-    "Predictions of a version for a test split, computed once; raises `PlantError` where there is no test split."
+    "Predictions of a version for a test split, computed once; raises `PlantError` if there is no test split."
     with mlflow_client(s) as client:
         model_version = get_version(client, s, version)
         dataset = dataset or model_version.tags.get('dataset')

@@ -25,7 +25,7 @@ class PairedComparison:
     challenger_accuracy: float
     lost: int # number of examples that only the champion gets right
     won: int # number of examples that only the challenger gets right
-    p_errors: float # p-value of McNemar's test, whether the challenger makes more errors
+    p_errors: float # one-sided p-value of McNemar's test that the challenger makes more errors
     brier_change: float # mean Brier score of the challenger minus that of the champion; positive is worse
     p_brier: float # p-value of the t-test, whether the Brier score rises by more than `margin`
     level: float # smallest p-value that passes
@@ -106,7 +106,7 @@ def compare_paired(
     level: float = 0.2, # smallest p-value that passes
     margin: float = 0.05, # rise of the mean Brier score (0 … 2) that is allowed
 ) -> GateResult: # with a `PairedComparison`
-    "Test whether the challenger is worse than the champion; raises `ValueError` where shapes or labels do not match."
+    "Test whether the challenger is worse than the champion; raises `ValueError` if shapes or labels do not match."
     _, champion = as_arrays(labels, champion)
     labels, challenger = as_arrays(labels, challenger)
     comparison = _test_paired(labels, champion, challenger, level, margin)
@@ -115,7 +115,7 @@ def compare_paired(
     return GateResult(passed, _paired_reason(comparison, n), n, comparison)
 
 # %% ../../nbs/registry/06_gate.ipynb #c1dc4bcc
-MIN_EXAMPLES = 30 # number of independent examples from which on the permutation test is made
+MIN_EXAMPLES = 30 # smallest number of independent examples for the permutation test
 SIGNIFICANCE = .05 # a first model passes with a p-value below this
 
 def _permutation_p_value(
@@ -154,12 +154,12 @@ def compare_with_majority(
 
 # %% ../../nbs/registry/06_gate.ipynb #b19a9172
 def _unseen_ids(
-    s: Settings, # with the store
+    s: Settings, # settings with the store
     reader: Reader, # reader of the examples
     dataset: str, # dataset with the test split
     champion_dataset: str, # dataset that the champion was trained on; '' where that is unknown
 ) -> set: # ids
-    "The test examples that the champion was not trained on."
+    "The test examples that the champion was not trained on; all of them if its dataset is unknown."
     rows = reader.manifest(s, dataset)
     test = rows[rows.split == 'test']
     if champion_dataset in (dataset, ''): return set(test.id)
@@ -172,7 +172,7 @@ def _unseen_ids(
 
 # %% ../../nbs/registry/06_gate.ipynb #5ff65b89
 def _one_per_group(
-    s: Settings, # with the store
+    s: Settings, # settings with the store
     reader: Reader, # reader of the examples
     dataset: str, # version of the dataset
     ids: list, # ids of examples
@@ -201,7 +201,7 @@ def _align(
 
 # %% ../../nbs/registry/06_gate.ipynb #400ea4b8
 def _gate_first(
-    s: Settings, # with the store
+    s: Settings, # settings with the store
     reader: Reader, # reader of the examples
     candidate: Predictions, # test predictions of the first model
     metrics: dict, # metrics of all of them, from `evaluate`
@@ -213,7 +213,7 @@ def _gate_first(
 
 # %% ../../nbs/registry/06_gate.ipynb #5c3dbba1
 def _gate_challenger(
-    s: Settings, # with the store
+    s: Settings, # settings with the store
     reader: Reader, # reader of the examples
     candidate: Predictions, # test predictions of the challenger
     champion_record: dict, # version and dataset of the champion
@@ -237,7 +237,7 @@ def _gate_challenger(
 
 # %% ../../nbs/registry/06_gate.ipynb #d707b86d
 def gate(
-    s: Settings, # with the name of the model
+    s: Settings, # settings with the name of the model
     version=None, # number of the candidate; None: the newest version
 ) -> GateResult:
     "Whether a version may become the champion; its metrics are recorded in MLflow."

@@ -83,7 +83,7 @@ def as_arrays(
     labels, # int [N], N ≥ 1
     probs, # float [N, C]
 ) -> tuple[np.ndarray, np.ndarray]: # int [N], float [N, C]
-    "Labels and probabilities as arrays; raises `ValueError` where shapes or labels do not match."
+    "Labels and probabilities as arrays; raises `ValueError` if shapes or labels do not match."
     labels = np.asarray(labels).astype(int)
     probs = np.asarray(probs, dtype=float)
     if probs.ndim != 2 or len(labels) != len(probs) or not len(labels):
@@ -98,7 +98,7 @@ def compute_metrics(
     labels, # int [N], N ≥ 1
     probs, # float [N, C], rows sum to 1
 ) -> dict: # n, accuracy with its 95% interval, precision, recall, f1, auc, nll, brier, ece
-    "All metrics of a classifier on one set of examples; raises `ValueError` where shapes or labels do not match."
+    "All metrics of a classifier on one set of examples; raises `ValueError` if shapes or labels do not match."
     labels, probs = as_arrays(labels, probs)
     n = len(labels)
     predicted = probs.argmax(1)

@@ -61,7 +61,7 @@ def linear_model(
 def load_model_file(
     model, # path, bytes or ModelProto
 ) -> onnx.ModelProto: # in memory
-    "Read a model file; raises `PlantError` where the file does not exist or is not ONNX."
+    "Read a model file; raises `PlantError` if the file does not exist or is not ONNX."
     if isinstance(model, onnx.ModelProto): return model
     is_content = isinstance(model, bytes)
     name = 'the given bytes' if is_content else str(model)
@@ -198,7 +198,7 @@ def from_sklearn(
     reader: str = '', # name of the workload that reads the model's examples
     **metadata, # keys of `METADATA_TYPES`
 ) -> onnx.ModelProto: # in the format, without a version
-    "A scikit-learn classifier as a model file; raises `PlantError` where it cannot be converted."
+    "A scikit-learn classifier as a model file; raises `PlantError` if it cannot be converted."
     converted = _convert_sklearn(model, len(names))
     outputs = converted.graph.output
     del outputs[[o.name for o in outputs].index('label')]

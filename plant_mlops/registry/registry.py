@@ -85,7 +85,7 @@ def register(
     run_id: str, # MLflow run that made the model
     path, # path of the model file
 ) -> str: # number of the version
-    "Register a model file; raises `PlantError` where it is not in the format, or belongs to another workload."
+    "Register a model file; raises `PlantError` if it is not in the format, or belongs to another workload."
     from mlflow.entities import LoggedModelOutput
     model = load_model_file(path)
     meta = check_model_file(model)
@@ -121,7 +121,7 @@ def get_version(
     s: Settings, # settings with the name of the model
     version=None, # number of the version; None: the newest
 ): # MLflow's ModelVersion
-    "One finished version; raises `PlantError` where it does not exist."
+    "One finished version; raises `PlantError` if it does not exist."
     finished = finished_versions(client, s)
     if not finished: raise PlantError(f"No model named {s.model!r} is registered. Train one first: `plant-mlops run`.")
     if version is None: return finished[0]
@@ -180,7 +180,7 @@ def model_bytes(
     s: Settings, # settings with the name of the model
     version=None, # number of the version; None: the newest
 ) -> bytes: # content of the file as it was registered
-    "A registered model file; raises `PlantError` where the version does not exist, or its file is damaged."
+    "A registered model file; raises `PlantError` if the version does not exist, or its file is damaged."
     with mlflow_client(s) as client: return download_model(s, get_version(client, s, version))
 
 # %% ../../nbs/registry/04_registry.ipynb #655741f6

@@ -68,7 +68,7 @@ def _append_history(client, s, model_version, reason) -> str | None:
 
 # %% ../../nbs/registry/07_release.ipynb #443f3a51
 def history(
-    s: Settings, # with the name of the model
+    s: Settings, # settings with the name of the model
 ) -> list[dict]: # newest first: at (UTC), version, previous, reason, accuracy on its test split, dataset, run_id
     "All moves of the alias `champion`."
     with mlflow_client(s) as client:
@@ -84,7 +84,7 @@ def history(
 
 # %% ../../nbs/registry/07_release.ipynb #e696ec63
 def _upload_to_store(
-    s: Settings, # with the name of the model
+    s: Settings, # settings with the name of the model
     store, # store to upload to
     model_version, # MLflow's ModelVersion
 ) -> str: # key of the file; its file name is the checksum
@@ -112,10 +112,10 @@ def _read_pointer(
 _SYNC_ATTEMPTS = 20
 
 def sync_champion(
-    s: Settings, # with the name of the model
+    s: Settings, # settings with the name of the model
     reason: str = '', # reason for the history, used where the history lacks the current champion
 ) -> dict | None: # the pointer: name, version, key, sha256, published_at, run_id, dataset, source, metrics, …
-    "Make history and store agree with MLflow's alias; raises `PlantError` where MLflow or the store is unreachable."
+    "Make history and store agree with MLflow's alias; raises `PlantError` if MLflow or the store is unreachable."
     store = open_store(s)
     key = _pointer_key(s, 'champion')
     with mlflow_client(s) as client:
@@ -138,13 +138,13 @@ def sync_champion(
 
 # %% ../../nbs/registry/07_release.ipynb #3bf9007e
 def challenger(
-    s: Settings, # with the name of the model
+    s: Settings, # settings with the name of the model
 ) -> dict | None: # the pointer in the store, or None
     "The version that answers a fraction of the requests on trial."
     return _read_pointer(open_store(s), _pointer_key(s, 'challenger'))[0]
 
 def end_challenge(
-    s: Settings, # with the name of the model
+    s: Settings, # settings with the name of the model
 ) -> dict | None: # the pointer that was in the store, or None
     "End the trial: the champion answers all requests."
     pointer = challenger(s)
@@ -153,7 +153,7 @@ def end_challenge(
 
 # %% ../../nbs/registry/07_release.ipynb #4afe034a
 def _set_champion(
-    s: Settings, # with the name of the model
+    s: Settings, # settings with the name of the model
     version: str, # number of the version
     reason: str, # reason for the history
 ) -> bool: # whether this version is in production afterwards
@@ -170,7 +170,7 @@ def _set_champion(
 
 # %% ../../nbs/registry/07_release.ipynb #71ca802a
 def promote(
-    s: Settings, # with the name of the model
+    s: Settings, # settings with the name of the model
     version=None, # number of the candidate; None: the newest version
     force: bool = False, # whether to skip the gate
 ) -> dict: # promoted (bool), version, previous, reason, gate (`GateResult.to_dict`; None when the gate was skipped)
@@ -199,9 +199,9 @@ def describe_promotion(
 
 # %% ../../nbs/registry/07_release.ipynb #14c39251
 def rollback(
-    s: Settings, # with the name of the model
+    s: Settings, # settings with the name of the model
 ) -> dict: # version, previous (the version that was replaced), reason
-    "Put the previous champion back into production; raises `PlantError` where there is none."
+    "Put the previous champion back into production; raises `PlantError` if there is none."
     sync_champion(s)
     with mlflow_client(s) as client: stack = _champion_stack(client, s)
     if len(stack) < 2:
@@ -225,11 +225,11 @@ def _check_same_classes(s, champion_number, challenger_number):
                      "compared. Choose a version that was trained on the same classes.")
 
 def challenge(
-    s: Settings, # with the name of the model
+    s: Settings, # settings with the name of the model
     version=None, # number of the challenger; None: the newest version
     share: float = .1, # fraction of the requests for the challenger, between 0 and 1
 ) -> dict: # the pointer in the store: version, key, sha256, share, started_at, …
-    "Start a trial of a challenger; raises `PlantError` where it cannot be compared with the champion."
+    "Start a trial of a challenger; raises `PlantError` if it cannot be compared with the champion."
     if not 0 < share < 1:
         raise PlantError(f'A share of {share} leaves one of the two without requests. Choose one between 0 and 1, '
                          'such as 0.1.')

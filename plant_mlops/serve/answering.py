@@ -49,7 +49,7 @@ def _predict_one(
     file: str | None, # name of the uploaded file; None: it has no name
     client: str, # client's id, from the header X-Client-ID; '' if it was not sent
     heatmap: bool, # whether the answer includes the heatmap
-    may_sample: bool, # whether the input is sampled if a sample is due
+    may_sample: bool, # whether a sample of the input may be kept, if one is due
 ) -> Prediction:
     "Decode one input and run the model, and add both times to the metrics; raises `PlantError`."
     digest = _input_digest(data)
@@ -114,7 +114,8 @@ class _DecodedRow:
 
 def _row_failure(index: int, error: PlantError) -> dict:
     "Fields of the schema `Failure` for a row that cannot be decoded."
-    return dict(file=None, status=422, error=str(error).replace('features', f'features.{index}', 1))
+    message = str(error).replace('features', f'features.{index}', 1) # names the row, as in features.1.0
+    return dict(file=None, status=422, error=message)
 
 def _group_rows(
     state: AppState, # state of the app that received the request
@@ -208,7 +209,7 @@ async def _predict_files(state: AppState, inputs: list, client: str) -> list:
     return await asyncio.gather(*(predict_or_fail(data, file) for data, file in inputs))
 
 def _rows_response(state: AppState, rows: list, client: str) -> Response:
-    "Predict rows of numbers and encode the results as JSON, on the calling thread: with many rows both take long."
+    "Predict rows of numbers and encode the results as JSON. Called in a thread, because both are slow for many rows."
     return Response(to_json(dict(results=predict_rows(state, rows, client))), media_type='application/json')
 
 async def predict_batch_request(

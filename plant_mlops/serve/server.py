@@ -36,7 +36,7 @@ class SideProcess:
     process: BaseProcess | None = None # None: not started yet
 
     def start(self):
-        "Start the process, also for a second time."
+        "Start the process, or start it again."
         self.process = get_context('spawn').Process(target=self.target, args=self.args, daemon=True)
         self.process.start()
 
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 def write_predictions(
     s: Settings, # settings of the server
 ):
-    "Load predictions into the database until SIGTERM, and then once more; runs in a process of its own."
+    "Load predictions into the database until SIGTERM, then load what is left; runs in a process of its own."
     from plant_mlops.serve.prediction_log import load_until_terminated
     exit_with_parent()
     load_until_terminated(s)
@@ -144,9 +144,9 @@ class Supervisor(Multiprocess):
         if self.writer: self.writer.stop()
         for side in filter(None, (self.page, self.writer)): side.join()
 
-# %% ../../nbs/serve/23_server.ipynb #8ada32d5
+# %% ../../nbs/serve/23_server.ipynb #2f3e413b
 def _create_app(*args):
-    "The app of a worker; the worker alone imports what it needs for it."
+    "The app of a worker; imported here, so that only workers load FastAPI."
     from plant_mlops.serve.workers import create_worker_app
     return create_worker_app(*args)
 

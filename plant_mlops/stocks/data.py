@@ -77,7 +77,7 @@ def check_days(
     df: pd.DataFrame, # days: the columns `DAY_COLUMNS`
     source: str = 'The table', # name of the table, for error messages
 ) -> pd.DataFrame: # sorted by share and day
-    "Check a table of days; raises `PlantError` where a column is missing or a value cannot be right."
+    "Check a table of days; raises `PlantError` if a column is missing or a value cannot be right."
     missing = [column for column in DAY_COLUMNS if column not in df]
     if missing: raise PlantError(f'{source} has no column {", ".join(missing)}. It needs {", ".join(DAY_COLUMNS)}.')
     if not len(df): raise PlantError(f'{source} has no rows.')
@@ -108,7 +108,7 @@ def load_or_generate_data(
     seed: int = 42, # seed of generated days
     signal: float = 0., # signal of generated days, see `generate_synthetic_stock_data`
 ) -> pd.DataFrame: # days: the columns `DAY_COLUMNS`, sorted by share and day
-    "Days from a file, or synthetic ones; raises `PlantError` where the file cannot be read or used."
+    "Days from a file, or synthetic ones; raises `PlantError` if the file cannot be read or used."
     if not path: return generate_synthetic_stock_data(days, seed=seed, signal=signal)
     path = Path(path).expanduser()
     readers = {'.csv': pd.read_csv, '.parquet': pd.read_parquet}
@@ -126,7 +126,7 @@ def split_data(
     train_ratio: float = .7, # fraction of the days for training
     val_ratio: float = .15, # fraction of the days for validation, after those for training
 ) -> tuple: # three DataFrames: train, valid, test
-    "Split days by time: the earliest, the next and the last; raises `PlantError` where one part would have no day."
+    "Split days by time: the earliest, the next and the last; raises `PlantError` if one part would have no day."
     dates = np.sort(df.Date.unique())
     n_train = round(len(dates)*train_ratio)
     n_before_test = round(len(dates)*(train_ratio + val_ratio))

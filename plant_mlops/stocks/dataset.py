@@ -23,7 +23,7 @@ from .features import FEATURES, compute_features, label_days
 def examples_of(
     df: pd.DataFrame, # days: the columns `DAY_COLUMNS`, sorted by share and day
 ) -> pd.DataFrame: # id, group, label, split, then `FEATURES`; by day
-    "Examples made of days; raises `PlantError` where they are too few to be split."
+    "Examples made of days; raises `PlantError` if they are too few to be split."
     days = label_days(df)
     _, valid, test = split_data(days)
     first_valid, first_test = valid.Date.min(), test.Date.min()
@@ -91,7 +91,7 @@ def load_stock_card(
     s: Settings, # settings
     version: str = 'latest', # version of the dataset
 ) -> dict: # empty where there is no dataset yet
-    "The card of a version; raises `PlantError` where that version does not exist."
+    "The card of a version; raises `PlantError` if that version does not exist."
     store = open_store(s)
     try:
         if version == 'latest': version = json.loads(store.get(f'{ROOT}/latest.json'))['version']
@@ -106,7 +106,7 @@ def load_stock_dataset(
     s: Settings, # settings
     version: str = 'latest', # version of the dataset
 ) -> StockDataset:
-    "A version of the dataset; raises `PlantError` where that version does not exist."
+    "A version of the dataset; raises `PlantError` if that version does not exist."
     store = open_store(s)
     card = load_stock_card(s, version)
     if not card: raise PlantError('There is no dataset of stocks yet. Make one: plant-mlops job run stocks-ingest')
@@ -136,7 +136,7 @@ def ingest(
     days: int | None = None, # number of days to generate; None: as in the last ingestion, at first 2500
     signal: float | None = None, # correlation of neighbouring returns; None: as in the last ingestion, at first -0.4
 ) -> dict: # card of the newest version, and `new`: whether this call created it
-    "Read or generate days, and save a version of the dataset; raises `PlantError` where the days cannot be used."
+    "Read or generate days, and save a version of the dataset; raises `PlantError` if the days cannot be used."
     request = _complete_request(s, path, days, signal)
     previous = load_stock_card(s)
     if request['path'] == 'synthetic':

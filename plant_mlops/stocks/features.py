@@ -109,7 +109,7 @@ def next_day_rises(
 def label_days(
     df: pd.DataFrame, # days: the columns `stocks.data.DAY_COLUMNS`, sorted by share and day
 ) -> pd.DataFrame: # Date, Ticker, `FEATURES` and label (`UP` or `DOWN`), of the days that have all of them
-    "Days to train on; raises `PlantError` where no share has enough days."
+    "Days to train on; raises `PlantError` if no share has enough days."
     label = next_day_rises(df).map({0.: 'DOWN', 1.: 'UP'}).rename('label')
     days = pd.concat([df[['Date', 'Ticker']], compute_features(df), label], axis=1).dropna(ignore_index=True)
     if not len(days):

@@ -130,7 +130,7 @@ def walk_forward(
     seed: int = 42, # seed of every random choice
     folds: int = 5, # number of periods to forecast
 ) -> pd.DataFrame: # a row for each period: first and last day, n, accuracy, and `baseline_accuracies`
-    "Metrics of a model in consecutive periods; raises `PlantError` where there are too few days."
+    "Metrics of a model in consecutive periods; raises `PlantError` if there are too few days."
     days = examples.group.unique() # a group is a day
     if len(days) <= folds: raise PlantError(f'{len(days)} days are too few for {folds} periods. Add days.')
     rows = []

