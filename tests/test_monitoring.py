@@ -117,7 +117,7 @@ def is_selected(rule, matchers) -> bool:
     return all(MATCHERS[operator](labels.get(label, ''), value) for label, operator, value in matchers)
 
 @cache
-def tested_alerts() -> tuple:
+def alerts_in_tests() -> tuple:
     "Names of alerts that a unit test expects to fire, and of those that one expects to be silent."
     tests = [test for file in prometheus_dir.glob('tests/*.yml') for test in read_yaml(file)['tests']]
     firing, silent = set(), set()
@@ -135,7 +135,7 @@ def tested_alerts() -> tuple:
 
 @pytest.mark.parametrize('name', sorted({rule['alert'] for rule in alert_rules}))
 def test_unit_tests_see_each_alert_fire_and_be_silent(name):
-    firing, silent = tested_alerts()
+    firing, silent = alerts_in_tests()
     assert name in firing
     assert name in silent or name == 'Watchdog' # which always fires
 
