@@ -58,6 +58,20 @@ def create_tables_without_samples(s):
 BAD_SAMPLE = dict(
     kind='samples', id='x', timestamp='2026-05-01T00:00:00', model='m', version='1', stats={}, embedding='?')
 
+def test_samples_of_the_same_time_are_not_deleted_apart(tmp_path):
+    s = settings(home=tmp_path)
+    spool, time = Spool(spool_folder(s)), now()
+    for i in range(5):
+        timestamp = time - timedelta(hours=1) if i == 0 else time
+        spool.add('samples', id=f's{i}', timestamp=timestamp, model='plants', version='1', stats={}, embedding=None)
+    spool.flush()
+    engine = open_prediction_log(s)
+    assert load_log_files(engine, spool_folder(s)) == 5
+    assert delete_old_samples(engine, 'plants', datetime(2000, 1, 1), 3) == 1
+    left = read_recent_samples(engine, 'plants', '1', datetime(2000, 1, 1), 10)
+    assert ids_of(left) == ['s1', 's2', 's3', 's4']
+    engine.dispose()
+
 @pytest.mark.parametrize('kind', ['sqlite', 'postgres', 'mariadb'])
 def test_samples_are_stored_once_read_by_version_and_deleted_by_age_in_every_database(kind, request, tmp_path):
     kw = {} if kind == 'sqlite' else dict(catalog_url=request.getfixturevalue(kind))

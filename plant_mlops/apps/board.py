@@ -158,7 +158,7 @@ async def show_busy(self:Board):
 @patch
 async def read_fingerprint(self:Board,
     section: Section, # section of the board
-) -> Hashable: # None where the section is not polled
+) -> Hashable: # None if the section is not polled
     "The current fingerprint of a section; the message of an error if it cannot be read, which the view will show."
     if not section.fingerprint: return None
     try: return await self.run_in_thread(section.fingerprint, self.s)

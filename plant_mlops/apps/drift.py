@@ -35,7 +35,7 @@ class DriftFinding:
 
 def read_finding(
     s: Settings, # settings
-) -> DriftFinding | None: # None where `plant-mlops drift` has not run
+) -> DriftFinding | None: # None if `plant-mlops drift` has not run
     "The last finding about drift; raises `PlantError` if it cannot be read."
     try: content = json.loads(open_store(s).get(f'models/{s.model}/drift.json'))
     except NotFound: return None
@@ -115,7 +115,7 @@ def view_drift(
 # %% ../../nbs/apps/07_drift.ipynb #903c43bf
 def drift_fingerprint(
     s: Settings, # settings
-) -> Hashable: # None where `plant-mlops drift` has not run
+) -> Hashable: # None if `plant-mlops drift` has not run
     "A value that changes with each check for drift."
     finding = open_store(s).stat(f'models/{s.model}/drift.json')
     return finding and finding.etag

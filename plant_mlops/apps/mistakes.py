@@ -92,7 +92,7 @@ def load_photos(
     s: Settings, # settings
     dataset: str, # version of the dataset
     ids: list, # IDs of examples
-) -> list | None: # prepared photos, JPEG bytes; None where the dataset has no photos
+) -> list | None: # prepared photos, JPEG bytes; None if the dataset has no photos
     "The photos of examples."
     from plant_mlops.data.dataset import load_dataset
     from plant_mlops.data.shards import load_jpegs
@@ -146,7 +146,7 @@ def _reliability_plot(labels, probabilities, version: str) -> W.HTML:
     plot_reliability(labels, (f'version {version}', probabilities), ax=ax)
     return W.HTML(to_html(svg_figure(ax, 'Reliability: confidence and accuracy')))
 
-# %% ../../nbs/apps/03_mistakes.ipynb #c66fe997
+# %% ../../nbs/apps/03_mistakes.ipynb #561e97c9
 def view_version(
     s: Settings, # settings
     version: str, # version of the model

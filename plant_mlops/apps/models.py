@@ -58,6 +58,7 @@ def list_training_runs(
     limit: int = 20, # maximum number of runs
 ) -> list[TrainingRun]: # newest first; a run with several versions appears once for each
     "The runs in MLflow and the versions they registered; raises `PlantError` if there are none."
+    from plant_mlops.registry.registry import finished_versions
     if not _has_tracking(s): raise PlantError(EMPTY_HOME)
     with mlflow_client(s) as client:
         experiment = client.get_experiment_by_name(s.model)
@@ -65,8 +66,7 @@ def list_training_runs(
         newest_first = ['attributes.start_time DESC']
         runs = client.search_runs([experiment.experiment_id], order_by=newest_first, max_results=limit)
         if not runs: raise PlantError(EMPTY_HOME)
-        versions = client.search_model_versions(f"name = '{s.model}'")
-    finished = [version for version in versions if 'sha256' in version.tags] # registration sets this tag last
+        finished = finished_versions(client, s)
     training_runs = []
     for run in runs:
         registered = [version for version in finished if version.run_id == run.info.run_id]
@@ -213,7 +213,7 @@ def view_models(
 # %% ../../nbs/apps/02_models.ipynb #b364789b
 def champion_fingerprint(
     s: Settings, # settings
-) -> Hashable: # None where no model is in production
+) -> Hashable: # None if no model is in production
     "A value that changes when another version goes into production."
     pointer = open_store(s).stat(f'models/{s.model}/champion.json')
     return pointer and pointer.etag

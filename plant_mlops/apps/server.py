@@ -85,7 +85,7 @@ def run_dashboard(
     s: Settings, # settings; home, dashboard_host and dashboard_port are used
     browse: bool = False, # whether to open the browser
 ):
-    "Serve the dashboard until interrupted; raises `PlantError` or `ModuleNotFoundError` where it cannot be served."
+    "Serve the dashboard until interrupted; raises `PlantError` or `ModuleNotFoundError` if it cannot be served."
     for name in _PACKAGES:
         if not find_spec(name): raise ModuleNotFoundError(name=name)
     server, url = create_server(s)

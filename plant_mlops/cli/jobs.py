@@ -72,7 +72,7 @@ def job_list(home: HomeOption = None, as_json: JsonOption = False):
 
 # %% ../../nbs/cli/02_jobs.ipynb #a6cf492b
 def _check_selection(name: str | None, everything: bool, resume: bool, due: bool, ci: bool, has_parameters: bool):
-    "Raise `BadParameter` where options contradict each other."
+    "Raise `BadParameter` if options contradict each other."
     if (name is not None) + everything + resume != 1:
         raise typer.BadParameter('give the name of one job, or --all, or --resume')
     if resume and (has_parameters or ci):

@@ -31,7 +31,7 @@ def _print_accuracy(prediction: dict | None, evaluation: dict, examples: str, is
     print_line(f'Accuracy {accuracy}, 95% interval {interval}{note}')
 
 def _home_option(home: Path | None) -> str:
-    "The option `--home` for the next command; '' where no folder was given."
+    "The option `--home` for the next command; '' if no folder was given."
     return f' --home {home}' if home else ''
 
 # %% ../../nbs/cli/03_run.ipynb #e7baa2f8

@@ -19,7 +19,7 @@ def copy_object(
     target: Store, # store to copy to
     key: str, # key of the object
 ) -> int: # bytes that were copied; 0 where the target has the same
-    "Copy one object unless the target has it; raises `Corrupt` if it is damaged, `NotFound` where it is missing."
+    "Copy one object unless the target has it; raises `Corrupt` if it is damaged, `NotFound` if it is missing."
     existing = target.stat(key)
     if existing and checksum_in_key(key): return 0
     data = source.get(key)
@@ -65,7 +65,7 @@ def copy_store(
     target: Store, # store to copy to
     on_object: Callable[[int], None] = lambda total: None, # called with the number of objects, after each object
 ) -> dict: # objects, copied, bytes
-    "Copy what the target lacks; raises `PlantError` where objects are damaged, after copying the others."
+    "Copy what the target lacks; raises `PlantError` if objects are damaged, after copying the others."
     if repr(source) == repr(target): raise PlantError(f'{source} is both source and target. Name another target.')
     copied = {}
     for _ in range(MAX_PASSES):

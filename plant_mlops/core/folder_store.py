@@ -6,7 +6,7 @@
 __all__ = ['ONE_DAY', 'FolderStore']
 
 # %% ../../nbs/core/05_folder_store.ipynb #890e9240
-import contextlib, ctypes, os, shutil, time, uuid
+import contextlib, ctypes, errno, os, shutil, time, uuid
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,7 +20,7 @@ from .store_protocol import (
 
 # %% ../../nbs/core/05_folder_store.ipynb #fac80909
 def _load_syncfs():
-    "The system's function that flushes a file system; None where there is none."
+    "The system's function that flushes a file system; None if there is none."
     if os.name != 'posix': return None
     return getattr(ctypes.CDLL(None, use_errno=True), 'syncfs', None)
 
@@ -118,15 +118,20 @@ class FolderStore:
         return f'{self._base_url}/{quote(check_key(key))}'
 
 # %% ../../nbs/core/05_folder_store.ipynb #29e224fc
+def _advice(error: OSError) -> str:
+    "What to do about an error of the file system."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT): return 'Free some disk space, then run again.'
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS): return 'Fix the permissions, then run again.'
+    if error.errno == errno.ENAMETOOLONG: return 'Use a shorter name.'
+    return 'Check the disk, then run again.'
+
 @contextlib.contextmanager
 def _raise_disk_errors(
     key: str, # key of the object, for error messages
 ):
     "Convert `OSError` to `StoreError`."
     try: yield
-    except OSError as e:
-        raise StoreError(f'{key}: {e.strerror or e}. Nothing was changed. '
-                         'Free some disk space or fix the permissions, then run again.') from e
+    except OSError as e: raise StoreError(f'{key}: {e.strerror or e}. Nothing was changed. {_advice(e)}') from e
 
 # %% ../../nbs/core/05_folder_store.ipynb #c5715816
 @patch

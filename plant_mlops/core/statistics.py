@@ -15,7 +15,7 @@ def wilson_interval(
     trials: int, # number of trials, ≥ 1
     level: float = .95, # confidence level, 0 … 1
 ) -> tuple[float, float]: # lower and upper bound of the proportion, 0 … 1
-    "Wilson's score interval of the proportion `successes/trials`; raises `ValueError` where `trials` is 0."
+    "Wilson's score interval of the proportion `successes/trials`; raises `ValueError` if `trials` is 0."
     if trials < 1: raise ValueError('a proportion without trials has no interval: trials must be at least 1')
     z = NormalDist().inv_cdf((1 + level)/2)
     p = successes/trials

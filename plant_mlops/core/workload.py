@@ -32,7 +32,7 @@ def _always(s: Settings) -> bool: return True
 class Asset:
     "Something that jobs produce and consume."
     description: str # human-readable description
-    state: Callable # (s) → version or fingerprint of the asset; '' where there is none
+    state: Callable # (s) → version or fingerprint of the asset; '' if there is none
     should_trigger: Callable = _always # (s) → whether a change starts the jobs that wait for it
 
 # %% ../../nbs/core/01_workload.ipynb #61723a64

@@ -12,14 +12,14 @@ from ..core.store import NotFound
 # %% ../../nbs/data/14_card.ipynb #9d62ece4
 def latest_version(
     store, # store, from `open_store`
-) -> str: # '' where there is no dataset yet
+) -> str: # '' if there is no dataset yet
     "The version that `agg/latest.json` names."
     try: return json.loads(store.get('agg/latest.json'))['version']
     except NotFound: return ''
 
 def newest_card(
     store, # store, from `open_store`
-) -> dict: # result of `dataset.make_card`; empty where there is no dataset yet
+) -> dict: # result of `dataset.make_card`; empty if there is no dataset yet
     "The card of the newest dataset."
     version = latest_version(store)
     if not version: return {}

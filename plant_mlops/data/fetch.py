@@ -32,7 +32,7 @@ class TransientFetchError(PlantError):
     "A photo could not be fetched this time; retried."
     def __init__(self,
         message: str, # reason, for the user
-        retry_after: float | None = None, # seconds that the server asked to wait; None where it did not
+        retry_after: float | None = None, # seconds that the server asked to wait; None if it did not
     ):
         super().__init__(message)
         self.retry_after = retry_after
@@ -84,7 +84,7 @@ def _read_all(
 def retry_delay(
     retry_after: str | None, # header `Retry-After`: seconds, or a date
     max_delay: float = 30., # longest wait, in seconds
-) -> float | None: # seconds to wait; None where the header says nothing usable
+) -> float | None: # seconds to wait; None if the header says nothing usable
     "The wait that a busy server asks for."
     if retry_after is None: return None
     try: delay = float(retry_after)
@@ -182,7 +182,7 @@ def _raise_fetch_errors(
     except (aiohttp.ClientError, OSError) as e:
         raise TransientFetchError(f'The connection failed: {e or type(e).__name__}') from None
 
-# %% ../../nbs/data/04_fetch.ipynb #68abdcf1
+# %% ../../nbs/data/04_fetch.ipynb #f817bb50
 MAX_BACKOFF = 20. # seconds, before jitter
 
 def _backoff(

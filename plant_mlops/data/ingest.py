@@ -82,7 +82,7 @@ class WorkerResult(NamedTuple):
     counts: Counter   # number of photos by status, and of skipped ones
     is_complete: bool # False: the worker died, and some of its rows are still pending
 
-# %% ../../nbs/data/10_ingest.ipynb #897ce6c3
+# %% ../../nbs/data/10_ingest.ipynb #d8854d35
 class Worker:
     "A process that ingests one part of the rows."
     def __init__(self,
@@ -141,7 +141,7 @@ def _stop_workers(
         for worker in workers: worker.process.kill()
         for worker in workers: worker.process.wait()
 
-# %% ../../nbs/data/10_ingest.ipynb #176b263e
+# %% ../../nbs/data/10_ingest.ipynb #a2588975
 def _divide_limits(
     s: Settings, # settings of the whole run
     n: int, # number of processes, at most `ingest_per_host`
@@ -201,7 +201,7 @@ def ingest(
     connect_to: dict[str, tuple[str, int]] | None = None, # host → (address, port) reached instead
     progress: bool = True, # whether to show a progress bar, then a summary
 ) -> dict: # numbers of photos: stored, failed, rejected and skipped, and seconds
-    "Fetch, check and store all photos that are due; raises `PlantError` where store or catalog cannot be used."
+    "Fetch, check and store all photos that are due; raises `PlantError` if store or catalog cannot be used."
     start = time.perf_counter()
     engine = call_with_retry(open_catalog, s)
     try: n_rows = len(call_with_retry(list_pending, engine, part, s.ingest_attempts))

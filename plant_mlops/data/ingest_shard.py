@@ -163,7 +163,7 @@ def ingest_shard(
     on_result: Callable = lambda result: None, # called with each `PhotoResult`
     on_recorded: Callable = lambda results: None, # called with each list of `PhotoResult` once it is recorded
 ) -> Counter: # numbers of photos: stored, failed, rejected and skipped
-    "Ingest one part of the rows in this process; raises `PlantError` where store or catalog cannot be used."
+    "Ingest one part of the rows in this process; raises `PlantError` if store or catalog cannot be used."
     store = open_store(s)
     engine = call_with_retry(open_catalog, s)
     try:

@@ -60,7 +60,7 @@ def _check_store_has_photos(
     store, # store, from `open_store`
     n_photos: int, # number of photos that are stored according to the catalog
 ):
-    "Raise `PlantError` where a store holds no photo at all."
+    "Raise `PlantError` if a store holds no photo at all."
     if any(True for _ in store.list('raw/')): return
     raise PlantError(f'{store} holds no photo, though {n_photos:,} are stored according to the catalog. '
                      'Check PLANT_STORE_URL. If the store was emptied, run `plant-mlops catalog retry --all` and '
@@ -100,7 +100,7 @@ def prepare(
     part: tuple = (1, 1), # (i, n): the photos of worker i of n, by their checksum
     progress: bool = True, # whether to show a progress bar
 ) -> dict: # numbers of photos: prepared, already prepared before and failed; and seconds
-    "Prepare all stored photos that are in no shard yet; raises `PlantError` where store or catalog cannot be used."
+    "Prepare all stored photos that are in no shard yet; raises `PlantError` if store or catalog cannot be used."
     start = time.perf_counter()
     store = open_store(s)
     engine = call_with_retry(open_catalog, s)

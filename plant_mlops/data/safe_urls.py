@@ -40,7 +40,7 @@ def check_address(
     address: str, # address that the host resolves to
     allowed: AllowedHosts, # hosts and networks that are reached although they are not public
 ):
-    "Raise `UnsafeURLError` where an address is neither public nor allowed."
+    "Raise `UnsafeURLError` if an address is neither public nor allowed."
     if is_public(address) or host.rstrip('.').lower() in allowed.names: return
     if any(ip_address(address) in network for network in allowed.networks): return
     raise UnsafeURLError(f'{host} is at {address}, which is not a public address. '
@@ -80,7 +80,7 @@ class CheckedResolver(AbstractResolver):
         self.lookup = lookup or look_up_addresses
 
     async def resolve(self, host, port=0, family=socket.AF_INET):
-        "Addresses of `host`; raises `UnsafeURLError`, or `OSError` where it has none."
+        "Addresses of `host`; raises `UnsafeURLError`, or `OSError` if it has none."
         if host in self.connect_to: return [_resolve_result(host, *self.connect_to[host])]
         results = await self.lookup(host, port, family)
         for result in results: check_address(host, result['host'], self.allowed)
@@ -93,7 +93,7 @@ def check_url(
     url: URL, # http or https URL
     allowed: AllowedHosts, # hosts and networks that are reached although they are not public
 ):
-    "Raise `UnsafeURLError` where a URL is not http(s), or its host is an address that may not be reached."
+    "Raise `UnsafeURLError` if a URL is not http(s), or its host is an address that may not be reached."
     if url.scheme not in ('http', 'https'):
         raise UnsafeURLError(f'{url} is not an http or https URL, and a redirect may not lead to anything else.')
     if not url.host: raise UnsafeURLError(f'{url} has no host.')

@@ -43,7 +43,7 @@ def _announced_state(
     job: Job, # job that produces the asset
     asset: str, # name of the asset
     except_why: str | None = None, # leave out runs that were started for this reason
-) -> str: # '' where none was announced, or the last one was ''
+) -> str: # '' if none was announced, or the last one was ''
     "The state of an asset that was last announced to other jobs."
     t = job_runs.c
     query = sa.select(t.states, t.news).where(t.job == job.name, t.model == s.model, t.status == 'succeeded')
@@ -128,7 +128,7 @@ def _heartbeat(self:ActiveRun):
 
 @patch
 def _update(self:ActiveRun, **values) -> bool:
-    "Change the row of the run; False where it has been closed by another run."
+    "Change the row of the run; False if it has been closed by another run."
     conditions = (job_runs.c.id == self.id, job_runs.c.status == 'running')
     update = sa.update(job_runs).where(*conditions).values(**values)
     with self.engine.begin() as c: return bool(c.execute(update).rowcount)
@@ -139,7 +139,7 @@ def _late_error(self:ActiveRun) -> str: return f'It took longer than {self.timeo
 # %% ../../nbs/jobs/04_active_run.ipynb #b48ab941
 @patch
 def _close(self:ActiveRun, status: str, **values) -> bool:
-    "Write the end of a run; False where its row has been closed by another run."
+    "Write the end of a run; False if its row has been closed by another run."
     now = utc_now()
     try: return call_with_retry(lambda: self._update(status=status, ended_at=now, seen_at=now, **values))
     finally: self._release()
@@ -249,7 +249,7 @@ def begin(
     name: str, # name of the job; where several jobs share the notebook, `JOB_CONTEXT` says which one it is
     **parameters, # parameters of the notebook
 ) -> ActiveRun: # to be ended by `done`
-    "Begin a run of a job; raises `JobBusyError` where another is alive, `PlantError` without a database."
+    "Begin a run of a job; raises `JobBusyError` if another is alive, `PlantError` without a database."
     context = run_context()
     if 'run' in context: name = job_name_of(context['run'])
     s = settings()

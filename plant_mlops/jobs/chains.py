@@ -118,7 +118,7 @@ def run_workload(
     on_success: Callable = _ignore, # called with each successful `JobRun`
     console: Console | None = None, # console for progress; None: standard error
 ) -> dict: # model, version, champion, promoted, reason, evaluation, prediction
-    "Run all jobs of a workload, and predict an example; champion and prediction are None where no model serves."
+    "Run all jobs of a workload, and predict an example; champion and prediction are None if no model serves."
     from plant_mlops.registry.evaluate import evaluate
     from plant_mlops.registry.registry import champion
     w = find_workload(s, name)

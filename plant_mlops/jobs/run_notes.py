@@ -62,7 +62,7 @@ class RunNote:
 def read_outcome(
     notebook: dict, # executed notebook, as JSON
 ) -> dict: # run, job; for a run that has ended also news and outputs
-    "The data of the last note in an executed notebook; empty where there is none."
+    "The data of the last note in an executed notebook; empty if there is none."
     outputs = [output.get('data', {}) for cell in notebook['cells'] for output in cell.get('outputs', ())]
     notes = [data[RUN_MIME] for data in outputs if RUN_MIME in data]
     return notes[-1] if notes else {}

@@ -74,7 +74,7 @@ def start_kernel(
 class CancelledError(Exception):
     "A signal came while no cell was running."
 
-# %% ../../nbs/jobs/06_runner.ipynb #9d55f45c
+# %% ../../nbs/jobs/06_runner.ipynb #180dc59d
 class NotebookMonitor:
     "Follows a running notebook: reports its progress, and handles signals."
     def __init__(self,
@@ -188,7 +188,7 @@ def _class_names(cls: type) -> set:
 
 def error_text(
     e: Exception | None, # error from `execute_notebook`, or None
-) -> str: # '' where nothing is known
+) -> str: # '' if nothing is known
     "The error message for the record."
     if e is None or type(e).__name__ == 'DeadKernelError': return ''
     name = getattr(e, 'ename', '') # class of an error in a cell
@@ -237,7 +237,7 @@ def _archive(s: Settings, file: Path, e: Exception | None, context: dict) -> tup
 
 # %% ../../nbs/jobs/06_runner.ipynb #df660082
 def _check_free(s: Settings, job: Job, parameters: dict):
-    "Raise `JobBusyError` where a job cannot begin now."
+    "Raise `JobBusyError` if a job cannot begin now."
     with open_runs(s) as engine, engine.connect() as c:
         active, _ = find_active_run(s, c, job.name, parameters.get('shard', '1/1'))
     if active: raise busy_error(active)

@@ -29,9 +29,9 @@ def next_time(
         raise PlantError(f'{cron!r} is not a cron expression ({e}). Write minute, hour, day, month and day of the '
                          'week, such as 0 3 * * sun, in the job table or in PLANT_SCHEDULES.') from None
     just_after = after.replace(tzinfo=timezone.utc) + timedelta(microseconds=1)
-    time = trigger.get_next_fire_time(None, just_after)
-    if time is None: raise PlantError(f'{cron!r} never occurs. Correct it in the job table or in PLANT_SCHEDULES.')
-    return time.replace(tzinfo=None)
+    next_fire = trigger.get_next_fire_time(None, just_after)
+    if next_fire is None: raise PlantError(f'{cron!r} never occurs. Correct it in the job table or in PLANT_SCHEDULES.')
+    return next_fire.replace(tzinfo=None)
 
 # %% ../../nbs/jobs/08_scheduler.ipynb #ed9b2522
 RETRY_DELAY = 60. # seconds before the first retry; each further one waits twice as long
@@ -39,7 +39,7 @@ CHAIN_PAUSE = 60. # seconds for which news of a chain trigger no other runs
 FAILED = ('failed', 'timed out', 'killed', 'cancelled') # statuses of runs that are retried
 
 def _triggering_asset(job: Job, last: JobRun | None, runs: list, now: datetime) -> str:
-    "The asset whose news start a job; '' where there are none."
+    "The asset whose news start a job; '' if there are none."
     for run in runs:
         is_new = run.status == 'succeeded' and (last is None or run.ended_at > last.started_at)
         if not is_new: continue
@@ -67,7 +67,7 @@ def why_due(
     runs: list, # `JobRun`s of all jobs, newest first
     now: datetime, # present time, UTC
     since: datetime, # time when the scheduler was started, UTC
-) -> str: # the name of an asset, 'schedule', or 'retry'; '' where the job is not due
+) -> str: # the name of an asset, 'schedule', or 'retry'; '' if the job is not due
     "Why a job should start now."
     last = next((run for run in runs if run.job == job.name), None)
     if last and last.status == 'running': return ''

@@ -19,14 +19,14 @@ from ..core.workload import Asset, Job, Workload, configured_workload, settings_
 # %% ../../nbs/jobs/00_table.ipynb #a9bf1577
 def _model_state(
     s: Settings, # uses `model`
-) -> str: # version; '' where none is registered
+) -> str: # version; '' if none is registered
     "The newest registered version of the model."
     from plant_mlops.registry.registry import versions
     return next((v['version'] for v in versions(s)), '')
 
 def _champion_state(
     s: Settings, # uses `model`
-) -> str: # version; '' where nothing is in production
+) -> str: # version; '' if nothing is in production
     "The version in production, according to the store."
     from plant_mlops.serve.champion import NoModelError, champion_pointer
     try: return str(champion_pointer(open_store(s), s.model)['version'])
@@ -34,7 +34,7 @@ def _champion_state(
 
 def _drift_state(
     s: Settings, # uses `model`
-) -> str: # version; '' where no drift was found
+) -> str: # version; '' if no drift was found
     "The version in production whose inputs have drifted, by the last check."
     try: result = json.loads(open_store(s).get(f'models/{s.model}/drift.json'))
     except NotFound: return ''

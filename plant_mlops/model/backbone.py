@@ -25,7 +25,7 @@ from ..core.config import PlantError, Settings, settings
 def find_library(
     arch: str, # name of a network, such as 'resnet18'
 ) -> str: # 'timm' or 'torchvision'
-    "The library that has a network; raises `PlantError` where neither has it."
+    "The library that has a network; raises `PlantError` if neither has it."
     torchvision_names = torchvision.models.list_models(module=torchvision.models)
     if timm.is_model(arch.split('.')[0]): return 'timm'
     if arch in torchvision_names: return 'torchvision'
@@ -154,7 +154,7 @@ def build_backbone(
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4 # of glibc's malloc.h
 
 @lru_cache
-def keep_freed_memory() -> bool: # False where the C library is not glibc
+def keep_freed_memory() -> bool: # False if the C library is not glibc
     "Configure the C library to keep freed memory and use it again."
     try: mallopt = ctypes.CDLL('libc.so.6').mallopt
     except (OSError, AttributeError): return False

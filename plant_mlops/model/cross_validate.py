@@ -19,7 +19,7 @@ from ..registry.metrics import compute_metrics, fit_temperature
 
 # %% ../../nbs/model/05_cross_validate.ipynb #eea73d3d
 def _check_folds(groups_per_class: list[int], folds: int):
-    "Raise `PlantError` where there are too few photos for the folds."
+    "Raise `PlantError` if there are too few photos for the folds."
     n_classes = len(groups_per_class)
     largest = max(groups_per_class, default=0)
     if n_classes < 2:

@@ -225,7 +225,7 @@ def check_trainable(
     valid_idx, # indices of the photos to validate on
     classes: list, # names of the classes
 ):
-    "Raise `PlantError` where photos cannot be trained on."
+    "Raise `PlantError` if photos cannot be trained on."
     if not len(train_idx):
         raise PlantError('There are no photos to train on. Add some with `plant-mlops catalog add DIR`, a folder for '
                          'each class, then ingest and prepare them.')

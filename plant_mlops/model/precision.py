@@ -85,7 +85,7 @@ class PrecisionChoice:
     "Which file to use, and why."
     precision: str # 'int8' or 'fp32'
     reason: str # reason of the choice
-    comparison: PrecisionComparison | None = None # None where nothing was compared
+    comparison: PrecisionComparison | None = None # None if nothing was compared
 
     def to_dict(self) -> dict:
         "One flat dict, as it is logged, without values that are None."
@@ -106,7 +106,7 @@ def _novelty_correlation(fp32: dict, int8: dict) -> float:
     return float(spearmanr(fp32['novelty'], int8['novelty']).statistic)
 
 def _objection(compared: PrecisionComparison) -> str:
-    "The reason why int8 is not used; '' where it is used."
+    "The reason why int8 is not used; '' if it is used."
     if not compared.not_worse:
         errors = f"{compared.lost} predictions lost and {compared.won} won on {compared.n} validation examples"
         return f"int8 is worse: {errors}, Brier score {compared.brier_change:+.3f}"

@@ -123,7 +123,7 @@ def compare_live(
     s: Settings, # uses model, store_url and catalog_url
     challenger: dict | None = None, # pointer of the challenger; None: read it from the store
 ) -> dict | None: # result of `compare_variants`, with `share` and `started_at`; None: there is no challenger
-    "Compare champion and challenger in production; raises `PlantError` where store or database cannot be read."
+    "Compare champion and challenger in production; raises `PlantError` if store or database cannot be read."
     store = open_store(s)
     challenger = challenger or read_pointer(store, s.model, 'challenger')
     if not challenger: return None

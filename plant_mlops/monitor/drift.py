@@ -63,7 +63,7 @@ def load_reference(
 ) -> pd.DataFrame: # as from `samples_table`
     """The reference of a version: read from the store, or computed and stored if it is missing or corrupt.
 
-    Raises `PlantError` where the dataset or the model cannot be read."""
+    Raises `PlantError` if the dataset or the model cannot be read."""
     store = open_store(s)
     key = f"models/{s.model}/drift/reference-{pointer['version']}-{pointer['sha256'][:12]}.parquet"
     try: return pd.read_parquet(io.BytesIO(store.get(key)))
@@ -115,14 +115,14 @@ def _store_result(
     store.put(f'models/{s.model}/drift.json', data)
     _delete_old_reports(s, store)
 
-# %% ../../nbs/monitor/03_drift.ipynb #623668df
+# %% ../../nbs/monitor/03_drift.ipynb #896318d6
 def drift(
     s: Settings, # settings
 ) -> dict: # the content of `drift.json`
     """Compare recent inputs of the model in production with its training data.
 
     `score` is the largest score of a column, None where `enough` is False, that is, where there are too few samples.
-    Raises `NoModelError` where nothing is in production, `PlantError` where store or database cannot be used."""
+    Raises `NoModelError` if nothing is in production, `PlantError` where store or database cannot be used."""
     store = open_store(s)
     now = datetime.now(timezone.utc)
     pointer = champion_pointer(store, s.model)

@@ -73,7 +73,7 @@ def predict_test_photo(
 ) -> dict: # file, and the prediction of the model in production
     """Predict a test photo, and save it in the home folder, where a person can look at it.
 
-    Raises `NoModelError` where no model is in production."""
+    Raises `NoModelError` if no model is in production."""
     from plant_mlops.data.dataset import load_dataset
     model = load_champion(s)
     manifest = load_dataset(s, version).manifest

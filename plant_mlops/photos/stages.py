@@ -78,7 +78,7 @@ class PretrainedEmbedding:
         from plant_mlops.model.backbone import embed
         return embed(images, self.s)
 
-# %% ../../nbs/photos/00_stages.ipynb #1c38f427
+# %% ../../nbs/photos/00_stages.ipynb #abc57894
 def dataset(
     s: Settings, # uses catalog and store
     progress: bool = True, # whether to show a progress bar
@@ -106,7 +106,7 @@ def new_photos(
 def check_workload(
     s: Settings, # uses `model`
 ):
-    "Raise `PlantError` where the configured model does not belong to the photo workload."
+    "Raise `PlantError` if the configured model does not belong to the photo workload."
     if configured_workload(s).default: return
     raise PlantError(f'`train` is for photos, but the configured model is {s.model!r} (PLANT_MODEL). '
                      '`plant-mlops run` trains that one.')

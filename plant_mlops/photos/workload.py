@@ -38,7 +38,7 @@ def photo_inputs(
 
 # %% ../../nbs/photos/02_workload.ipynb #9c743ab6
 def _photos_state(s: Settings) -> str:
-    "A checksum of the stored photos and their labels; '' where there are none."
+    "A checksum of the stored photos and their labels; '' if there are none."
     from plant_mlops.core.database import call_with_retry
     from plant_mlops.data.catalog import list_stored, open_catalog
     engine = call_with_retry(open_catalog, s)
@@ -48,7 +48,7 @@ def _photos_state(s: Settings) -> str:
     return sha256_of(json.dumps(photos).encode())[:12] if photos else ''
 
 def _dataset_state(s: Settings) -> str:
-    "The newest version of the dataset; '' where there is none."
+    "The newest version of the dataset; '' if there is none."
     from plant_mlops.data.dataset import load_dataset
     try: return load_dataset(s).version
     except PlantError: return ''
@@ -60,7 +60,7 @@ def _has_enough_new_photos(s: Settings) -> bool:
     return not versions(s) or new_photos(s) >= s.retrain_photos
 
 def _evaluation_state(s: Settings) -> str:
-    "The newest version that has metrics; '' where there is none."
+    "The newest version that has metrics; '' if there is none."
     from plant_mlops.registry.registry import versions
     return next((v['version'] for v in versions(s) if v['metrics']), '')
 

@@ -68,7 +68,7 @@ class Predictions:
     classes: list[str] # the C classes of the model, in column order
     temperature: float # number that the logits are divided by
     probabilities: list[list[float]] # N rows of C
-    logits: list[list[float]] | None = None # N rows of C, before the temperature; None where the model has no logits
+    logits: list[list[float]] | None = None # N rows of C, before the temperature; None if the model has no logits
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         "Labels as column numbers, int [N], and probabilities, float [N, C]."
@@ -76,7 +76,7 @@ class Predictions:
         return labels, np.array(self.probabilities)
 
     def uncalibrated(self) -> np.ndarray | None:
-        "Probabilities without the temperature, float [N, C]; None where the model has no logits."
+        "Probabilities without the temperature, float [N, C]; None if the model has no logits."
         return None if self.logits is None else softmax(np.array(self.logits), 1)
 
 # %% ../../nbs/registry/05_evaluate.ipynb #a03cf848

@@ -36,7 +36,7 @@ class MajorityComparison:
     "Comparison of a first model with a classifier that always predicts the majority class."
     challenger_accuracy: float # accuracy of the first model
     common: float # fraction of the test examples that are of the majority class
-    p: float | None # p-value of the permutation test; None where there are too few examples for it
+    p: float | None # p-value of the permutation test; None if there are too few examples for it
 
 @dataclass
 class GateResult:
@@ -44,7 +44,7 @@ class GateResult:
     passed: bool
     reason: str # a sentence without its full stop
     n: int # number of test examples that were compared
-    comparison: PairedComparison | MajorityComparison | None = None # None where nothing could be compared
+    comparison: PairedComparison | MajorityComparison | None = None # None if nothing could be compared
     champion: str | None = None # version that the candidate was compared with; None for a first model
     left_out: int = 0 # number of test examples left out because the champion was trained on them
 
@@ -157,7 +157,7 @@ def _unseen_ids(
     s: Settings, # settings with the store
     reader: Reader, # reader of the examples
     dataset: str, # dataset with the test split
-    champion_dataset: str, # dataset that the champion was trained on; '' where that is unknown
+    champion_dataset: str, # dataset that the champion was trained on; '' if that is unknown
 ) -> set: # ids
     "The test examples that the champion was not trained on; all of them if its dataset is unknown."
     rows = reader.manifest(s, dataset)

@@ -38,7 +38,7 @@ def _macro_auc(
     labels: np.ndarray, # int [N]
     probs: np.ndarray, # float [N, C]
 ) -> float | None:
-    "Mean one-versus-rest area under the ROC curve, or None where it is not defined for any class."
+    "Mean one-versus-rest area under the ROC curve, or None if it is not defined for any class."
     from sklearn.metrics import roc_auc_score
     positives = [labels == c for c in range(probs.shape[1])]
     areas = [roc_auc_score(y, probs[:, c]) for c, y in enumerate(positives) if 0 < y.sum() < len(y)]

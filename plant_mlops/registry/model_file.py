@@ -144,7 +144,7 @@ def open_session(
     model, # path, bytes or ModelProto
     threads: int = 0, # number of threads; 0: one for each core
 ) -> ort.InferenceSession: # on the CPU
-    "An ONNX Runtime session; raises `PlantError` where ONNX Runtime cannot load the file."
+    "An ONNX Runtime session; raises `PlantError` if ONNX Runtime cannot load the file."
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3 # errors only
@@ -178,7 +178,7 @@ def _convert_sklearn(
     model, # fitted pipeline or classifier
     n_features: int,
 ) -> onnx.ModelProto: # with all outputs of skl2onnx
-    "Convert a model; raises `PlantError` where skl2onnx does not know the estimator."
+    "Convert a model; raises `PlantError` if skl2onnx does not know the estimator."
     from skl2onnx import convert_sklearn # imported here since that takes seconds
     from skl2onnx.common.data_types import FloatTensorType
     from skl2onnx.common.exceptions import MissingConverter, MissingShapeCalculator

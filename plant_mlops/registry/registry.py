@@ -59,7 +59,7 @@ def _check_workload(
     s: Settings, # settings with the name of the model
     meta: dict, # metadata of a model file
 ):
-    "Raise `PlantError` where the model file belongs to another workload than the name of the model."
+    "Raise `PlantError` if the model file belongs to another workload than the name of the model."
     expected = configured_workload(s)
     known = workloads(s)
     default = next((w.name for w in known.values() if w.default), '')
@@ -107,6 +107,8 @@ def register(
     return version
 
 # %% ../../nbs/registry/04_registry.ipynb #7bc85089
+def _is_finished(model_version) -> bool: return 'sha256' in model_version.tags # the last step of `register` sets it
+
 def finished_versions(
     client, # MlflowClient
     s: Settings, # settings with the name of the model
@@ -114,7 +116,7 @@ def finished_versions(
     "The versions whose registration was finished."
     all_versions = client.search_model_versions(f"name = '{s.model}'")
     newest_first = sorted(all_versions, key=lambda v: -int(v.version))
-    return [v for v in newest_first if 'sha256' in v.tags]
+    return list(filter(_is_finished, newest_first))
 
 def get_version(
     client, # MlflowClient
@@ -151,7 +153,7 @@ def find_trained(
     s: Settings, # settings with the name of the model
     dataset: str, # version of the dataset
     recipe: dict, # parameters of the training
-) -> str | None: # number of the version; None where there is no such version
+) -> str | None: # number of the version; None if there is no such version
     "The newest version that was trained on a dataset with the same parameters."
     expected = {name: str(value) for name, value in recipe.items()}
     with mlflow_client(s) as client:
@@ -194,11 +196,11 @@ def champion_version(
     except MlflowException as e:
         if e.error_code in ('RESOURCE_DOES_NOT_EXIST', 'INVALID_PARAMETER_VALUE'): return None
         raise
-    return model_version if 'sha256' in model_version.tags else None
+    return model_version if _is_finished(model_version) else None
 
 def champion(
     s: Settings, # settings with the name of the model
 ) -> dict | None: # version, run_id, dataset, source, arch, sha256, metrics on its test split
-    "The version in production according to MLflow; None where there is none."
+    "The version in production according to MLflow; None if there is none."
     with mlflow_client(s) as client: model_version = champion_version(client, s)
     return version_record(model_version) if model_version else None

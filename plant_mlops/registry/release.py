@@ -102,7 +102,7 @@ def _read_pointer(
     store, # store to read from
     key: str, # key of the pointer
 ) -> tuple[dict | None, str | None]: # pointer and etag
-    "Read a pointer and its etag; both are None where it does not exist, only the pointer where it is damaged."
+    "Read a pointer and its etag; both are None if it does not exist, only the pointer where it is damaged."
     stat = store.stat(key)
     if not stat: return None, None
     try: return json.loads(store.get(key)), stat.etag
@@ -216,7 +216,7 @@ def rollback(
 def _classes(s, version) -> set: return set(read_metadata(model_bytes(s, version))['classes'])
 
 def _check_same_classes(s, champion_number, challenger_number):
-    "Raise `PlantError` where champion and challenger do not know the same classes."
+    "Raise `PlantError` if champion and challenger do not know the same classes."
     champion_classes = _classes(s, champion_number)
     challenger_classes = _classes(s, challenger_number)
     if challenger_classes == champion_classes: return

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import httpx
 import numpy as np
 from anyio import to_thread
+from fastcore.basics import patch
 from ..core.config import PlantError, Settings
 from ..data.photo import PhotoLimits, decode_for_model
 
-# %% ../../nbs/serve/16_api_client.ipynb #6ebe03b5
+# %% ../../nbs/serve/16_api_client.ipynb #5d0c2b00
 def _json_content(
     response: httpx.Response, # of the API
     api_url: str, # address that the request was sent to, for error messages
@@ -66,32 +67,37 @@ class ApiClient:
                              'Start it with `plant-mlops serve`, or set PLANT_API_URL.') from None
         return _json_content(response, self.client.base_url)
 
-    async def model_info(self) -> dict:
-        "The description of the model in production, from `/model/info`; raises `PlantError`."
-        return await self.call('GET', '/model/info')
+# %% ../../nbs/serve/16_api_client.ipynb #5d0c2a02
+@patch
+async def model_info(self:ApiClient) -> dict:
+    "The description of the model in production, from `/model/info`; raises `PlantError`."
+    return await self.call('GET', '/model/info')
 
-    async def explain(self,
-        data: bytes, # a photo
-    ) -> Explanation:
-        "A prediction with its heatmap; raises `PlantError`."
-        if not data: raise PlantError('The file is empty. Send another photo.')
-        answer = await self.call('POST', '/predict', params=dict(heatmap=True), content=data)
-        heatmap = answer.pop('heatmap', None)
-        if heatmap is not None: heatmap = np.array(heatmap, np.float32)
-        version = answer['model_version']
-        if version not in self.input_specs: self.input_specs[version] = _input_spec(await self.model_info(), version)
-        pixels = await to_thread.run_sync(decode_for_model, data, self.input_specs[version], self.limits)
-        return Explanation(answer, pixels, heatmap)
+@patch
+async def explain(self:ApiClient,
+    data: bytes, # a photo
+) -> Explanation:
+    "A prediction with its heatmap; raises `PlantError`."
+    if not data: raise PlantError('The file is empty. Send another photo.')
+    answer = await self.call('POST', '/predict', params=dict(heatmap=True), content=data)
+    heatmap = answer.pop('heatmap', None)
+    if heatmap is not None: heatmap = np.array(heatmap, np.float32)
+    version = answer['model_version']
+    if version not in self.input_specs: self.input_specs[version] = _input_spec(await self.model_info(), version)
+    pixels = await to_thread.run_sync(decode_for_model, data, self.input_specs[version], self.limits)
+    return Explanation(answer, pixels, heatmap)
 
-    @property
-    def can_send_feedback(self) -> bool:
-        "Whether there is a token; the API accepts no feedback without one."
-        return bool(self.token)
+# %% ../../nbs/serve/16_api_client.ipynb #5d0c2a04
+@patch(as_prop=True)
+def can_send_feedback(self:ApiClient) -> bool:
+    "Whether there is a token; the API accepts no feedback without one."
+    return bool(self.token)
 
-    async def send_feedback(self,
-        id: str, # id of the prediction
-        label: str, # true label of the photo
-    ):
-        "Send the true label of a photo; raises `PlantError`."
-        headers = {'Authorization': f'Bearer {self.token}'}
-        await self.call('POST', '/feedback', json=dict(id=id, label=label), headers=headers)
+@patch
+async def send_feedback(self:ApiClient,
+    id: str, # id of the prediction
+    label: str, # true label of the photo
+):
+    "Send the true label of a photo; raises `PlantError`."
+    headers = {'Authorization': f'Bearer {self.token}'}
+    await self.call('POST', '/feedback', json=dict(id=id, label=label), headers=headers)

@@ -18,6 +18,7 @@ import numpy as np
 from anyio import to_thread
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
+from fastcore.basics import patch
 from PIL import Image
 from ..core.config import PlantError, Settings
 from ..core.process import cpu_cores
@@ -202,7 +203,7 @@ def _layout(
     with gr.Accordion('About this model', open=False): about = gr.HTML()
     return dict(head=head, banner=banner, about=about) | one_photo | many_photos
 
-# %% ../../nbs/serve/17_page.ipynb #d7556a24
+# %% ../../nbs/serve/17_page.ipynb #5d0c3b01
 _HIDDEN = gr.update(visible=False)
 _MAX_SEEN = 16 # photos that the gallery of last photos shows
 
@@ -247,33 +248,39 @@ class PageEvents:
         labels = gr.update(choices=true_labels(classes))
         return _page_head_html(classes), _banner_update(model_warning(info)), about_html(info), examples, labels
 
-    async def photo_changed(self, path, seen) -> tuple:
-        "A photo was given or removed: answer, heatmap, id, truth, thanks, seen, last."
-        card, heatmap, photo = await predict_upload(self.api, path, self.max_bytes)
-        if photo: seen = [photo, *seen][:_MAX_SEEN]
-        truth = gr.update(value=None, visible=bool(photo) and self.api.can_send_feedback)
-        return card, _heatmap_update(heatmap), photo and photo.id, truth, '', seen, _gallery_update(seen)
+# %% ../../nbs/serve/17_page.ipynb #5d0c3a02
+@patch
+async def photo_changed(self:PageEvents, path, seen) -> tuple:
+    "A photo was given or removed: answer, heatmap, id, truth, thanks, seen, last."
+    card, heatmap, photo = await predict_upload(self.api, path, self.max_bytes)
+    if photo: seen = [photo, *seen][:_MAX_SEEN]
+    truth = gr.update(value=None, visible=bool(photo) and self.api.can_send_feedback)
+    return card, _heatmap_update(heatmap), photo and photo.id, truth, '', seen, _gallery_update(seen)
 
-    def last_photo_selected(self, seen, event: gr.SelectData) -> tuple:
-        "One of the last photos, whose heatmaps are not kept, was selected: answer, heatmap, id, truth, thanks."
-        photo = seen[event.index]
-        truth = gr.update(value=None, visible=self.api.can_send_feedback)
-        return photo.card, _HIDDEN, photo.id, truth, ''
+@patch
+def last_photo_selected(self:PageEvents, seen, event: gr.SelectData) -> tuple:
+    "One of the last photos, whose heatmaps are not kept, was selected: answer, heatmap, id, truth, thanks."
+    photo = seen[event.index]
+    truth = gr.update(value=None, visible=self.api.can_send_feedback)
+    return photo.card, _HIDDEN, photo.id, truth, ''
 
-    async def truth_given(self, id, label) -> str:
-        "The visitor chose the true label: thanks."
-        try: await self.api.send_feedback(id, label)
-        except PlantError as e: return message_html(str(e), 'error')
-        return f'<p class="pm-small" role="status">Thank you. Noted: {html.escape(label)}.</p>'
+@patch
+async def truth_given(self:PageEvents, id, label) -> str:
+    "The visitor chose the true label: thanks."
+    try: await self.api.send_feedback(id, label)
+    except PlantError as e: return message_html(str(e), 'error')
+    return f'<p class="pm-small" role="status">Thank you. Noted: {html.escape(label)}.</p>'
 
-    async def photos_changed(self, paths) -> tuple:
-        "Many photos were given or removed: table, csv."
-        if not paths: return '', _HIDDEN
-        if len(paths) > self.max_files:
-            message = f'{len(paths)} photos are more than {self.max_files} (`PLANT_BATCH_FILES`). Choose fewer.'
-            return message_html(message, 'error'), _HIDDEN
-        rows = await predict_uploads(self.api, paths, self.max_bytes)
-        return predictions_table_html(rows), gr.update(value=save_csv(rows, self.folder), visible=True)
+# %% ../../nbs/serve/17_page.ipynb #5d0c3a04
+@patch
+async def photos_changed(self:PageEvents, paths) -> tuple:
+    "Many photos were given or removed: table, csv."
+    if not paths: return '', _HIDDEN
+    if len(paths) > self.max_files:
+        message = f'{len(paths)} photos are more than {self.max_files} (`PLANT_BATCH_FILES`). Choose fewer.'
+        return message_html(message, 'error'), _HIDDEN
+    rows = await predict_uploads(self.api, paths, self.max_bytes)
+    return predictions_table_html(rows), gr.update(value=save_csv(rows, self.folder), visible=True)
 
 # %% ../../nbs/serve/17_page.ipynb #5d6c7c66
 _FILES = resources.files('plant_mlops.serve')

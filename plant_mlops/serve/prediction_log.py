@@ -239,14 +239,14 @@ def delete_old_samples(
     engine: sa.Engine, # from `open_prediction_log`
     model: str, # name of the model
     before: datetime, # UTC time; older samples are removed
-    keep: int, # largest number of samples that stay
+    keep: int, # number of samples that stay at most, ≥ 1; more if several have the same time
 ) -> int: # number of samples that were removed
     "Remove the samples that are older than a time, and of the others the oldest if there are too many."
     columns = samples.c
     newest_first = sa.select(columns.timestamp).where(columns.model == model).order_by(columns.timestamp.desc())
-    first_excess = newest_first.offset(keep).limit(1) # the newest of the samples that are too many
+    oldest_kept = newest_first.offset(keep - 1).limit(1)
     with engine.begin() as connection:
-        excess_time = connection.scalar(first_excess)
+        kept_since = connection.scalar(oldest_kept) # None: there are fewer samples
         is_old = columns.timestamp < before
-        if excess_time is not None: is_old = sa.or_(is_old, columns.timestamp <= excess_time)
+        if kept_since is not None: is_old = sa.or_(is_old, columns.timestamp < kept_since)
         return connection.execute(sa.delete(samples).where(columns.model == model, is_old)).rowcount

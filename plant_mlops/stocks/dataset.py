@@ -90,7 +90,7 @@ def save_stock_dataset(
 def load_stock_card(
     s: Settings, # settings
     version: str = 'latest', # version of the dataset
-) -> dict: # empty where there is no dataset yet
+) -> dict: # empty if there is no dataset yet
     "The card of a version; raises `PlantError` if that version does not exist."
     store = open_store(s)
     try:

@@ -60,7 +60,7 @@ def fit_classifier(
     kind: str = 'random_forest', # kind of classifier, a key of `CLASSIFIERS`
     seed: int = 42, # seed of every random choice
 ) -> Pipeline: # scaler and classifier
-    "Train on examples; raises `PlantError` for an unknown kind, or where all examples are of one class."
+    "Train on examples; raises `PlantError` for an unknown kind, or if all examples are of one class."
     classifier = new_classifier(kind, seed)
     if examples.label.nunique() < 2:
         raise PlantError(f'All {len(examples):,} examples are {examples.label.iloc[0]}: there is nothing to learn. '

@@ -19,7 +19,7 @@ def _read_inputs(*args):
     return read_example_inputs(*args)
 
 def _dataset_state(s) -> str:
-    "The newest version of the days; '' where there is none."
+    "The newest version of the days; '' if there is none."
     from plant_mlops.stocks.dataset import load_stock_card
     return load_stock_card(s).get('version', '')
 
