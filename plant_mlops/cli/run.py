@@ -6,6 +6,7 @@
 __all__ = ['app', 'run']
 
 # %% ../../nbs/cli/03_run.ipynb #17e0c888
+import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -30,9 +31,15 @@ def _print_accuracy(prediction: dict | None, evaluation: dict, examples: str, is
     accuracy = f'{evaluation["accuracy"]:.1%} on {evaluation["n"]} test {examples}'
     print_line(f'Accuracy {accuracy}, 95% interval {interval}{note}')
 
+def _path_argument(path: Path | str) -> str:
+    "A path for the next command: relative if it is in the current folder, and quoted if the shell needs that."
+    path = Path(path)
+    if path.is_relative_to(Path.cwd()): path = path.relative_to(Path.cwd())
+    return escaped(shlex.quote(str(path)))
+
 def _home_option(home: Path | None) -> str:
     "The option `--home` for the next command; '' if no folder was given."
-    return f' --home {home}' if home else ''
+    return f' --home {_path_argument(home)}' if home else ''
 
 # %% ../../nbs/cli/03_run.ipynb #e7baa2f8
 def _print_photos_run(result: dict, home: Path | None):
@@ -40,7 +47,7 @@ def _print_photos_run(result: dict, home: Path | None):
     _print_accuracy(result['prediction'], result['evaluation'], 'photos', result['source'] == 'synthetic')
     print_line(f'In production: {result["model"]} version {result["champion"]}; {escaped(result["gate"])}')
     option = _home_option(home)
-    photo = escaped(result['prediction']['file'])
+    photo = _path_argument(result['prediction']['file'])
     print_line(f'\nNext: [bold]plant-mlops serve{option}[/], then open http://127.0.0.1:8000/ui')
     print_line(f'      [bold]plant-mlops predict{option} {photo}[/]')
 
@@ -55,7 +62,7 @@ def _print_workload_run(result: dict, home: Path | None):
     print_line(f'{production}; version {result["version"]} {promoted}: {escaped(result["reason"])}.')
     if not has_model: return
     print_line(f'\nNext: [bold]PLANT_MODEL={result["model"]} plant-mlops serve{_home_option(home)}[/], then')
-    print_line(f'      [bold]curl http://127.0.0.1:8000/predict -d @{escaped(result["prediction"]["file"])}[/]')
+    print_line(f'      [bold]curl http://127.0.0.1:8000/predict -d @{_path_argument(result["prediction"]["file"])}[/]')
 
 # %% ../../nbs/cli/03_run.ipynb #fed53b6e
 def _run_photos(s: Settings, photos: Path | None, manifest: Path | None, synthetic: int, home: Path | None,
