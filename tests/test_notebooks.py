@@ -26,7 +26,7 @@ MASKS = [
     (r'0x[0-9a-f]+|\b(?=[a-f]*\d)[0-9a-f]{6,}\b', '#'), # addresses and checksums
     (r'[-+−]?\d+(?:[.,:_]\d+)*(?:e[-+]?\d+)?', '#'), # numbers, times, versions
     (r'just now|# \w+ ago', '# ago'),
-    (r'#(?:[\s,]*#)*\+?', '#'), # a commit with changes ends in +
+    (r'#(?:[\s,]*#)*(?:\+|\.\.\.)?', '#'), # a commit with changes ends in +, a long checksum in ...
     (r'\bhost \S+', 'host #'),
     (r'[─━═╌▁▂▃▄▅▆▇█]+|-{2,}|={2,}', '-'), # rules and bars
     (r'\s+', ' '),

@@ -1,5 +1,6 @@
 "A workload is installed without a change of the platform, and requests to its model are checked."
-import ast, json
+import ast, json, sys
+from types import ModuleType
 import numpy as np, pytest
 from fastapi.testclient import TestClient
 from helpers import plant, plant_messages, root
@@ -69,9 +70,10 @@ def test_an_installed_package_adds_its_workload(install, tmp_path):
     assert [*list_jobs(tmp_path, PLANT_MODEL='tea')] == ['tea-train', 'tea-promote', 'tea-monitor']
     assert 'name: tea-train' in plant('job', 'cronjobs', home=None)
 
-def test_settings_in_code_decide_about_the_job_table(tmp_path, monkeypatch):
-    (tmp_path/'chai.py').write_text(tea.replace('tea', 'chai'))
-    monkeypatch.syspath_prepend(tmp_path)
+def test_settings_in_code_decide_about_the_job_table(monkeypatch):
+    chai = ModuleType('chai')
+    exec(tea.replace('tea', 'chai'), vars(chai))
+    monkeypatch.setitem(sys.modules, 'chai', chai)
     with_chai, without = settings(workloads='chai:workload'), settings()
     assert 'chai-promote' in job_table(with_chai).jobs and 'chai-promote' not in job_table(without).jobs
     chain = chain_for(settings(workloads='chai:workload', model='chai'))

@@ -123,6 +123,7 @@ def _advice(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT): return 'Free some disk space, then run again.'
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS): return 'Fix the permissions, then run again.'
     if error.errno == errno.ENAMETOOLONG: return 'Use a shorter name.'
+    if error.errno == errno.EFBIG: return 'Raise the limit of file sizes (`ulimit -f`), then run again.'
     return 'Check the disk, then run again.'
 
 @contextlib.contextmanager
