@@ -241,6 +241,7 @@ def rank_of(item) -> int:
     if item.get_closest_marker('slow'): return len(SLOW_FILES)
     return len(SLOW_FILES) + 1
 
+@pytest.hookimpl(tryfirst=True) # before pytest-xdist, which reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     for item in items:
         if is_slow(item): item.add_marker('slow')

@@ -163,6 +163,12 @@ def fences(path) -> list:
 
 # Settings of a training that takes seconds; other tests check how good a model gets.
 quick = dict(PLANT_EPOCHS='0', PLANT_IMAGE_SIZE='96', PLANT_BATCH_SIZE='8', PLANT_PRECISION='fp32')
+
+def quick_settings(**kw):
+    "The settings of `quick`, and others, in this process."
+    from plant_mlops.core.config import settings
+    return settings(**{name.removeprefix('PLANT_').lower(): value for name, value in quick.items()}, **kw)
+
 cli = [str(programs/'plant-mlops')] if (programs/'plant-mlops').exists() else [sys.executable, '-m', 'plant_mlops']
 
 def command(*args, home=None) -> list:
@@ -343,17 +349,16 @@ EXPORTED = dict(
 # Files whose tests share something expensive (a server, a trained model, an environment): one worker runs them.
 # The tests of other files are distributed over the workers one by one.
 TOGETHER = {
-    'test_ab', 'test_airflow', 'test_app_browser', 'test_base_install', 'test_catalog', 'test_dashboard', 'test_drift',
-    'test_guides', 'test_kubernetes', 'test_load', 'test_monitoring', 'test_quantize', 'test_recipe', 'test_registry',
-    'test_serve', 'test_store'}
+    'test_ab', 'test_airflow', 'test_app_browser', 'test_base_install', 'test_catalog', 'test_commands',
+    'test_dashboard', 'test_drift', 'test_kubernetes', 'test_load', 'test_monitoring', 'test_pipeline',
+    'test_quantize', 'test_recipe', 'test_registry', 'test_serve', 'test_store'}
 
 # Slow files, the slowest first, so that no worker is left with one of them at the end. `make test-fast` omits them;
 # in other files, single tests have the marker `slow`.
 SLOW_FILES = (
-    'test_stack', 'test_guides', 'test_airflow', 'test_readme', 'test_jobs', 'test_drift', 'test_recipe',
-    'test_pipeline', 'test_registry', 'test_dashboard', 'test_app_browser', 'test_full_disk', 'test_ingest',
-    'test_workers', 'test_monitor', 'test_quantize', 'test_cli', 'test_base_install', 'test_load', 'test_ab',
-    'test_export')
+    'test_stack', 'test_airflow', 'test_commands', 'test_jobs', 'test_drift', 'test_recipe', 'test_pipeline',
+    'test_registry', 'test_dashboard', 'test_app_browser', 'test_full_disk', 'test_ingest', 'test_workers',
+    'test_monitor', 'test_quantize', 'test_cli', 'test_base_install', 'test_load', 'test_ab', 'test_export')
 
 # Notebooks that take more than a few seconds, named without their numbers: they train, or start servers and kernels.
 SLOW_NOTEBOOKS = {

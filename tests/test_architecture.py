@@ -179,3 +179,11 @@ def test_serving_loads_no_heavy_package_even_where_it_is_installed(module):
 def test_exporter_and_backup_load_no_package_that_the_small_image_lacks():
     loaded = loaded_packages('plant_mlops.monitor.exporter', 'plant_mlops.core.backup')
     assert not loaded & (HEAVY | {'gradio', 'IPython', 'papermill'})
+
+# -- The tests
+
+def test_one_worker_runs_all_tests_of_a_group(request):
+    "pytest-xdist finds the group in a test's ID, where some versions of pytest do not let it write."
+    if not hasattr(request.config, 'workerinput'): return # one process runs all
+    grouped = [item.nodeid for item in request.session.items if item.get_closest_marker('xdist_group')]
+    assert not [name for name in grouped if '@' not in name]

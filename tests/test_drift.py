@@ -5,7 +5,7 @@ from datetime import datetime, timedelta, timezone
 from uuid import uuid4
 import numpy as np, pandas as pd, pytest, sqlalchemy as sa
 from prometheus_client import generate_latest
-from helpers import input_samples, plant, plant_messages
+from helpers import input_samples, plant, plant_messages, quick_settings
 from plant_mlops.core.config import PlantError, settings
 from plant_mlops.core.workload import Reader, workloads
 from plant_mlops.core.store import open_store
@@ -314,7 +314,7 @@ def test_drift_retrains_only_if_there_is_drift_and_if_there_are_new_photos(tmp_p
     def versions(): return {row['version'] for row in json.loads(plant('history', '--json', home=home))}
     assert 'plant-mlops run' in plant_messages('drift', home=home, ok=1)
     plant('run', '--synthetic', 80, '--json', home=home)
-    s = settings(home=home, image_size=96)
+    s = quick_settings(home=home)
     output = run_drift('--retrain')
     assert 'Too few' in output
     assert 'PLANT_DRIFT_MIN' in output
@@ -345,6 +345,5 @@ def test_drift_retrains_only_if_there_is_drift_and_if_there_are_new_photos(tmp_p
     assert registry.model_bytes(s, '2')
     if 'was promoted' in output: assert not json.loads(run_drift('--json'))['enough'] # no samples of version 2 yet
     from plant_mlops.jobs.chains import retrain
-    quick_settings = settings(home=home, image_size=96, epochs=0, batch_size=8)
-    assert not retrain(quick_settings, progress=False)['trained'] # whatever the gate decided about version 2
+    assert not retrain(quick_settings(home=home), progress=False)['trained'] # whatever the gate decided about version 2
     with pytest.raises(PlantError, match='no version 3'): registry.model_bytes(s, '3')
