@@ -350,7 +350,7 @@ EXPORTED = dict(
 # The tests of other files are distributed over the workers one by one.
 TOGETHER = {
     'test_ab', 'test_airflow', 'test_app_browser', 'test_base_install', 'test_catalog', 'test_commands',
-    'test_dashboard', 'test_drift', 'test_kubernetes', 'test_load', 'test_monitoring', 'test_pipeline',
+    'test_dashboard', 'test_drift', 'test_kubernetes', 'test_load', 'test_prometheus', 'test_pipeline',
     'test_quantize', 'test_recipe', 'test_registry', 'test_serve', 'test_store'}
 
 # Slow files, the slowest first, so that no worker is left with one of them at the end. `make test-fast` omits them;
@@ -358,7 +358,7 @@ TOGETHER = {
 SLOW_FILES = (
     'test_stack', 'test_airflow', 'test_commands', 'test_jobs', 'test_drift', 'test_recipe', 'test_pipeline',
     'test_registry', 'test_dashboard', 'test_app_browser', 'test_full_disk', 'test_ingest', 'test_workers',
-    'test_monitor', 'test_quantize', 'test_cli', 'test_base_install', 'test_load', 'test_ab', 'test_export')
+    'test_prediction_log', 'test_quantize', 'test_cli', 'test_base_install', 'test_load', 'test_ab', 'test_export')
 
 # Notebooks that take more than a few seconds, named without their numbers: they train, or start servers and kernels.
 SLOW_NOTEBOOKS = {

@@ -134,6 +134,9 @@ def commands(group, path=()):
     yield path, group
     for name in getattr(group, 'commands', ()): yield from commands(group.get_command(None, name), (*path, name))
 
+def test_the_readme_has_fewer_than_200_lines():
+    assert len((root/'README.md').read_text().splitlines()) < 200
+
 def test_readme_and_help_use_plain_words():
     from plant_mlops.cli.main import app
     texts = {'README.md': (root/'README.md').read_text()}

@@ -27,7 +27,7 @@ from .ingest_shard import ingest_shard
 
 # %% ../../nbs/data/10_ingest.ipynb #26e58269
 def split_part(
-    part: tuple, # (i, n): the rows of worker i of n
+    part: tuple, # (i, n): the rows with id % n == i - 1
     m: int, # number of smaller parts
 ) -> list: # m parts, which together have the rows of the given one
     "Divide a part into smaller parts."
@@ -59,7 +59,7 @@ def worker_main(
     fd: int, # file descriptor of the pipe to the parent
 ):
     "Main function of a worker: receive its part, ingest it, send the results."
-    signal.signal(signal.SIGINT, signal.default_int_handler) # a shell starts background jobs with SIGINT ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler) # background jobs of a shell ignore it
     connection = Connection(fd)
     try: arguments = connection.recv()
     except EOFError: return
@@ -82,20 +82,20 @@ class WorkerResult(NamedTuple):
     counts: Counter   # number of photos by status, and of skipped ones
     is_complete: bool # False: the worker died, and some of its rows are still pending
 
-# %% ../../nbs/data/10_ingest.ipynb #d8854d35
+# %% ../../nbs/data/10_ingest.ipynb #80e686c4
 class Worker:
     "A process that ingests one part of the rows."
     def __init__(self,
         s: Settings, # settings of the worker
-        part: tuple, # (i, n): the rows of worker i of n
-        connect_to: dict | None = None, # host → (address, port) reached instead
+        part: tuple, # (i, n): the rows with id % n == i - 1
+        connect_to: dict | None = None, # host → (address, port) to connect to instead
     ):
         self.part = part
         self.connection, worker_end = Pipe()
         code = f'from plant_mlops.data.ingest import worker_main; worker_main({worker_end.fileno()})'
         self.process = subprocess.Popen(
             [sys.executable, '-c', code], pass_fds=[worker_end.fileno()], stdin=subprocess.DEVNULL,
-            stdout=2, # its output belongs in the log
+            stdout=2, # what it prints goes to standard error, since standard output is for results
             start_new_session=True) # a terminal sends Ctrl-C to the parent alone
         worker_end.close()
         self._send((s, part, connect_to))
@@ -120,7 +120,8 @@ class Worker:
             for result in message: on_result(result)
             message = self._receive()
         if isinstance(message, PlantError): raise message
-        return WorkerResult(counts + Counter(skipped=message or 0), is_complete=message is not None)
+        if message is None: return WorkerResult(counts, is_complete=False)
+        return WorkerResult(counts + Counter(skipped=message), is_complete=True)
 
     def request_stop(self):
         "Ask the process to record its results, and exit."
@@ -141,7 +142,7 @@ def _stop_workers(
         for worker in workers: worker.process.kill()
         for worker in workers: worker.process.wait()
 
-# %% ../../nbs/data/10_ingest.ipynb #a2588975
+# %% ../../nbs/data/10_ingest.ipynb #6792e911
 def _divide_limits(
     s: Settings, # settings of the whole run
     n: int, # number of processes, at most `ingest_per_host`
@@ -153,14 +154,14 @@ def _divide_limits(
 # %% ../../nbs/data/10_ingest.ipynb #4a27e93a
 def _ingest_multiprocess(
     s: Settings, # settings of the whole run
-    part: tuple, # (i, n): the rows of worker i of n
-    n: int, # number of processes
-    connect_to: dict | None, # host → (address, port) reached instead
+    part: tuple, # (i, n): the rows with id % n == i - 1
+    n_processes: int, # number of processes
+    connect_to: dict | None, # host → (address, port) to connect to instead
     on_result: Callable, # called with each `PhotoResult`
 ) -> Counter: # numbers of photos: stored, failed, rejected and skipped
-    "Ingest a part in n processes; raises the first `PlantError` of any of them."
-    s = _divide_limits(s, n)
-    first, *others = split_part(part, n)
+    "Ingest a part in several processes; raises the first `PlantError` of any of them."
+    s = _divide_limits(s, n_processes)
+    first, *others = split_part(part, n_processes)
     workers = []
     futures = [] # result of each worker
 
@@ -169,7 +170,7 @@ def _ingest_multiprocess(
             if future.done(): future.result() # raises the error of a worker that has failed
         on_result(result)
 
-    with ThreadPoolExecutor(n) as pool:
+    with ThreadPoolExecutor(n_processes) as pool:
         try:
             for other in others: workers.append(Worker(s, other, connect_to))
             for worker in workers: futures.append(pool.submit(worker.follow, on_result))
@@ -178,7 +179,7 @@ def _ingest_multiprocess(
                 result = future.result()
                 counts += result.counts
                 if result.is_complete: continue
-                _stop_workers([worker])
+                _stop_workers([worker]) # no other process may have these rows
                 counts += ingest_shard(s, worker.part, connect_to, on_own_result)
         finally: _stop_workers(workers)
     return counts
@@ -197,8 +198,8 @@ def _summary_table(
 # %% ../../nbs/data/10_ingest.ipynb #1a137fa6
 def ingest(
     s: Settings, # settings
-    part: tuple = (1, 1), # (i, n): the rows of worker i of n
-    connect_to: dict[str, tuple[str, int]] | None = None, # host → (address, port) reached instead
+    part: tuple = (1, 1), # (i, n): the rows with id % n == i - 1
+    connect_to: dict[str, tuple[str, int]] | None = None, # host → (address, port) to connect to instead
     progress: bool = True, # whether to show a progress bar, then a summary
 ) -> dict: # numbers of photos: stored, failed, rejected and skipped, and seconds
     "Fetch, check and store all photos that are due; raises `PlantError` if store or catalog cannot be used."

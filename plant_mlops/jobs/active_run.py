@@ -43,15 +43,15 @@ def _announced_state(
     job: Job, # job that produces the asset
     asset: str, # name of the asset
     except_why: str | None = None, # leave out runs that were started for this reason
-) -> str: # '' if none was announced, or the last one was ''
+) -> str: # '' if none was announced, or the asset has been absent since
     "The state of an asset that was last announced to other jobs."
     t = job_runs.c
     query = sa.select(t.states, t.news).where(t.job == job.name, t.model == s.model, t.status == 'succeeded')
     if except_why: query = query.where(t.why != except_why)
     with engine.connect() as c:
         for states, news in c.execute(query.order_by(t.ended_at.desc()).limit(1000)):
-            is_absent = not states.get(asset) # the asset did not exist then, so it is new when it exists again
-            if asset in news or is_absent: return states.get(asset, '')
+            if not states.get(asset): return '' # it was absent then, so it is new when it exists again
+            if asset in news: return states[asset]
     return ''
 
 def find_news(
@@ -176,7 +176,8 @@ def to_json_values(
 ) -> dict: # name → value of a JSON type
     "Values that can be written as JSON; numbers that are not finite become None."
     def convert(value): return value.item() if hasattr(value, 'item') else str(value)
-    return json.loads(json.dumps(values, default=convert), parse_constant=lambda _: None)
+    text = json.dumps(values, default=convert) # with NaN and Infinity, which are no JSON
+    return json.loads(text, parse_constant=lambda _: None)
 
 @patch
 def done(self:ActiveRun,

@@ -128,7 +128,7 @@ def retrain_photos(
     s: Settings, # configured settings
     progress: bool = True, # whether to show progress bars
 ) -> dict: # trained (bool), dataset, reason; if a model was trained also version and promoted (bool)
-    "Ingest, prepare, make a dataset, train and promote, unless a model has already been trained on that dataset."
+    "Ingest, prepare, make a dataset, train and promote, unless the same training was done already."
     from plant_mlops.data.prepare import prepare
     from plant_mlops.model.train import recipe
     from plant_mlops.registry.registry import find_trained

@@ -46,7 +46,7 @@ class GateResult:
     n: int # number of test examples that were compared
     comparison: PairedComparison | MajorityComparison | None = None # None if nothing could be compared
     champion: str | None = None # version that the candidate was compared with; None for a first model
-    left_out: int = 0 # number of test examples left out because the champion was trained on them
+    left_out: int = 0 # number of test examples left out, as the champion has seen them or their group
 
     def to_dict(self) -> dict:
         "One flat dict, as `plant-mlops promote --json` prints it."
@@ -180,7 +180,7 @@ def _one_per_group(
     "One random example of each group; all examples where groups are not stable."
     if not reader.stable_groups: return np.arange(len(ids))
     groups = reader.manifest(s, dataset).set_index('id').group.loc[list(ids)].to_numpy(str)
-    order = np.random.default_rng(0).permutation(len(ids))
+    order = np.random.default_rng(0).permutation(len(ids)) # shuffled; then the first of each group is taken
     first_of_group = np.unique(groups[order], return_index=True)[1]
     return np.sort(order[first_of_group])
 

@@ -52,7 +52,10 @@ def _last_good_key(s: Settings) -> str:
     return f'models/{s.model}-{store_id}.json'
 
 # %% ../../nbs/serve/01_champion.ipynb #817a8679
-def _remove_old_copies(cache: FolderStore, keep: int = 2):
+def _remove_old_copies(
+    cache: FolderStore, # from `_cache_of`
+    keep: int = 2, # the challenger of an A/B test has no cached pointer, nor has a model that is being loaded
+):
     "Remove model files that no cached pointer refers to, except the `keep` newest."
     entries = list(cache.list('models/'))
     in_use = {json.loads(cache.get(entry.key))['sha256'] for entry in entries if entry.key.endswith('.json')}
@@ -111,7 +114,7 @@ def load_published(
 
 # %% ../../nbs/serve/01_champion.ipynb #2e58e920
 def _short_timeout(s: Settings) -> Settings:
-    "Settings with which the store is waited for at most five seconds."
+    "Settings in which one try of a request to S3 takes at most five seconds."
     return s.model_copy(update=dict(s3_timeout=min(s.s3_timeout, 5.)))
 
 def load_champion(
