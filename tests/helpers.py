@@ -358,13 +358,15 @@ TOGETHER = {
 SLOW_FILES = (
     'test_stack', 'test_airflow', 'test_commands', 'test_jobs', 'test_drift', 'test_recipe', 'test_pipeline',
     'test_registry', 'test_dashboard', 'test_app_browser', 'test_full_disk', 'test_ingest', 'test_workers',
-    'test_prediction_log', 'test_quantize', 'test_cli', 'test_base_install', 'test_load', 'test_ab', 'test_export')
+    'test_prediction_log', 'test_quantize', 'test_cli', 'test_base_install', 'test_load', 'test_ab', 'test_export',
+    'test_workflows')
 
 # Notebooks that take more than a few seconds, named without their numbers: they train, or start servers and kernels.
 SLOW_NOTEBOOKS = {
-    'apps/data', 'apps/mistakes', 'apps/models', 'apps/try_it', 'cli/pipeline', 'data/dataset', 'data/ingest',
-    'data/prepare', 'data/synthetic', 'guides/one_photo', 'guides/workload', 'jobs/active_run', 'jobs/chains',
-    'jobs/reports', 'jobs/runner', 'jobs/scheduler', 'monitor/drift', 'monitor/drift_report', 'photos/example_home',
-    'photos/main', 'photos/stages', 'photos/workload', 'registry/evaluate', 'registry/gate', 'registry/release',
-    'serve/page', 'serve/server', 'serve/workers', 'stocks/forecast', 'stocks/page', 'stocks/train',
-    'stocks/workload'}
+    'apps/data', 'apps/mistakes', 'apps/models', 'apps/try_it', 'cli/pipeline', 'cli/release', 'core/s3_store',
+    'data/dataset', 'data/ingest', 'data/prepare', 'data/synthetic', 'guides/one_photo', 'guides/workload',
+    'jobs/active_run', 'jobs/chains', 'jobs/reports', 'jobs/runner', 'jobs/scheduler', 'monitor/drift',
+    'monitor/drift_report', 'monitor/exporter', 'photos/example_home', 'photos/main', 'photos/stages',
+    'photos/workload', 'registry/evaluate', 'registry/gate', 'registry/registry', 'registry/release',
+    'registry/tracking', 'serve/page', 'serve/server', 'serve/workers', 'stocks/forecast', 'stocks/page',
+    'stocks/train', 'stocks/workload', 'targets/kubeflow'}

@@ -207,6 +207,7 @@ home, i = sys.argv[1:]
 print(prepare(settings(home=home, shard_photos=10), (int(i), 2), False)["prepared"])
 '''
 
+@pytest.mark.slow
 def test_two_workers_share_the_photos_and_omit_none(tmp_path):
     s = settings(home=tmp_path/'home', shard_photos=10)
     store_drawings(s, 40)
@@ -233,6 +234,7 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 '''
 
+@pytest.mark.slow
 def test_after_killed_preparations_each_photo_is_in_one_shard(tmp_path):
     s, rng = settings(home=tmp_path/'home', shard_photos=4), random.Random(4)
     store_drawings(s, 120)
@@ -322,6 +324,7 @@ def test_the_version_of_a_dataset_does_not_depend_on_the_shards(tmp_path):
 
 # -- Stores on disk and on S3
 
+@pytest.mark.slow
 def test_the_same_photos_and_labels_are_the_same_version_in_every_store_and_order(seaweedfs, tmp_path):
     disk = settings(home=tmp_path/'a', shard_photos=7)
     s3 = seaweedfs.settings('versions', home=tmp_path/'b')
@@ -351,6 +354,7 @@ def test_a_second_preparation_reads_the_indexes_of_shards_only(seaweedfs, tmp_pa
     assert len(keys) == 3
     assert not any(map(checksum_in_key, keys))
 
+@pytest.mark.slow
 def test_new_photos_move_few_old_ones_to_other_splits_and_only_new_ones_are_embedded(tmp_path):
     "With another backbone, all are embedded again."
     s, batch_sizes = settings(home=tmp_path/'home'), []
@@ -380,6 +384,7 @@ def test_new_photos_move_few_old_ones_to_other_splits_and_only_new_ones_are_embe
 
 # -- Real photos
 
+@pytest.mark.slow
 def test_300_real_photos_are_split_by_group_in_the_fractions_and_flagged(photos, tmp_path):
     s = settings(home=tmp_path/'home')
     assert add_folder(open_catalog(s), photos/'plants')['new'] == 300

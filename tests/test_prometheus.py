@@ -43,6 +43,7 @@ recording_rules = [rule for rule in read_rules() if 'alert' not in rule]
 def test_prometheus_accepts_its_configuration():
     assert 'SUCCESS' in run_checked(require('promtool'), 'check', 'config', str(prometheus_yml))
 
+@pytest.mark.slow
 @pytest.mark.parametrize('file', sorted(prometheus_dir.glob('tests/*.yml')), ids=lambda file: file.stem)
 def test_rules_pass_their_unit_tests(file): run_checked(require('promtool'), 'test', 'rules', str(file))
 

@@ -149,6 +149,7 @@ def memory_of_children(pid) -> float:
         with contextlib.suppress(psutil.NoSuchProcess): total += child.memory_info().rss
     return total/1e6
 
+@pytest.mark.slow
 def test_2000_malformed_bodies_leak_no_memory(tmp_path):
     "Corrupted, cut and repeated photos: no server error, and after 1000 of them the workers do not grow."
     publish_example(settings(home=tmp_path))
@@ -172,6 +173,7 @@ def test_2000_malformed_bodies_leak_no_memory(tmp_path):
             assert c.post('/predict', content=photo_bytes()).status_code == 200
     finally: stop(p)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['photos', 'numbers'])
 def test_fuzzing_by_the_openapi_description_finds_no_server_error(kind, model, tmp_path):
     numbers = linear_model([[2, 0], [0, 1], [-1, 1]], ['up', 'down'], version='1').SerializeToString()
@@ -205,6 +207,7 @@ def frozen(seaweedfs):
     try: yield
     finally: os.kill(seaweedfs.process.pid, signal.SIGCONT)
 
+@pytest.mark.slow
 def test_a_model_is_loaded_from_its_local_copy_while_s3_is_unreachable(seaweedfs, tmp_path):
     s = seaweedfs.settings('serving', home=tmp_path)
     with pytest.raises(NoModelError): load_champion(s)
@@ -220,6 +223,7 @@ def test_a_model_is_loaded_from_its_local_copy_while_s3_is_unreachable(seaweedfs
         assert time.monotonic() - start < 20
         with pytest.raises(StoreError): load_champion(unreachable.model_copy(update=dict(home=tmp_path/'elsewhere')))
 
+@pytest.mark.slow
 def test_health_responds_while_the_store_hangs(tmp_path):
     with listen('127.0.0.1', 0) as silent:
         url = f'http://127.0.0.1:{silent.getsockname()[1]}'
@@ -290,6 +294,7 @@ def test_a_broken_model_is_refused_and_the_old_one_serves(tmp_path, why, bad):
     publish_example(s, '3')
     assert live.refresh() and live.model.version == '3' and live.error is None
 
+@pytest.mark.slow
 def test_models_change_under_load_and_each_answer_is_of_one_version(tmp_path):
     "Odd versions call gold a dandelion, even ones call it grass."
     s = settings(home=tmp_path, reload_every=.05, token='hush')
@@ -315,6 +320,7 @@ def test_models_change_under_load_and_each_answer_is_of_one_version(tmp_path):
         end.set()
     assert not failed and None not in versions and len(versions) > 20
 
+@pytest.mark.slow
 def test_predictions_go_on_while_the_store_is_stopped(seaweedfs, tmp_path):
     s = seaweedfs.settings('under-way', home=tmp_path, s3_timeout=.3, reload_every=.1)
     publish_example(s, '1')
@@ -376,6 +382,7 @@ def test_the_server_survives_clients_that_disconnect(model):
             with socket.create_connection((c.base_url.host, c.base_url.port)) as connection: connection.sendall(request)
         assert c.post('/predict', content=photo_bytes()).status_code == 200
 
+@pytest.mark.slow
 def test_the_command_waits_for_a_model_serves_and_stops(tmp_path):
     port, s = free_port(), settings(home=tmp_path)
     serve = [*cli, 'serve', '--home', str(tmp_path), '--port', str(port)]

@@ -99,6 +99,7 @@ def test_the_error_of_a_broken_package_names_it(install, source, message, tmp_pa
 def test_jobs_workloads_and_options_that_do_not_match_are_refused(tmp_path, args, env, code, message):
     assert message in plant_messages(*args.split(), home=tmp_path/'home', ok=code, **env)
 
+@pytest.mark.slow
 def test_a_random_walk_is_not_promoted(tmp_path):
     home = tmp_path/'home'
     args = ['run', '--workload', 'stocks', '-p', 'signal', '0', '-p', 'kind', 'logistic']
@@ -109,6 +110,7 @@ def test_a_random_walk_is_not_promoted(tmp_path):
     for k in ('accuracy', 'majority', 'yesterday', 'reversal'): assert .4 < outputs[k] < .6, k
     assert not open_store(settings(home=home)).stat('models/stocks/champion.json')
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, value, code, message', [
     ('path', '/nowhere.csv', 1, 'cannot be read'),
     ('days', '30', 1, 'longest average'),
