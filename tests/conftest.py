@@ -9,6 +9,8 @@ from helpers import (SLOW_FILES, SLOW_NOTEBOOKS, TOGETHER, borrow_venv, copy_che
 # -- Markers, and a summary of what was skipped
 
 def pytest_configure(config):
+    # a shell starts background jobs with SIGINT ignored, and processes that tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line('markers', 'xdist_group(name): tests that one worker runs') # for runs without pytest-xdist
     config.addinivalue_line('markers', 'slow: takes more than a few seconds; `make test-fast` omits it')
     needs = 'needs(*components): skip the test where one is not installed; see COMPONENTS in helpers.py'

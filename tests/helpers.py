@@ -350,7 +350,7 @@ EXPORTED = dict(
 # The tests of other files are distributed over the workers one by one.
 TOGETHER = {
     'test_ab', 'test_airflow', 'test_app_browser', 'test_base_install', 'test_catalog', 'test_commands',
-    'test_dashboard', 'test_drift', 'test_kubernetes', 'test_load', 'test_prometheus', 'test_pipeline',
+    'test_dashboard', 'test_drift', 'test_kubernetes', 'test_load', 'test_pipeline', 'test_prometheus',
     'test_quantize', 'test_recipe', 'test_registry', 'test_serve', 'test_store'}
 
 # Slow files, the slowest first, so that no worker is left with one of them at the end. `make test-fast` omits them;

@@ -22,19 +22,19 @@ def test_commands_are_marked_as_such_or_have_a_title_that_says_what_they_need(gu
         if kind == 'text': assert not re.search(COMMAND, text, re.M), f'a command that is not marked: {text}'
         if kind == 'python': compile(text, guide, 'exec')
 
-# -- Executed, in this order. The trainings are quick; test_recipe.py has the default settings.
+# -- Executed, in this order: `make run` with the default settings, the trainings of the guides with quick ones
 
 def is_run_separately(command) -> bool:
     "`make test` would start this test again; the photo guide has `run --photos`, too."
     return command == 'make run' or command.startswith(('make test', 'source')) or '--photos' in command
 
 def test_make_run_trains_a_model_and_then_every_other_command_of_the_readme_succeeds(clone):
-    output = sh(f'{exports}\nmake run', clone)
+    output = sh('make run', clone)
     assert re.search(r'is (dandelion|grass), .*synthetic photos', output)
     assert '95% interval' in output
     assert '/ui' in output
     for command in readme:
-        if not is_run_separately(command): sh(f'{exports}\n{command}', clone)
+        if not is_run_separately(command): sh(command, clone)
     status = json.loads(sh('plant-mlops status --json', clone))
     assert status['source'] == 'synthetic'
     assert status['version'] == '1'
@@ -45,7 +45,7 @@ def test_make_run_trains_a_model_and_then_every_other_command_of_the_readme_succ
 
 def test_the_commands_of_all_guides_succeed(clone):
     "Commands of other guides need the results of the first two; test_pipeline.py tests `pipeline run`."
-    draw_photos(clone/'my-photos', labels=('fern', 'ivy', 'moss'))
+    draw_photos(clone/'my-photos', labels=('fern', 'ivy', 'moss'), suffixes=('png', 'jpg'))
     first = ['photos', 'services']
     order = [guide for guide in first if guide in guides] + [guide for guide in guides if guide not in first]
     output = ''

@@ -585,10 +585,10 @@ def test_photos_are_copied_from_other_buckets(seaweedfs, tmp_path):
 # -- Stores and catalogs that fail
 
 def limit_file_size():
-    "Behave as a disk that has no space for a large photo."
+    "Let no file be larger than 300 kB."
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
-def test_a_full_disk_ends_the_ingestion_with_a_message_and_the_next_one_goes_on(tmp_path):
+def test_a_limit_of_file_sizes_ends_the_ingestion_with_a_message_and_the_next_one_goes_on(tmp_path):
     large_photo = encode(noise_image(0, (600, 600)), quality=95)
     assert len(large_photo) > 300_000
     kw = dict(home=str(tmp_path), ingest_concurrency=1)
@@ -599,7 +599,7 @@ def test_a_full_disk_ends_the_ingestion_with_a_message_and_the_next_one_goes_on(
         with open(log, 'w') as stderr, ForkServer(preexec_fn=limit_file_size, stderr=stderr) as server:
             server.start(site, **kw)
             assert server.wait() == 1
-        assert 'File too large. Nothing was changed.' in log.read_text()
+        assert 'File too large. Nothing was changed. Raise the limit of file sizes' in log.read_text()
         assert 'Traceback' not in log.read_text()
         assert count_by_status(engine) == dict(new=10, stored=20, failed=0, rejected=0)
         assert ingest_site(s, site) == dict(stored=10)

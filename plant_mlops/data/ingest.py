@@ -23,7 +23,7 @@ from ..core.database import ANSWER_TIMEOUT, call_with_retry
 from ..core.process import cpu_cores
 from ..core.progress import progress_bar
 from .catalog import list_pending, open_catalog
-from .ingest_shard import ingest_shard
+from .ingest_part import ingest_part
 
 # %% ../../nbs/data/10_ingest.ipynb #26e58269
 def split_part(
@@ -59,7 +59,7 @@ def worker_main(
     fd: int, # file descriptor of the pipe to the parent
 ):
     "Main function of a worker: receive its part, ingest it, send the results."
-    signal.signal(signal.SIGINT, signal.default_int_handler) # background jobs of a shell ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler) # a background job of a shell inherits that it is ignored
     connection = Connection(fd)
     try: arguments = connection.recv()
     except EOFError: return
@@ -71,7 +71,7 @@ def worker_main(
     watcher = threading.Thread(target=_interrupt_on_message, args=(connection, thread_id), daemon=True)
     with suppress(KeyboardInterrupt):
         watcher.start()
-        try: last_message = ingest_shard(*arguments, on_recorded=send)['skipped']
+        try: last_message = ingest_part(*arguments, on_recorded=send)['skipped']
         except PlantError as e: last_message = e
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         send(last_message)
@@ -82,7 +82,7 @@ class WorkerResult(NamedTuple):
     counts: Counter   # number of photos by status, and of skipped ones
     is_complete: bool # False: the worker died, and some of its rows are still pending
 
-# %% ../../nbs/data/10_ingest.ipynb #80e686c4
+# %% ../../nbs/data/10_ingest.ipynb #bde17b00
 class Worker:
     "A process that ingests one part of the rows."
     def __init__(self,
@@ -142,7 +142,7 @@ def _stop_workers(
         for worker in workers: worker.process.kill()
         for worker in workers: worker.process.wait()
 
-# %% ../../nbs/data/10_ingest.ipynb #6792e911
+# %% ../../nbs/data/10_ingest.ipynb #ee19e7b2
 def _divide_limits(
     s: Settings, # settings of the whole run
     n: int, # number of processes, at most `ingest_per_host`
@@ -174,13 +174,13 @@ def _ingest_multiprocess(
         try:
             for other in others: workers.append(Worker(s, other, connect_to))
             for worker in workers: futures.append(pool.submit(worker.follow, on_result))
-            counts = ingest_shard(s, first, connect_to, on_own_result)
+            counts = ingest_part(s, first, connect_to, on_own_result)
             for worker, future in zip(workers, futures):
                 result = future.result()
                 counts += result.counts
                 if result.is_complete: continue
                 _stop_workers([worker]) # no other process may have these rows
-                counts += ingest_shard(s, worker.part, connect_to, on_own_result)
+                counts += ingest_part(s, worker.part, connect_to, on_own_result)
         finally: _stop_workers(workers)
     return counts
 

@@ -86,14 +86,6 @@ def predict_test_photo(
     return prediction
 
 # %% ../../nbs/photos/01_main.ipynb #b0157eef
-def _evaluate(s: Settings, version: str) -> dict:
-    "Evaluate a version; if it is in production, its new metrics are published with it."
-    from plant_mlops.registry.evaluate import evaluate
-    from plant_mlops.registry.release import sync_champion
-    metrics = evaluate(s, version)
-    sync_champion(s)
-    return metrics
-
 def run(
     s: Settings, # configured settings
     photos: Path | None = None, # folder with one folder of photos for each class
@@ -105,6 +97,7 @@ def run(
 
     `version` is the new version, `champion` the one in production, and `gate` the reason of the promotion's outcome."""
     from plant_mlops.data.prepare import prepare
+    from plant_mlops.registry.evaluate import evaluate
     from plant_mlops.registry.release import describe_promotion, promote
     step = partial(run_stage, console or Console(stderr=True))
     step('catalog', lambda: load_catalog(s, photos, manifest, synthetic), describe_catalog)
@@ -113,7 +106,7 @@ def run(
     data = step('dataset', lambda: dataset(s), describe_dataset)
     model = step('train', lambda: train(s), lambda r: describe_training(s.model, r))
     version = model['version']
-    metrics = step('evaluate', lambda: _evaluate(s, version), lambda r: f"{r['accuracy']:.1%} of {r['n']} test photos")
+    metrics = step('evaluate', lambda: evaluate(s, version), lambda r: f"{r['accuracy']:.1%} of {r['n']} test photos")
     promotion = step('promote', lambda: promote(s, version), describe_promotion)
     reason = describe_promotion(promotion)
     try: prediction = step('predict', lambda: predict_test_photo(s, data['version']), lambda r: Path(r['file']).name)
