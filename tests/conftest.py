@@ -1,14 +1,16 @@
 "Fixtures (real servers, on free ports of loopback), a summary of skipped tests, and the order of tests."
-import os, re, signal, subprocess
+import os, signal, subprocess
 from collections import Counter
 from pathlib import Path
 import pytest
+from plant_mlops.core.process import raise_gc_thresholds
 from helpers import (SLOW_FILES, SLOW_NOTEBOOKS, TOGETHER, borrow_venv, copy_checkout, find_program, free_port, missing,
-                     photos_dir, require, root, stop, wait_for)
+                     notebook_name, photos_dir, require, root, stop, wait_for)
 
 # -- Markers, and a summary of what was skipped
 
 def pytest_configure(config):
+    raise_gc_thresholds()
     # a shell starts background jobs with SIGINT ignored, and processes that tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line('markers', 'xdist_group(name): tests that one worker runs') # for runs without pytest-xdist
@@ -219,7 +221,7 @@ def _mariadb(tmp_path_factory):
 def is_slow_notebook(item) -> bool:
     "Whether a test runs one of `SLOW_NOTEBOOKS`, or one of the folder `model`, which import PyTorch."
     if not item.name.startswith('test_notebook['): return False
-    name = re.sub(r'\d+_', '', item.name.removeprefix('test_notebook[').removesuffix('.ipynb]'))
+    name = notebook_name(item.name.removeprefix('test_notebook[').removesuffix(']'))
     return name in SLOW_NOTEBOOKS or name.startswith('model/')
 
 # Fixtures that take seconds to start.

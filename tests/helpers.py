@@ -370,3 +370,7 @@ SLOW_NOTEBOOKS = {
     'photos/workload', 'registry/evaluate', 'registry/gate', 'registry/registry', 'registry/release',
     'registry/tracking', 'serve/page', 'serve/server', 'serve/workers', 'stocks/forecast', 'stocks/page',
     'stocks/train', 'stocks/workload', 'targets/kubeflow'}
+
+def notebook_name(path) -> str:
+    "A notebook's path in `nbs`, without its number and suffix: core/06_s3_store.ipynb → core/s3_store."
+    return re.sub(r'\b\d+_', '', str(path).removesuffix('.ipynb'))

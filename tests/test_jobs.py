@@ -4,7 +4,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 import psutil, pytest
-from helpers import draw_photos, fill_disk, photos_dir, plant, plant_messages, start_plant, wait_for
+from helpers import draw_photos, fill_disk, plant, plant_messages, start_plant, wait_for
 from plant_mlops.core.config import PlantError, settings
 from plant_mlops.core.store import open_store
 from plant_mlops.core.workload import Job
@@ -13,42 +13,10 @@ from plant_mlops.jobs.table import chain_for, find_job, job_table
 
 pytestmark = pytest.mark.timeout(1200)
 
-def link_photos(folder):
-    "A few of the real photos where they are here, else drawn ones."
-    if not (photos_dir/'plants').is_dir(): return draw_photos(folder)
-    for label in ('dandelion', 'grass'):
-        (folder/label).mkdir(parents=True)
-        for f in sorted((photos_dir/'plants'/label).iterdir())[:25]: (folder/label/f.name).symlink_to(f)
-    return folder
-
 def reports_in_mlflow(s, run_id):
     "Suffixes of the artifacts of the job `train` in an MLflow run."
     from plant_mlops.registry.tracking import mlflow_client
     with mlflow_client(s) as c: return {Path(o.path).suffix for o in c.list_artifacts(run_id, 'jobs/train')}
-
-def test_a_resumed_chain_has_the_same_results_as_one_run(tmp_path):
-    photos = link_photos(tmp_path/'photos')
-    expected = json.loads(plant('run', '--photos', photos, '--json', home=tmp_path/'run'))
-    s = settings(home=tmp_path/'jobs')
-    broken = dict(PLANT_ARCH='no_such_network')
-    plant_messages('job', 'run', '--all', '-p', 'photos', photos, home=s.home, ok=1, **broken)
-    assert {r.job: r.status for r in history(s)} == dict(ingest='succeeded', prepare='failed')
-
-    plant('job', 'run', '--resume', home=s.home)
-    runs = [r for r in history(s) if r.status == 'succeeded'][::-1]
-    assert [r.job for r in runs] == [j.name for j in chain_for(s)]
-    assert len({r.chain for r in history(s)}) == 1
-    assert 'is complete' in plant_messages('job', 'run', '--resume', home=s.home, ok=1)
-
-    outputs = {r.job: r.outputs for r in runs}
-    assert outputs['prepare']['dataset'] == expected['dataset']
-    assert outputs['promote']['promoted'] == expected['promoted']
-    for k in ('accuracy', 'n', 'ece'): assert outputs['evaluate'][k] == expected['evaluation'][k]
-    assert reports_in_mlflow(s, outputs['train']['run']) == {'.ipynb', '.html'}
-
-    again = {o: json.loads(plant('job', 'run', o, '--json', home=s.home))[0] for o in ('prepare', 'train')}
-    assert [r['news'] for r in again.values()] == [[], []], 'nothing is new'
-    assert not again['train']['outputs']['trained'] and again['train']['outputs']['version'] == '1'
 
 # -- killed, and started twice
 
@@ -74,29 +42,58 @@ def wait_for_run(s, job, process):
     wait_for(lambda: running(s, job) or process.poll() is not None, 60, job)
     return running(s, job)
 
-def test_each_job_succeeds_when_it_is_run_again_after_a_kill(tmp_path):
-    s = settings(home=tmp_path/'home')
-    parameters = dict(ingest=['-p', 'synthetic', 200])
-    delay = dict(ingest=.5, prepare=3) # seconds into its work
-    for job in ('ingest', 'prepare', 'train', 'evaluate', 'promote', 'monitor'):
-        args = ['job', 'run', job, *parameters.get(job, [])]
-        process = start_plant(*args, home=s.home)
-        run = wait_for_run(s, job, process)
-        assert run, f'{job} ended before it could be killed: {process.communicate()}'
-        time.sleep(delay.get(job, 0))
-        if job == 'train': wait_for(lambda: count_registered(s.home), 120, 'the model') # registered, but not announced
-        kill(process, run.pid)
-        wait_for(lambda: find_run(s, run.id).status == 'killed', 10, 'the end of the run')
-        plant(*args, home=s.home)
-        last, dead = history(s, job, 2)
-        assert (last.status, dead.status, dead.id) == ('succeeded', 'killed', run.id)
-    assert count_registered(s.home) == 1
-    assert history(s, 'train', 1)[0].news == ['model'], 'announced by the run that found it'
-    assert find_run(s, 'promote').outputs['promoted']
+def start_and_kill(s, job, *args):
+    "Start a job or a chain, and kill runner and kernel while `job` runs."
+    delays = dict(ingest=.5, prepare=3) # seconds into its work
+    process = start_plant('job', 'run', *args, home=s.home)
+    run = wait_for_run(s, job, process)
+    assert run, f'{job} ended before it could be killed: {process.communicate()}'
+    time.sleep(delays.get(job, 0))
+    if job == 'train': wait_for(lambda: count_registered(s.home), 120, 'the model') # registered, but not announced
+    kill(process, run.pid)
+    wait_for(lambda: find_run(s, run.id).status == 'killed', 10, 'the end of the run')
+
+def unfinished_in_mlflow(s):
+    "IDs of the runs that MLflow shows as RUNNING."
     from plant_mlops.registry.tracking import mlflow_client
     with mlflow_client(s) as c:
-        statuses = {r.info.status for e in c.search_experiments() for r in c.search_runs([e.experiment_id])}
-    assert 'RUNNING' not in statuses
+        runs = [run for experiment in c.search_experiments() for run in c.search_runs([experiment.experiment_id])]
+    return [run.info.run_id for run in runs if run.info.status == 'RUNNING']
+
+def test_a_chain_that_is_killed_in_each_job_and_resumed_has_the_results_of_one_run(tmp_path):
+    photos = ['-p', 'synthetic', 200]
+    expected = json.loads(plant('run', '--synthetic', 200, '--json', home=tmp_path/'run'))
+    s = settings(home=tmp_path/'jobs')
+    jobs = [job.name for job in chain_for(s)]
+    start_and_kill(s, 'ingest', '--all', *photos)
+    plant_messages('job', 'run', '--resume', home=s.home, ok=1, PLANT_ARCH='no_such_network') # fails in prepare
+    for job in jobs[1:]: start_and_kill(s, job, '--resume')
+    plant('job', 'run', '--resume', home=s.home)
+    assert 'is complete' in plant_messages('job', 'run', '--resume', home=s.home, ok=1)
+
+    runs = history(s)
+    assert len({run.chain for run in runs}) == 1
+    statuses = {job: [run.status for run in runs if run.job == job][::-1] for job in jobs}
+    again = ['killed', 'succeeded']
+    assert statuses == dict.fromkeys(jobs, again) | dict(prepare=['failed', *again])
+
+    outputs = {run.job: run.outputs for run in runs if run.status == 'succeeded'}
+    assert outputs['prepare']['dataset'] == expected['dataset']
+    assert outputs['promote']['promoted'] == expected['promoted']
+    for name in ('accuracy', 'n', 'ece'): assert outputs['evaluate'][name] == expected['evaluation'][name]
+
+    assert count_registered(s.home) == 1
+    assert history(s, 'train', 1)[0].news == ['model'], 'announced by the run that found it'
+    assert not unfinished_in_mlflow(s)
+    assert reports_in_mlflow(s, outputs['train']['run']) == {'.ipynb', '.html'}
+
+    start_and_kill(s, 'monitor', 'monitor')
+    plant('job', 'run', 'monitor', home=s.home)
+    assert [run.status for run in history(s, 'monitor')] == ['succeeded', 'killed']
+
+    repeated = {job: json.loads(plant('job', 'run', job, '--json', home=s.home))[0] for job in ('prepare', 'train')}
+    assert [run['news'] for run in repeated.values()] == [[], []], 'nothing is new'
+    assert not repeated['train']['outputs']['trained'] and repeated['train']['outputs']['version'] == '1'
 
 def test_a_job_cannot_run_twice_at_a_time_and_sigterm_cancels_it(tmp_path):
     s = settings(home=tmp_path/'home')

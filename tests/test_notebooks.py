@@ -2,7 +2,7 @@
 import filecmp, os, re, subprocess
 import nbdev.test, pytest
 from fastcore.nbio import dict2nb, read_nb
-from helpers import SLOW_NOTEBOOKS, borrow_venv, copy_checkout, notebook_paths, root, search_path
+from helpers import SLOW_NOTEBOOKS, borrow_venv, copy_checkout, notebook_name, notebook_paths, root, search_path
 
 nbs = root/'nbs'
 
@@ -116,8 +116,7 @@ def test_other_numbers_and_pictures_are_no_difference_but_other_words_and_kinds_
     assert find_differences(saved, no_picture)
 
 def test_every_slow_notebook_exists():
-    names = {re.sub(r'\d+_', '', str(path.relative_to(nbs).with_suffix(''))) for path in notebooks}
-    assert not SLOW_NOTEBOOKS - names
+    assert not SLOW_NOTEBOOKS - {*map(notebook_name, map(notebook_id, notebooks))}
 
 # -- Modules, notebooks and README are in step
 

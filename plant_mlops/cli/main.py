@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 from .options import new_app
 from .output import escaped, print_line
+from ..core.process import raise_gc_thresholds
 
 # %% ../../nbs/cli/12_main.ipynb #1c5fa8c9
 COMMANDS = { # name of a command → module of this folder
@@ -70,6 +71,7 @@ def _exit_with_error(message: str, code: int = 1):
 # %% ../../nbs/cli/12_main.ipynb #f2bd85b0
 def main():
     "The console script `plant-mlops`."
+    raise_gc_thresholds() # commands import PyTorch, MLflow …
     signal.signal(signal.SIGTERM, signal.default_int_handler) # process 1 of a container would ignore it otherwise
     try: app()
     except ModuleNotFoundError as e:

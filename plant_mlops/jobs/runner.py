@@ -66,6 +66,7 @@ def start_kernel(
     "A kernel with this Python, on sockets that no other user of the machine can reach."
     os.environ.setdefault('JUPYTER_PREFER_ENV_PATH', '1') # look for kernels in this Python environment first
     manager = AsyncKernelManager(kernel_name='python3', transport_encryption='auto')
+    lines = ['from plant_mlops.core.process import raise_gc_thresholds; raise_gc_thresholds()', *lines]
     arguments = ['--HistoryManager.hist_file=:memory:', *(f'--IPKernelApp.exec_lines={line}' for line in lines)]
     run_sync(manager.start_kernel)(env=env, extra_arguments=arguments)
     return manager
@@ -74,7 +75,7 @@ def start_kernel(
 class CancelledError(Exception):
     "A signal came while no cell was running."
 
-# %% ../../nbs/jobs/06_runner.ipynb #180dc59d
+# %% ../../nbs/jobs/06_runner.ipynb #7c8c2e73
 class NotebookMonitor:
     "Follows a running notebook: reports its progress, and handles signals."
     def __init__(self,

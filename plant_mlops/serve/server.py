@@ -20,6 +20,7 @@ import uvicorn, uvicorn._subprocess
 from pydantic import SecretStr
 from uvicorn.supervisors.multiprocess import Multiprocess
 from ..core.config import Settings
+from ..core.process import raise_gc_thresholds
 from .capacity import worker_count
 from .processes import (
     exit_with_parent, preload_workers, signals_blocked, use_batch_scheduling, worker_context)
@@ -55,6 +56,7 @@ def write_predictions(
     s: Settings, # settings of the server
 ):
     "Load predictions into the database until SIGTERM, then load what is left; runs in a process of its own."
+    raise_gc_thresholds()
     from plant_mlops.serve.prediction_log import load_until_terminated
     exit_with_parent()
     load_until_terminated(s)
@@ -75,6 +77,7 @@ def serve_page(
     sock: socket.socket, # listening socket
 ):
     "Serve the page until interrupted."
+    raise_gc_thresholds()
     exit_with_parent()
     use_batch_scheduling()
     from plant_mlops.serve.page import create_page
@@ -144,7 +147,7 @@ class Supervisor(Multiprocess):
         if self.writer: self.writer.stop()
         for side in filter(None, (self.page, self.writer)): side.join()
 
-# %% ../../nbs/serve/23_server.ipynb #2f3e413b
+# %% ../../nbs/serve/23_server.ipynb #6acdd865
 def _create_app(*args):
     "The app of a worker; imported here, so that only workers load FastAPI."
     from plant_mlops.serve.workers import create_worker_app

@@ -7,6 +7,11 @@ __all__ = ['SWITCH_INTERVAL', 'request_reload', 'requested_generation', 'ack_rel
            'follow_reload_requests',
            'reload_all_workers', 'CoreLimiter', 'create_shared_app', 'create_worker_app']
 
+# %% ../../nbs/serve/22_workers.ipynb #7ad04c1e
+# before the imports: the fork server imports this module
+from ..core.process import raise_gc_thresholds
+raise_gc_thresholds()
+
 # %% ../../nbs/serve/22_workers.ipynb #b18e5196
 import asyncio, contextlib, gc, os, sys, time
 from collections.abc import Callable
