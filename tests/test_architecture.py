@@ -188,6 +188,6 @@ def test_exporter_and_backup_load_no_package_that_the_small_image_lacks():
 def test_one_worker_runs_all_tests_of_a_group(request):
     "pytest-xdist finds the group in a test's ID, where some versions of pytest do not let it write."
     is_worker = hasattr(request.config, 'workerinput')
-    if not is_worker or not getattr(request.config, 'loadgroup', True): return # run without groups
+    if not is_worker or not getattr(request.config.option, 'loadgroup', True): return # run without groups
     grouped = [item.nodeid for item in request.session.items if item.get_closest_marker('xdist_group')]
     assert not [name for name in grouped if '@' not in name]
