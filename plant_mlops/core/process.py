@@ -24,7 +24,7 @@ def _cgroup_cpu_limit(
 
 # %% ../../nbs/core/02_process.ipynb #d580db5f
 def cpu_cores(
-    cgroup: Path = Path('/sys/fs/cgroup'), # folder of this process's control group
+    cgroup: Path = Path('/sys/fs/cgroup'), # root of the control groups; in a container, its own group
 ) -> int: # ≥ 1
     "CPU cores that this process may use, by its affinity and by its container's limit."
     has_affinity = hasattr(os, 'sched_getaffinity') # not on macOS and Windows

@@ -23,7 +23,7 @@ from ..core.store import open_store
 from ..core.workload import Job, settings_for
 from .parameters import check_parameters, notebook_of, read_cells
 from .reports import CANCELLED, archive_report, close_run, skip_url_grammar
-from .run_notes import new_run_id
+from .run_notes import job_name_of, new_run_id
 from .runs import JobBusyError, JobRun, busy_error, find_active_run, open_runs, utc_now
 from .table import find_job
 from ..registry.tracking import mlflow_client
@@ -36,7 +36,7 @@ def _to_text(value) -> str:
 
 def kernel_environment(
     s: Settings, # configured settings
-    **context, # context of the run, as `run_context` returns it: run, why, chain …
+    **context, # context of the run, as `run_context` in `active_run` returns it
 ) -> dict: # name → text
     "The environment of this process, with the settings and the context of a run."
     variables = {f'PLANT_{name.upper()}': _to_text(getattr(s, name)) for name in Settings.model_fields}
@@ -73,9 +73,9 @@ def start_kernel(
 
 # %% ../../nbs/jobs/06_runner.ipynb #dd58ba05
 class CancelledError(Exception):
-    "A signal came while no cell was running."
+    "A signal came, so the next cell is not run."
 
-# %% ../../nbs/jobs/06_runner.ipynb #7c8c2e73
+# %% ../../nbs/jobs/06_runner.ipynb #1710f58a
 class NotebookMonitor:
     "Follows a running notebook: reports its progress, and handles signals."
     def __init__(self,
@@ -85,7 +85,7 @@ class NotebookMonitor:
         self.kernel = None # set when the kernel is started
         self.heading = '' # heading above the current cell
         self.signal = None # number of the first signal
-        self.is_busy = False # whether a cell is running
+        self.is_busy = False # whether the notebook runs: from its first cell to its end
         self._handlers = {} # signal → previous handler
 
     def __enter__(self):
@@ -101,7 +101,7 @@ class NotebookMonitor:
         number: int, # number of the signal
         _, # frame of the interrupted code, which Python passes
     ):
-        "Interrupt the kernel, or kill it at the second signal; if no cell is running, only record the signal."
+        "Interrupt the kernel, or kill it at the second signal; before the first cell, only record the signal."
         kernel_signal = signal.SIGKILL if self.signal else signal.SIGINT
         if self.is_busy: os.kill(self.kernel.provisioner.pid, kernel_signal)
         self.signal = number
@@ -223,7 +223,7 @@ def _close_without_report(s: Settings, file: Path, e: Exception | None, context:
     "Close the record of a run without a report; without a database, only return what is known of it."
     with suppress(PlantError): return close_run(s, file.stem, error_text(e), **context)
     now = utc_now()
-    return JobRun(file.stem, s.model, file.stem, now, now, status='failed', error='')
+    return JobRun(file.stem, s.model, job_name_of(file.stem), now, now, status='failed', error='')
 
 def _archive(s: Settings, file: Path, e: Exception | None, context: dict) -> tuple:
     "Archive the report of a run, and remove its folder; returns its `JobRun`, and a note where archiving failed."
@@ -239,8 +239,8 @@ def _archive(s: Settings, file: Path, e: Exception | None, context: dict) -> tup
 # %% ../../nbs/jobs/06_runner.ipynb #df660082
 def _check_free(s: Settings, job: Job, parameters: dict):
     "Raise `JobBusyError` if a job cannot begin now."
-    with open_runs(s) as engine, engine.connect() as c:
-        active, _ = find_active_run(s, c, job.name, parameters.get('shard', '1/1'))
+    part = parameters.get('shard', '1/1') # part of the work, such as 2/4; no relation to shards of photos
+    with open_runs(s) as engine, engine.connect() as c: active, _ = find_active_run(s, c, job.name, part)
     if active: raise busy_error(active)
 
 # %% ../../nbs/jobs/06_runner.ipynb #bceede35
@@ -249,7 +249,7 @@ def run_job(
     name: str, # name of the job
     values: dict | None = None, # parameters: name → value
     console: Console | None = None, # console for progress; None: standard error
-    **context, # context of the run: why, chain, asked, attempt, timeout
+    **context, # why, chain (its ID), asked (parameters of the whole chain), attempt, timeout (seconds)
 ) -> JobRun:
     "Run a job, and archive its report; raises `ParameterError`, `JobBusyError` or `JobFailedError`."
     job = find_job(s, name)

@@ -61,7 +61,7 @@ def required_answers(
 def _float_or_none(value) -> float | None: return None if value is None else float(value)
 
 def _traffic_means(engine: sa.Engine, model: str, variant: str, version: str, since: datetime) -> dict:
-    "Number of predictions of a variant, and the means of confidence, novelty and latency."
+    "Number of predictions of a variant, their mean confidence and latency, and the fraction that is novel."
     p = predictions.c
     averaged = dict(confidence=p.probability, novel=sa.case((p.novel, 1.), else_=0.), seconds=p.seconds)
     columns = [sa.func.avg(column).label(name) for name, column in averaged.items()]
@@ -102,9 +102,9 @@ def compare_variants(
 ) -> dict: # champion and challenger (a dict each), verdict, and with feedback on both: difference, low and high
     """Compare champion and challenger by the feedback on their predictions.
 
-    The dict of each has its version, the number of predictions (`answers`), the means of confidence, novel and seconds,
-    and the number of predictions with feedback (`judged`) and of correct ones among them (`right`); with feedback also
-    their fraction (`share`) and its interval (`low`, `high`)."""
+    The dict of each has its version, the number of predictions (`answers`), their mean `confidence` and `seconds`, the
+    fraction that is `novel`, and the number of predictions with feedback (`judged`) and of correct ones among them
+    (`right`); with feedback also their accuracy (`share`) and its interval (`low`, `high`)."""
     with_feedback = {(row['variant'], row['version']): row for row in count_correct(engine, since, model)}
     result = {}
     for variant, version in versions.items():

@@ -50,15 +50,15 @@ def load_catalog(
 # %% ../../nbs/photos/00_stages.ipynb #3a04fc94
 def ingest(
     s: Settings, # uses catalog and store
-    shard: tuple = (1, 1), # shard (i, n): worker i of n
+    part: tuple = (1, 1), # (i, n): the rows of worker i of n
     progress: bool = True, # whether to show a progress bar
 ) -> dict: # numbers of photos stored, failed, rejected and skipped, and seconds
     "Fetch the photos that are new or have to be tried again; synthetic ones from a server on this machine."
     engine = call_with_retry(open_catalog, s)
-    pending = call_with_retry(list_pending, engine, shard, s.ingest_attempts)
+    pending = call_with_retry(list_pending, engine, part, s.ingest_attempts)
     has_synthetic = any(f'://{HOST}/' in row['url_source'] for row in pending)
-    if not has_synthetic: return ingest_photos(s, shard, progress=progress)
-    with serve_synthetic() as address: return ingest_photos(s, shard, connect_to={HOST: address}, progress=progress)
+    if not has_synthetic: return ingest_photos(s, part, progress=progress)
+    with serve_synthetic() as address: return ingest_photos(s, part, connect_to={HOST: address}, progress=progress)
 
 # %% ../../nbs/photos/00_stages.ipynb #01173ce9
 @dataclass
@@ -78,7 +78,7 @@ class PretrainedEmbedding:
         from plant_mlops.model.backbone import embed
         return embed(images, self.s)
 
-# %% ../../nbs/photos/00_stages.ipynb #abc57894
+# %% ../../nbs/photos/00_stages.ipynb #ea74000a
 def dataset(
     s: Settings, # uses catalog and store
     progress: bool = True, # whether to show a progress bar

@@ -156,17 +156,18 @@ def _set_champion(
     s: Settings, # settings with the name of the model
     version: str, # number of the version
     reason: str, # reason for the history
-) -> bool: # whether this version is in production afterwards
+) -> dict: # promoted (whether this version is in production afterwards) and reason
     "Upload the file, move the alias, then write history and pointer."
     with mlflow_client(s) as client:
         model_version = get_version(client, s, version)
         _upload_to_store(s, open_store(s), model_version)
         client.set_registered_model_alias(s.model, 'champion', model_version.version)
     pointer = sync_champion(s, reason)
-    if pointer['version'] != str(model_version.version): return False # another promotion moved the alias meanwhile
+    if pointer['version'] != str(model_version.version):
+        return dict(promoted=False, reason=f"another promotion has put version {pointer['version']} into production")
     trial = challenger(s) or {}
     if trial.get('version') == str(model_version.version): end_challenge(s)
-    return True
+    return dict(promoted=True, reason=reason)
 
 # %% ../../nbs/registry/07_release.ipynb #71ca802a
 def promote(
@@ -179,15 +180,13 @@ def promote(
     current = champion(s)
     previous = current['version'] if current else None
     with mlflow_client(s) as client: version = str(get_version(client, s, version).version)
-    outcome = dict(version=version, previous=previous, gate=None)
-    if version == previous: return dict(promoted=True, **outcome, reason='it is the champion already')
-    if force:
-        promoted = _set_champion(s, version, 'forced')
-        return dict(promoted=promoted, **outcome, reason='forced')
+    outcome = dict(promoted=False, version=version, previous=previous, gate=None)
+    if version == previous: return outcome | dict(promoted=True, reason='it is the champion already')
+    if force: return outcome | _set_champion(s, version, 'forced')
     result = gate(s, version)
     outcome['gate'] = result.to_dict()
-    promoted = result.passed and _set_champion(s, version, result.reason)
-    return dict(promoted=promoted, **outcome, reason=result.reason)
+    if not result.passed: return outcome | dict(reason=result.reason)
+    return outcome | _set_champion(s, version, result.reason)
 
 # %% ../../nbs/registry/07_release.ipynb #3168b39c
 def describe_promotion(
