@@ -1,5 +1,5 @@
 "The documentation: the pages that Quarto gets from the notebooks, and their links."
-import json, os, re, subprocess
+import json, os, re, subprocess, sys
 import pytest, yaml
 from helpers import copy_checkout, notebook_paths, programs, prose, root
 
@@ -53,6 +53,15 @@ def test_every_alert_has_a_section_in_the_guide():
         anchor = alert['annotations']['runbook_url'].rpartition('#')[2]
         assert anchor in anchors, f"{alert['alert']} is not on the page: execute guides/alerts.ipynb"
 
+# What `nbdev-proc-nbs` does, in one process, which ends at once: IPython would collect garbage once for each page.
+MAKE_PAGES = '''
+import os, sys
+from nbdev.serve import proc_nbs
+proc_nbs(n_workers=0)
+sys.stdout.flush()
+os._exit(0)
+'''
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_nbdev_makes_every_page_for_quarto(tmp_path):
@@ -63,7 +72,7 @@ def test_nbdev_makes_every_page_for_quarto(tmp_path):
     quarto.chmod(0o755)
     copy_checkout(copy)
     env = os.environ | dict(PATH=f'{quarto.parent}:{programs}:{os.environ["PATH"]}')
-    result = subprocess.run(['nbdev-proc-nbs'], cwd=copy, env=env, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, '-c', MAKE_PAGES], cwd=copy, env=env, capture_output=True, text=True)
     output = result.stdout + result.stderr
     assert result.returncode == 0, output
     assert not re.search(r'error|traceback', output, re.I), output

@@ -1,5 +1,5 @@
 "Every notebook runs and has the outputs that were saved; modules, notebooks and README are in step."
-import filecmp, os, re, subprocess
+import atexit, filecmp, os, re, subprocess
 import nbdev.test, pytest
 from fastcore.nbio import dict2nb, read_nb
 from helpers import SLOW_NOTEBOOKS, borrow_venv, copy_checkout, notebook_name, notebook_paths, root, search_path
@@ -78,7 +78,23 @@ def first_difference(old, new, context=80) -> tuple:
 
 # -- Notebooks
 
+@pytest.fixture
+def _release_shells(monkeypatch):
+    "Let go of the shells that run notebooks, with all their variables; IPython would keep them until the process ends."
+    shells = []
+    class RecordedShell(nbdev.test.CaptureShell):
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **kw)
+            shells.append(self)
+    monkeypatch.setattr(nbdev.test, 'CaptureShell', RecordedShell)
+    yield
+    for shell in shells:
+        atexit.unregister(shell.atexit_operations)
+        shell.loop.call_soon_threadsafe(shell.loop.stop)
+        shell.reset(new_session=False)
+
 @pytest.mark.parametrize('path', notebooks, ids=notebook_id)
+@pytest.mark.usefixtures('_release_shells')
 def test_notebook(path, monkeypatch):
     "It runs, leaves no files, and has the outputs that were saved."
     executed, files_before = [], set(path.parent.iterdir())
