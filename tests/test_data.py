@@ -199,7 +199,7 @@ def test_a_preparation_with_nothing_to_do_takes_no_more_statements_for_more_phot
         s = settings(home=tmp_path/str(n))
         store_prepared(s, n)
         executed = []
-        def record(*args): executed.append(args[2])
+        def record(connection, cursor, statement, *_): executed.append(statement)
         sa.event.listen(sa.Engine, 'before_cursor_execute', record)
         try: assert prepare_counts(s) == dict(prepared=0, already=n, failed=0)
         finally: sa.event.remove(sa.Engine, 'before_cursor_execute', record)

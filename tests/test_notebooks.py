@@ -91,7 +91,7 @@ def _release_shells(monkeypatch):
     for shell in shells:
         atexit.unregister(shell.atexit_operations)
         shell.loop.call_soon_threadsafe(shell.loop.stop)
-        shell.reset(new_session=False)
+        shell.user_ns.clear()
 
 @pytest.mark.parametrize('path', notebooks, ids=notebook_id)
 @pytest.mark.usefixtures('_release_shells')
