@@ -55,7 +55,7 @@ def _announced_state(
     return ''
 
 def repeated_reason(run: JobRun) -> str | None:
-    "The reason that earlier attempts of a run have, too, and other runs have not; None if there is none."
+    "The reason that a later attempt shares with its earlier ones; None if the reason does not tell them from other runs."
     return run.why if run.attempt > 1 and run.why != 'retry' else None
 
 def find_news(
@@ -63,7 +63,7 @@ def find_news(
     s: Settings, # settings of the job
     job: Job, # job whose work is done
     states: dict, # states of the assets that it produces: asset → state
-    retry_why: str | None = None, # result of `repeated_reason`: what runs of this reason announced is ignored
+    retry_why: str | None = None, # result of `repeated_reason`; what runs with this reason announced is ignored
 ) -> list: # names of assets
     "The assets that a job has to announce."
     assets = job_table(s).assets
