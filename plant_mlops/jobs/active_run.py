@@ -55,7 +55,7 @@ def _announced_state(
     return ''
 
 def repeated_reason(run: JobRun) -> str | None:
-    "The reason that a later attempt shares with its earlier ones; None if the reason does not tell them from other runs."
+    "The reason of a later attempt, where only attempts of the same run have it; else None."
     return run.why if run.attempt > 1 and run.why != 'retry' else None
 
 def find_news(
