@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LITE0', 'M_TRIM_THRESHOLD', 'M_MMAP_MAX', 'find_library', 'to_feature_map', 'Backbone', 'build_backbone',
-           'keep_freed_memory', 'get_device', 'normalize_images', 'extract_features', 'unit_rows', 'embed',
-           'activation_maps']
+           'keep_freed_memory', 'fold_batch_norms', 'get_device', 'normalize_images', 'extract_features', 'unit_rows',
+           'embed', 'activation_maps']
 
 # %% ../../nbs/model/00_backbone.ipynb #796eaaaf
 import warnings
@@ -15,10 +15,11 @@ import warnings
 warnings.filterwarnings('ignore', '.*torch.jit.script.* is deprecated', FutureWarning)
 
 # %% ../../nbs/model/00_backbone.ipynb #59567d43
-import ctypes, difflib
+import copy, ctypes, difflib
 from functools import lru_cache
 import numpy as np, timm, torch, torchvision
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ..core.config import PlantError, Settings, settings
 
 # %% ../../nbs/model/00_backbone.ipynb #0985920e
@@ -160,6 +161,35 @@ def keep_freed_memory() -> bool: # False if the C library is not glibc
     except (OSError, AttributeError): return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31-1))
 
+# %% ../../nbs/model/00_backbone.ipynb #c080d73b
+@torch.no_grad()
+def _fold_in_place(module: nn.Module):
+    "Fold each batch norm that is listed after a convolution into it, in all parts of a module."
+    before = None
+    for name, child in list(module.named_children()):
+        is_norm = isinstance(child, nn.BatchNorm2d) and child.running_mean is not None
+        if is_norm and isinstance(before, nn.Conv2d):
+            before.weight, before.bias = fuse_conv_bn_weights(
+                before.weight, before.bias, child.running_mean, child.running_var, child.eps, child.weight, child.bias)
+            activation = getattr(child, 'act', nn.Identity()) # timm's batch norms include the activation
+            setattr(module, name, activation)
+        else: _fold_in_place(child)
+        before = child
+
+@torch.no_grad()
+def fold_batch_norms(
+    net: nn.Module, # photos [N, 3, H, W] → tensor; in evaluation mode
+    size: int, # side of the square photos, in pixels
+) -> nn.Module: # a copy, not to be trained
+    "A copy with batch norms folded into convolutions, if its outputs equal those of the network up to rounding."
+    folded = copy.deepcopy(net)
+    _fold_in_place(folded)
+    device = next(net.parameters()).device
+    x = torch.linspace(-1, 1, 3*size*size, device=device).view(1, 3, size, size)
+    expected = net(x)
+    is_equal = (folded(x) - expected).abs().max() <= 1e-3*expected.abs().max()
+    return folded if is_equal else copy.deepcopy(net)
+
 # %% ../../nbs/model/00_backbone.ipynb #3f2e1cbf
 def get_device() -> torch.device: # 'cuda' or 'cpu'
     "The GPU where there is one, otherwise the CPU."
@@ -196,8 +226,9 @@ def unit_rows(x: np.ndarray) -> np.ndarray:
 # %% ../../nbs/model/00_backbone.ipynb #262c9075
 @lru_cache(maxsize=1)
 def _cached_backbone(arch, pretrained, size) -> Backbone:
-    "A backbone on the device of `get_device`, built once."
-    return build_backbone(arch, pretrained, size).to(get_device(), memory_format=torch.channels_last)
+    "A backbone on the device of `get_device`, built once, with its batch norms folded."
+    backbone = fold_batch_norms(build_backbone(arch, pretrained, size), size)
+    return backbone.to(get_device(), memory_format=torch.channels_last)
 
 def embed(
     images: np.ndarray, # (N, H, W, 3) uint8

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from scipy.special import softmax
 from ..core.config import PlantError
 from ..data.photo import MAX_STRETCH
-from .backbone import activation_maps
+from .backbone import activation_maps, fold_batch_norms
 from ..registry.metrics import compute_metrics, fit_temperature
 from ..registry.model_file import check_model_file, run_model, stamp
 
@@ -153,10 +153,11 @@ def _quiet_exporter():
 
 @torch.no_grad()
 def _to_onnx(
-    net: ServingNet, # network to export
+    net: ServingNet, # network to export; the batch norms of its backbone are folded
     size: int, # side of the square photos, in pixels
 ) -> onnx.ModelProto: # for any number of photos, without metadata
     "Run PyTorch's exporter."
+    net.backbone = fold_batch_norms(net.backbone, size)
     x = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     with _quiet_exporter():
         program = torch.onnx.export(

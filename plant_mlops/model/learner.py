@@ -9,8 +9,8 @@ __all__ = ['VIEWS', 'C_VALUES', 'MAX_FOLDS', 'DEFAULT_C', 'LABEL_SMOOTHING', 'WE
 
 # %% ../../nbs/model/02_learner.ipynb #54a14865
 # before fastai: it turns off a warning that libraries print while they are imported
-from .backbone import (Backbone, build_backbone, extract_features, get_device, keep_freed_memory,
-                                        unit_rows)
+from .backbone import (
+    Backbone, build_backbone, extract_features, fold_batch_norms, get_device, keep_freed_memory, unit_rows)
 import math, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -278,7 +278,8 @@ def fit_learner(
     training_batches = s.epochs*len(dls.train)
     with progress_bar('train', probe_batches + training_batches, progress) as advance:
         learn = new_learner(dls, backbone, len(classes), s, advance)
-        features, view_labels = extract_view_features(backbone, dls.train, advance=advance)
+        frozen = fold_batch_norms(backbone, s.image_size)
+        features, view_labels = extract_view_features(frozen, dls.train, advance=advance)
         probe = fit_linear_probe(features, view_labels, len(classes))
         _set_linear(learn, probe)
         is_right = _predict_logits(learn, dls.valid).argmax(1) == valid_labels
@@ -286,8 +287,9 @@ def fit_learner(
         history = _fine_tune(learn, s)
     valid_logits = _predict_logits(learn, dls.valid)
     net = nn.Sequential(backbone, learn.model[1]).eval()
+    fine_tuned = fold_batch_norms(backbone, s.image_size)
     return TrainedNetwork(
         net, classes, s.arch, s.image_size, backbone.mean, backbone.std, valid_logits, valid_labels,
-        embeddings=_embed_photos(backbone, jpegs, train_idx, s.image_size), history=history,
+        embeddings=_embed_photos(fine_tuned, jpegs, train_idx, s.image_size), history=history,
         probe=dict(C=probe.C, accuracy=probe_accuracy), side=s.photo_side,
-        valid_embeddings=_embed_photos(backbone, jpegs, valid_idx, s.image_size))
+        valid_embeddings=_embed_photos(fine_tuned, jpegs, valid_idx, s.image_size))
