@@ -1275,6 +1275,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'plant_mlops/model/backbone.py'),
                                             'plant_mlops.model.backbone._cached_backbone': ( 'model/backbone.html#_cached_backbone',
                                                                                              'plant_mlops/model/backbone.py'),
+                                            'plant_mlops.model.backbone._can_fold': ( 'model/backbone.html#_can_fold',
+                                                                                      'plant_mlops/model/backbone.py'),
                                             'plant_mlops.model.backbone._fold_in_place': ( 'model/backbone.html#_fold_in_place',
                                                                                            'plant_mlops/model/backbone.py'),
                                             'plant_mlops.model.backbone._lite0_weights': ( 'model/backbone.html#_lite0_weights',

@@ -162,19 +162,24 @@ def keep_freed_memory() -> bool: # False if the C library is not glibc
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31-1))
 
 # %% ../../nbs/model/00_backbone.ipynb #c080d73b
+def _can_fold(previous: nn.Module | None, module: nn.Module) -> bool:
+    "Whether a module is a batch norm for the outputs of the convolution that is listed before it."
+    if not isinstance(previous, nn.Conv2d) or not isinstance(module, nn.BatchNorm2d): return False
+    return module.running_mean is not None and module.num_features == previous.out_channels
+
 @torch.no_grad()
 def _fold_in_place(module: nn.Module):
     "Fold each batch norm that is listed after a convolution into it, in all parts of a module."
-    before = None
+    previous = None
     for name, child in list(module.named_children()):
-        is_norm = isinstance(child, nn.BatchNorm2d) and child.running_mean is not None
-        if is_norm and isinstance(before, nn.Conv2d):
-            before.weight, before.bias = fuse_conv_bn_weights(
-                before.weight, before.bias, child.running_mean, child.running_var, child.eps, child.weight, child.bias)
+        if _can_fold(previous, child):
+            previous.weight, previous.bias = fuse_conv_bn_weights(
+                previous.weight, previous.bias,
+                child.running_mean, child.running_var, child.eps, child.weight, child.bias)
             activation = getattr(child, 'act', nn.Identity()) # timm's batch norms include the activation
             setattr(module, name, activation)
         else: _fold_in_place(child)
-        before = child
+        previous = child
 
 @torch.no_grad()
 def fold_batch_norms(

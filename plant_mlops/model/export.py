@@ -153,11 +153,10 @@ def _quiet_exporter():
 
 @torch.no_grad()
 def _to_onnx(
-    net: ServingNet, # network to export; the batch norms of its backbone are folded
+    net: ServingNet, # network to export
     size: int, # side of the square photos, in pixels
 ) -> onnx.ModelProto: # for any number of photos, without metadata
     "Run PyTorch's exporter."
-    net.backbone = fold_batch_norms(net.backbone, size)
     x = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     with _quiet_exporter():
         program = torch.onnx.export(
@@ -230,6 +229,7 @@ def export_onnx(
     has_embeddings = getattr(trained, 'embeddings', None) is not None
     if bank is None and has_embeddings: bank = embedding_bank(trained.embeddings)
     net = build_serving_net(trained, bank)
+    net.backbone = fold_batch_norms(net.backbone, int(trained.image_size))
     metadata = _metadata(trained, net.temperature, valid_metrics, provenance) | _novelty_metadata(trained, bank)
     model = stamp(_to_onnx(net, int(trained.image_size)), **metadata)
     check_model_file(model)
