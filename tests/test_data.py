@@ -114,7 +114,7 @@ def test_a_dataset_needs_two_classes_with_photos(tmp_path):
     s = settings(home=tmp_path/'home')
     for label in LABELS: (tmp_path/'photos'/label).mkdir(parents=True)
     for i in range(3): (tmp_path/f'photos/grass/{i}.jpg').write_bytes(draw_jpeg('grass', 0, i))
-    assert add_folder(open_catalog(s), tmp_path/'photos')['new'] == 3
+    assert add_folder(open_catalog(s), tmp_path/'photos').new == 3
     ingest_and_prepare(s)
     with pytest.raises(PlantError, match='two classes.* 1: grass'): build_dataset(s)
 
@@ -398,7 +398,7 @@ def test_new_photos_move_few_old_ones_to_other_splits_and_only_new_ones_are_embe
 @pytest.mark.slow
 def test_300_real_photos_are_split_by_group_in_the_fractions_and_flagged(photos, tmp_path):
     s = settings(home=tmp_path/'home')
-    assert add_folder(open_catalog(s), photos/'plants')['new'] == 300
+    assert add_folder(open_catalog(s), photos/'plants').new == 300
     ingest(s, progress=False)
     assert prepare_counts(s) == dict(prepared=300, already=0, failed=0)
     build_dataset(s)

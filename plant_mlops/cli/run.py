@@ -90,7 +90,7 @@ app = new_app()
 def run(
     photos: Annotated[Optional[Path], typer.Option(help='Folder with one folder of photos for each class')] = None,
     manifest: Annotated[Optional[Path], typer.Option(
-        help='CSV or SQL file of photos, with the columns url_source and label')] = None,
+        help='CSV, TSV, Excel or SQL file of photos, with the columns url_source and label')] = None,
     home: HomeOption = None,
     seed: SeedOption = None,
     synthetic: Annotated[int, typer.Option(help='Number of photos to draw if none are given', min=20)] = 320,

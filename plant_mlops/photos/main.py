@@ -46,11 +46,11 @@ def describe_counts(
 def describe_catalog(
     result: dict, # result of `load_catalog`
 ) -> str:
-    "The number of rows, and the changes of the catalog."
-    names = [name for name in result if name != 'gone']
-    text = describe_counts(result, *names)
+    "The number of rows, the changes of the catalog, and how the photos were read."
+    text = describe_counts(result, 'rows', 'new', 'relabelled', 'refused')
     gone = result.get('gone')
-    return f'{text}, {gone:,} no longer in the folder, and kept' if gone else text
+    if gone: text += f', {gone:,} whose files are gone, and kept'
+    return '\n  '.join([text, *result.get('notes', [])])
 
 def describe_dataset(
     card: dict, # result of `dataset`
@@ -89,7 +89,7 @@ def predict_test_photo(
 def run(
     s: Settings, # configured settings
     photos: Path | None = None, # folder with one folder of photos for each class
-    manifest: Path | None = None, # CSV or SQL file
+    manifest: Path | None = None, # table (CSV, TSV, Excel) or SQL script
     synthetic: int = 320, # number of photos to draw if there are none
     console: Console | None = None, # console for the lines of the stages; None: standard error
 ) -> dict: # model, version, champion, promoted, source, dataset, evaluation, gate, prediction

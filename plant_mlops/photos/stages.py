@@ -16,7 +16,7 @@ from ..core.config import PlantError, Settings
 from ..core.database import call_with_retry
 from ..core.workload import configured_workload
 from ..data.catalog import add_rows, count_by_status, list_pending, list_rows, open_catalog
-from ..data.catalog_files import add_folder, load_file
+from ..data.catalog_files import LoadResult, add_folder, load_file
 from ..data.ingest import ingest as ingest_photos
 from ..data.synthetic import HOST, serve_synthetic, synthetic_rows
 
@@ -33,19 +33,22 @@ def _drawn_rows(
 def load_catalog(
     s: Settings, # uses `catalog_url`
     photos: Path | None = None, # folder with one folder of photos for each class
-    manifest: Path | None = None, # CSV or SQL file
+    manifest: Path | None = None, # table (CSV, TSV, Excel) or SQL script
     synthetic: int = 320, # number of photos to draw for a catalog without real photos
     mirror: bool = False, # whether rows of photos that are no longer in the folder are removed
-) -> dict: # total number of rows, and the numbers of new, relabelled and gone (no longer in the folder) ones
+) -> dict: # numbers of rows: in all, new, relabelled, refused and gone (their file is); notes for the user
     "Add photos to the catalog: from a folder, from a file, or synthetic ones."
     engine = call_with_retry(open_catalog, s)
-    added = dict(new=0)
-    if photos: added = call_with_retry(add_folder, engine, photos, mirror)
-    elif manifest: added = call_with_retry(load_file, engine, manifest)
+    result = LoadResult()
+    if photos: result = call_with_retry(add_folder, engine, photos, mirror)
+    elif manifest: result = call_with_retry(load_file, engine, manifest)
     else:
         drawn = _drawn_rows(call_with_retry(list_rows, engine), synthetic)
-        if drawn: added = call_with_retry(add_rows, engine, drawn)
-    return dict(rows=sum(call_with_retry(count_by_status, engine).values()), **added)
+        if drawn: result = LoadResult(**call_with_retry(add_rows, engine, drawn))
+    refused = [f'{row.place} was refused: {row.reason}.' for row in result.refused]
+    return dict(rows=sum(call_with_retry(count_by_status, engine).values()), new=result.new,
+                relabelled=result.relabelled, refused=len(refused), gone=result.gone + result.gone_elsewhere,
+                notes=[*result.notes, *refused])
 
 # %% ../../nbs/photos/00_stages.ipynb #3a04fc94
 def ingest(

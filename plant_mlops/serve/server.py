@@ -134,7 +134,10 @@ class Supervisor(Multiprocess):
 
     def _keep_alive(self, side: SideProcess | None):
         "Start a side process that does not run, unless the server is ending."
-        if side is None or self.should_exit.is_set(): return
+        if side is not None and not self.should_exit.is_set(): self._start_unless_alive(side)
+
+    def _start_unless_alive(self, side: SideProcess):
+        "Start a side process that does not run."
         if side.process and side.process.is_alive(): return
         if side.process:
             log.error('The %s ended with exit code %s; it is started again.', side.name, side.process.exitcode)
@@ -144,7 +147,10 @@ class Supervisor(Multiprocess):
         "Wait for the end of all processes; the writer ends last, because workers write predictions until they end."
         if self.page: self.page.stop()
         super().join_all()
-        if self.writer: self.writer.stop()
+        if self.writer:
+            # a server that ends at once has not started it yet
+            with signals_blocked(): self._start_unless_alive(self.writer)
+            self.writer.stop()
         for side in filter(None, (self.page, self.writer)): side.join()
 
 # %% ../../nbs/serve/23_server.ipynb #6acdd865
