@@ -19,7 +19,6 @@ import sqlalchemy as sa
 from ..core.config import PlantError, Settings
 from ..core.database import database_message, insert_or_ignore, open_database, retry_transaction
 from ..core.text import SPLITS, clean_label, split_of_name
-from . import deleted_photos # its table is created with that of the photos
 from .catalog_table import MAX_LABEL, adopt_rows, hash_url, metadata, plants_data, upgrade_table
 
 # %% ../../nbs/data/02_catalog.ipynb #c8fdc2ca
