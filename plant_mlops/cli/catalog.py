@@ -136,8 +136,8 @@ def _forget_gone(home: Path | None):
     deleted = call_with_retry(delete_gone, _open_catalog(home))
     print_line(f'{deleted["rows"]:,} rows were deleted.')
     if deleted['photos']:
-        print_line(f'{deleted["photos"]:,} of their photos are in no other row: '
-                   'the next dataset will not contain them.')
+        print_line(f'{deleted["photos"]:,} of their photos are in no other row. The next dataset will contain them '
+                   'only if `plant-mlops ingest` finds them in another place.')
 
 @catalog_app.command('forget')
 def catalog_forget(
