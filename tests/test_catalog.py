@@ -3,7 +3,7 @@ import json, os, subprocess, sys, threading
 import pytest, sqlalchemy as sa
 from plant_mlops.core.config import PlantError, settings
 from plant_mlops.data.catalog import (
-    add_rows, count_by_status, list_pending, list_rows, list_stored, open_catalog, record_results, reset_rows)
+    add_rows, count_by_status, list_labels, list_pending, list_rows, list_stored, open_catalog, record_results, reset_rows)
 from plant_mlops.data.catalog_files import add_folder, load_file
 
 @pytest.fixture(params=['sqlite', 'postgres', 'mariadb'])
@@ -119,8 +119,9 @@ def test_results_change_the_status_and_failures_are_limited_until_they_are_reset
                          dict(id=c['id'], status='rejected', error='not a photo')])
     assert count_by_status(eng) == dict(new=1, stored=1, failed=1, rejected=1)
     assert ids(list_pending(eng)) == [b['id'], d['id']]
-    stored = dict(id=a['id'], url_source=a['url_source'], label='grass', split=None, sha256='ab' * 32)
-    assert list_stored(eng) == [stored]
+    [stored] = list_stored(eng)
+    assert stored.pop('added_at') == a['added_at']
+    assert stored == dict(id=a['id'], url_source=a['url_source'], label='grass', split=None, sha256='ab' * 32)
     for _ in range(4): record_results(eng, [failure])
     assert ids(list_pending(eng)) == [d['id']], 'after five attempts, b is left alone'
     assert reset_rows(eng) == 2 and len(list_pending(eng)) == 3
@@ -151,14 +152,18 @@ def test_a_result_without_checksum_keeps_the_one_before(eng):
 
 # -- Rows of other programs, and tables of older versions
 
-def test_rows_of_other_programs_are_adopted(eng):
+def test_rows_of_other_programs_are_completed_and_merged(eng):
+    insert = sa.text("INSERT INTO plants_data (url_source, label, split) "
+                     "VALUES ('http://photos.example/1', :label, :split)")
     with eng.begin() as c:
-        for label in (' fern', 'moss '):
-            c.execute(sa.text("INSERT INTO plants_data (url_source, label) VALUES ('http://photos.example/1', :label)"),
-                      dict(label=label))
+        for label, split in ((' fern', None), ('moss ', 'Validation')): c.execute(insert, dict(label=label, split=split))
     [row] = list_pending(eng)
-    assert (row['label'], len(row['url_hash'])) == ('moss', 64)
-    assert add_rows(eng, [dict(url_source='http://photos.example/1', label='moss')]) == dict(new=0, relabelled=0)
+    assert (row['label'], row['split'], len(row['url_hash'])) == ('fern', 'valid', 64)
+    assert add_rows(eng, [dict(url_source='http://photos.example/1', label='moss')]) == dict(new=0, relabelled=1)
+
+def test_labels_that_differ_in_case_are_different(eng):
+    add_rows(eng, [dict(url_source=f'http://photos.example/{label}', label=label) for label in ('fern', 'Fern')])
+    assert list_labels(eng) == ['Fern', 'fern']
 
 FIRST_VERSION = dict(
     sqlite="""CREATE TABLE plants_data (id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, url_source VARCHAR(700) NOT NULL,

@@ -24,13 +24,13 @@ def root(tmp_path):
     (tmp_path/'d').mkdir()
     return tmp_path/'d'
 
-def put(root, *names, content=JPEG):
+def write_files(root, *names, content=JPEG):
     for name in names:
         file = root/name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
 
-def table_of(engine, *columns) -> list:
+def column_values(engine, *columns) -> list:
     return [tuple(row[column] for column in columns) for row in list_rows(engine)]
 
 def names_of(engine) -> list:
@@ -51,64 +51,108 @@ def names_of(engine) -> list:
     (['train/fern', 'train/moss'], {('fern', None), ('moss', None)}),
     (['fern', 'moss', 'test'], {('fern', None), ('moss', None), ('test', None)}),
     (['images/fern', 'images/moss'], {('fern', None), ('moss', None)}),
-    (['fern/2023/june', 'moss/2024'], {('fern', None), ('moss', None)})])
+    (['fern/2023/june', 'moss/2024'], {('fern', None), ('moss', None)}),
+    (['fern/train/2023', 'fern/val/2023', 'moss/train/2024'], {('fern', 'train'), ('fern', 'valid'), ('moss', 'train')}),
+    (['test_set/test_set/fern', 'training_set/training_set/fern'], {('fern', 'test'), ('fern', 'train')}),
+    (['N/N/train/fern', 'N/N/train/moss', 'N/N/valid/fern', 'test/test'],
+     {('fern', 'train'), ('moss', 'train'), ('fern', 'valid')}),
+    (['seg_train/fern', 'seg_test/moss', 'seg_pred/fern'], {('fern', 'train'), ('moss', 'test'), ('seg_pred', None)}),
+    (['TrainData/fern', 'ValData/fern'], {('fern', 'train'), ('fern', 'valid')}),
+    (['val/fern', 'test/moss'], {('fern', 'valid'), ('moss', 'test')}),
+    (['train1/fern', 'train2/moss'], {('fern', None), ('moss', None)}),
+    (['d/fern', 'd/moss'], {('fern', None), ('moss', None)}),
+    (['site 1/train/fern', 'site 1/val/moss', 'site 2/train/fern', 'site 2/val/moss'], {('fern', 'train'), ('moss', 'valid')})])
 def test_classes_and_splits_are_read_from_folders(engine, root, folders, expected):
-    put(root, *(f'{folder}/1.jpg' for folder in folders))
+    write_files(root, *(f'{folder}/1.jpg' for folder in folders))
     add_folder(engine, root)
-    assert set(table_of(engine, 'label', 'split')) == expected
+    assert set(column_values(engine, 'label', 'split')) == expected
 
-def test_it_is_said_how_folders_were_read(engine, root):
-    put(root, 'train/fern/2023/1.jpg', 'test/fern/2.jpg', 'extra/3.jpg')
+def test_notes_say_how_folders_were_read(engine, root):
+    write_files(root, 'train/fern/2023/1.jpg', 'test/fern/2.jpg', 'extra/3.jpg')
     notes = ' '.join(add_folder(engine, root).notes)
-    assert '1 test, 1 train' in notes and 'fern/2023' in notes
+    assert '1 test, 1 train, 1 without a split' in notes and 'fern/2023 is fern' in notes
 
-def test_photos_without_a_class_are_passed_over_and_named(engine, root):
-    put(root, '0.jpg', 'fern/1.jpg')
+def test_photos_without_a_class_are_skipped_and_named(engine, root):
+    write_files(root, '0.jpg', 'fern/1.jpg')
     assert '1 photos (0.jpg)' in ' '.join(add_folder(engine, root).notes)
     assert names_of(engine) == ['1.jpg']
 
 def test_photos_are_recognised_by_their_content(engine, root):
-    put(root, *(f'fern/{name}' for name in ('1.jfif', '2.jpe', '3.pjpeg', '4', '5.txt', '6.JPG')))
-    put(root, 'fern/7.heic', 'fern/8.jpg', content=HEIC)
-    put(root, 'fern/9.avif', content=AVIF)
-    put(root, 'fern/IMG_1.MOV', content=b'\0\0\0\x14ftypqt  \0\0\0\0qt  ')
-    put(root, 'fern/IMG_1.AAE', 'fern/notes.jpg', content=b'<?xml version="1.0"?>')
-    put(root, 'fern/empty.jpg', content=b'')
+    write_files(root, *(f'fern/{name}' for name in ('1.jfif', '2.jpe', '3.pjpeg', '4', '5.txt', '6.JPG')))
+    write_files(root, 'fern/7.heic', 'fern/8.jpg', content=HEIC)
+    write_files(root, 'fern/9.avif', content=AVIF)
+    write_files(root, 'fern/IMG_1.MOV', content=b'\0\0\0\x14ftypqt  \0\0\0\0qt  ')
+    write_files(root, 'fern/IMG_1.AAE', 'fern/notes.jpg', content=b'<?xml version="1.0"?>')
+    write_files(root, 'fern/empty.jpg', content=b'')
+    write_files(root, 'fern/10.NEF', content=b'II*\0')
     notes = ' '.join(add_folder(engine, root).notes)
     assert names_of(engine) == ['1.jfif', '2.jpe', '3.pjpeg', '4', '5.txt', '6.JPG', '7.heic', '8.jpg', '9.avif']
-    assert '1 .aae, 1 .jpg, 1 .mov, 1 empty' in notes
+    assert '1 MOV video' in notes and '2 XML' in notes and '1 empty file' in notes and '1 raw photo' in notes
 
-def test_folders_of_devices_are_passed_over(engine, root):
+def test_folders_of_devices_are_skipped(engine, root):
     system = ('@eaDir', '#recycle', '$RECYCLE.BIN', 'lost+found', 'System Volume Information', '.Trashes', '@Recycle')
-    put(root, 'fern/1.jpg', *(f'{name}/2.jpg' for name in system), 'fern/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg')
-    put(root, 'fern/Thumbs.db', 'fern/.DS_Store', 'fern/._1.jpg')
+    write_files(root, 'fern/1.jpg', *(f'{name}/2.jpg' for name in system), 'fern/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg')
+    write_files(root, 'fern/Thumbs.db', 'fern/.DS_Store', 'fern/._1.jpg')
     notes = ' '.join(add_folder(engine, root).notes)
-    assert table_of(engine, 'label') == [('fern',)]
-    assert 'Files of the system' in notes
+    assert column_values(engine, 'label') == [('fern',)]
+    assert 'belong to a device' in notes
 
-def test_labels_are_normalised_and_case_twins_are_named(engine, root):
-    put(root, *(f'{unicodedata.normalize(form, "Löwenzahn")}/{form}.jpg' for form in ('NFC', 'NFD')))
-    put(root, 'fern /1.jpg', 'fern/2.jpg', 'Fern/3.jpg')
+def test_labels_are_normalised_and_similar_ones_are_named(engine, root):
+    write_files(root, *(f'{unicodedata.normalize(form, "Löwenzahn")}/{form}.jpg' for form in ('NFC', 'NFD')))
+    write_files(root, 'fern /1.jpg', 'fern/2.jpg', 'Fern/3.jpg', 'fern\u200e/4.jpg')
     notes = ' '.join(add_folder(engine, root).notes)
-    assert {label for label, in table_of(engine, 'label')} == {'L\u00f6wenzahn', 'fern', 'Fern'}
+    assert {label for label, in column_values(engine, 'label')} == {'L\u00f6wenzahn', 'fern', 'Fern'}
     assert "'Fern' and 'fern'" in notes
 
-def test_a_linked_folder_is_read_once(engine, root, tmp_path):
-    put(tmp_path, 'elsewhere/1.jpg')
+def test_a_folder_of_a_wrapper_or_a_split_with_strays_keeps_its_classes(engine, root):
+    write_files(root, 'images/cover.jpg', 'images/train/cover.jpg', *(f'images/{split}/{name}/1.jpg'
+                for split in ('train', 'test') for name in ('fern', 'moss')))
+    assert 'images/cover.jpg, images/train/cover.jpg' in ' '.join(add_folder(engine, root).notes)
+    assert {label for label, in column_values(engine, 'label')} == {'fern', 'moss'}
+
+@pytest.mark.parametrize('folders', [('images/train', 'images/val'), ('train/images', 'valid/images'), ('train', 'test')])
+def test_a_folder_without_classes_is_an_error(engine, root, folders):
+    write_files(root, *(f'{folder}/1.jpg' for folder in folders))
+    with pytest.raises(PlantError, match='no photo in a folder of a class'): add_folder(engine, root)
+
+def test_a_single_class_with_subfolders_is_pointed_out(engine, root):
+    write_files(root, 'flowers/rose/1.jpg', 'flowers/tulip/2.jpg')
+    assert f'add {root}/flowers' in ' '.join(add_folder(engine, root).notes)
+
+def test_links_are_followed_once_and_after_real_folders(engine, root, tmp_path):
+    write_files(root, 'zebra/1.jpg')
+    write_files(tmp_path, 'elsewhere/2.jpg')
+    (root/'ant').symlink_to(root/'zebra')
     (root/'fern').symlink_to(tmp_path/'elsewhere')
     (tmp_path/'elsewhere/again').symlink_to(root)
-    assert add_folder(engine, root).new == 1
+    (root/'loop').symlink_to(root/'loop')
+    result = add_folder(engine, root)
+    assert result.new == 2 and sorted(column_values(engine, 'label')) == [('fern',), ('zebra',)]
+    assert 'ant was not read' in ' '.join(result.notes)
+
+def test_a_path_with_dots_is_the_same_folder(engine, root, monkeypatch):
+    write_files(root, 'fern/1.jpg')
+    add_folder(engine, root)
+    monkeypatch.chdir(root)
+    assert add_folder(engine, Path('../d')).new == 0
+
+def test_file_names_that_are_not_text_are_added_and_printed(engine, root):
+    write_files(root, os.fsdecode(b'foug\xe8re/\xe9t\xe9.jpg'), os.fsdecode(b'foug\xe8re/\xe9t\xe9.mov'))
+    os.rename(os.fsencode(root) + b'/foug\xe8re/\xe9t\xe9.mov', os.fsencode(root) + b'/foug\xe8re/[\xe9].txt')
+    (Path(os.fsdecode(os.fsencode(root) + b'/foug\xe8re/[\xe9].txt'))).write_text('notes')
+    notes = ' '.join(add_folder(engine, root).notes).encode().decode()
+    assert column_values(engine, 'label') == [('fougère',)] and '.txt' in notes
 
 def test_unreadable_files_are_named(engine, root):
-    put(root, 'fern/1.jpg')
+    write_files(root, 'fern/1.jpg')
     (root/'fern/2.jpg').symlink_to(root/'nowhere')
-    assert 'fern/2.jpg could not be read' in ' '.join(add_folder(engine, root).notes)
+    assert 'fern/2.jpg was not read' in ' '.join(add_folder(engine, root).notes)
 
 def store_all(engine, sha256='a' * 64):
     record_results(engine, [dict(id=row['id'], status='stored', sha256=sha256) for row in list_pending(engine)])
 
-def test_of_a_photo_in_two_places_the_newest_wins(engine, root):
-    put(root, 'fern/1.jpg')
+def test_of_a_photo_in_two_folders_the_newest_row_is_the_last(engine, root):
+    write_files(root, 'fern/1.jpg')
     add_folder(engine, root)
     store_all(engine)
     (root/'moss').mkdir()
@@ -116,23 +160,43 @@ def test_of_a_photo_in_two_places_the_newest_wins(engine, root):
     result = add_folder(engine, root)
     store_all(engine)
     assert (result.new, result.gone) == (1, 1)
-    assert [row['label'] for row in list_stored(engine)] == ['fern', 'moss']
+    assert [(row['label'], row['added_at'] is None) for row in list_stored(engine)] == [('fern', True), ('moss', False)]
     (root/'moss/1.jpg').rename(root/'fern/1.jpg')
     assert add_folder(engine, root).gone == 1
-    assert [row['label'] for row in list_stored(engine)][-1] == 'fern', 'it was moved back'
+    assert [row['label'] for row in list_stored(engine)] == ['moss', 'fern'], 'it was moved back'
 
 def test_the_rows_of_a_renamed_folder_are_said_to_have_no_file(engine, root):
-    put(root, 'fern/1.jpg', 'moss/2.jpg')
+    write_files(root, 'fern/1.jpg', 'moss/2.jpg')
     add_folder(engine, root)
     result = add_folder(engine, root.rename(root.parent/'e'))
-    assert (result.new, result.gone, result.gone_elsewhere) == (2, 0, 2)
+    assert (result.new, result.gone, result.moved) == (2, 0, 2)
     assert [row['gone_at'] is None for row in list_rows(engine)] == [False, False, True, True]
 
+def test_the_rows_of_a_disk_that_is_not_connected_are_not_marked(engine, root, tmp_path):
+    write_files(tmp_path/'disk', 'fern/1.jpg')
+    add_folder(engine, tmp_path/'disk')
+    (tmp_path/'disk').rename(tmp_path/'disconnected')
+    write_files(root, 'moss/2.jpg')
+    assert add_folder(engine, root).moved == 0
+    assert [row['gone_at'] for row in list_rows(engine)] == [None, None]
+
+def test_rows_of_a_folder_that_cannot_be_read_are_kept(engine, root, monkeypatch):
+    write_files(root, 'fern/1.jpg', 'moss/2.jpg')
+    add_folder(engine, root)
+    scandir = os.scandir
+    def fail(path):
+        if str(path).endswith('fern'): raise PermissionError(13, 'Permission denied')
+        return scandir(path)
+    monkeypatch.setattr('os.scandir', fail)
+    result = add_folder(engine, root, mirror=True)
+    assert result.gone == 0 and 'fern was not read: Permission denied' in ' '.join(result.notes)
+    assert len(list_rows(engine)) == 2
+
 def test_a_dry_run_changes_nothing(engine, root):
-    put(root, 'fern/1.jpg', 'moss/2.jpg')
+    write_files(root, 'fern/1.jpg', 'moss/2.jpg')
     add_folder(engine, root)
     (root/'fern/1.jpg').unlink()
-    put(root, 'moss/3.jpg')
+    write_files(root, 'moss/3.jpg')
     before = list_rows(engine)
     result = add_folder(engine, root, mirror=True, dry_run=True)
     assert (result.new, result.gone) == (1, 1)
@@ -155,34 +219,77 @@ def load(engine, tmp_path, content, name='table.csv', **options):
 def test_tables_are_read_as_programs_write_them(engine, tmp_path, content):
     result = load(engine, tmp_path, content)
     assert (result.new, result.refused) == (1, [])
-    assert table_of(engine, 'url_source', 'label') == [(URL, 'fern')]
+    assert column_values(engine, 'url_source', 'label') == [(URL, 'fern')]
 
-def test_a_table_of_windows_is_read_and_said_so(engine, tmp_path):
+def test_a_cp1252_table_is_read_with_a_note(engine, tmp_path):
     result = load(engine, tmp_path, f'url_source;label\n{URL};fougère\n'.encode('cp1252'))
-    assert table_of(engine, 'label') == [('fougère',)]
+    assert column_values(engine, 'label') == [('fougère',)]
     assert 'cp1252' in result.notes[0]
 
 def test_another_encoding_can_be_named(engine, tmp_path):
     load(engine, tmp_path, f'url_source,label\n{URL},たんぽぽ\n'.encode('cp932'), encoding='cp932')
-    assert table_of(engine, 'label') == [('たんぽぽ',)]
+    assert column_values(engine, 'label') == [('たんぽぽ',)]
+
+def save_workbook(path, *sheets, **changes) -> bytes:
+    "An Excel file of lists of rows; `changes` are applied to the first sheet."
+    workbook = Workbook()
+    workbook.remove(workbook.active)
+    for rows in sheets:
+        sheet = workbook.create_sheet()
+        for row in rows: sheet.append(row)
+    first = workbook.worksheets[0]
+    for cell, link in changes.get('links', {}).items(): first[cell].hyperlink = link
+    for area in changes.get('merged', ()): first.merge_cells(area)
+    workbook.save(path)
+    return path.read_bytes()
 
 @pytest.mark.parametrize('name', ['table.xlsx', 'table.csv'])
 def test_an_excel_file_is_read(engine, tmp_path, name):
-    workbook = Workbook()
-    workbook.active.append(['notes'])
-    sheet = workbook.create_sheet()
-    for row in (['Photo', 'Label', 'Split'], ['click', 'fern', 'Training'], [URL + '?2', 7, None]): sheet.append(row)
-    sheet['A2'].hyperlink = URL
-    sheet.append(['=HYPERLINK("http://a.example/3.jpg", "see")', 'moss', 'val'])
-    workbook.save(tmp_path/'made.xlsx')
-    result = load(engine, tmp_path, (tmp_path/'made.xlsx').read_bytes(), name)
-    assert result.new == 3
-    assert table_of(engine, 'url_source', 'label', 'split') == [
-        (URL, 'fern', 'train'), (URL + '?2', '7', None), ('http://a.example/3.jpg', 'moss', 'valid')]
+    rows = [['Photo', 'Label', 'Split'], ['click', 'fern', 'Training'], [URL + '?2', 7, None],
+            ['=HYPERLINK("http://a.example/3.jpg", "see")', 'moss', 'val']]
+    links = dict(A2=URL, B2='http://wiki.example/fern')
+    content = save_workbook(tmp_path/'made.xlsx', rows, [['notes']], [['url', 'label'], [URL + '?4', 'ivy']], links=links)
+    result = load(engine, tmp_path, content, name)
+    assert column_values(engine, 'url_source', 'label', 'split') == [
+        (URL, 'fern', 'train'), (URL + '?2', '7', None), ('http://a.example/3.jpg', 'moss', 'valid'), (URL + '?4', 'ivy', None)]
+    assert '1 sheets without a column of URLs' in ' '.join(result.notes)
+
+def test_a_merged_cell_labels_all_its_rows(engine, tmp_path):
+    rows = [['url', 'label'], [URL, 'fern'], [URL + '?2', None], [URL + '?3', 'moss']]
+    load(engine, tmp_path, save_workbook(tmp_path/'made.xlsx', rows, merged=['B2:B3']), 'table.xlsx')
+    assert column_values(engine, 'label') == [('fern',), ('fern',), ('moss',)]
+
+@pytest.mark.parametrize('header, row, expected', [
+    ('class,order,species,identifier', f'Magnoliopsida,Rosales,fern,{URL}', (URL, 'fern')),
+    ('url,image_url,species', f'http://page.example,{URL},fern', (URL, 'fern')),
+    ('photo_url,photo_image_url,label', f'http://page.example,{URL},fern', (URL, 'fern')),
+    ('url,label,class_name', f'{URL},0,fern', (URL, 'fern')), ('url,label', f'{URL},NULL', (URL, None)),
+    ('url,label', f'{URL},#N/A', (URL, None)), ('"url", "label"', f'"{URL}", "fern, tree"', (URL, 'fern, tree')),
+    ('url,label,fold', f'{URL},fern,3', (URL, 'fern')), ('url,label,set', f'{URL},fern,garden', (URL, 'fern')),
+    ('url,label,split', f'{URL},fern,UNASSIGNED', (URL, 'fern'))])
+def test_the_right_columns_and_values_are_read(engine, tmp_path, header, row, expected):
+    load(engine, tmp_path, f'{header}\n{row}\n')
+    assert column_values(engine, 'url_source', 'label') == [expected]
+
+def test_a_quotation_mark_that_is_not_closed_refuses_its_row_only(engine, tmp_path):
+    result = load(engine, tmp_path, f'url,label\n{URL},fern\n{URL}?2,"fern\n{URL}?3,moss\n{URL}?4,"moss, wet"\n')
+    assert column_values(engine, 'label') == [('fern',), ('moss',), ('moss, wet',)]
+    assert [row.position for row in result.refused] == ['Row 2 (line 3)']
+
+def test_text_with_line_breaks_in_other_columns_is_read(engine, tmp_path):
+    load(engine, tmp_path, f'url,note,label\n{URL},"two\nlines, ""quoted""",fern\n{URL}?2,,moss\n')
+    assert column_values(engine, 'label') == [('fern',), ('moss',)]
+
+def test_one_damaged_row_does_not_change_the_encoding_of_the_others(engine, tmp_path):
+    result = load(engine, tmp_path, f'url,label\n{URL},Löwenzahn\n{URL}?2,Gänseblümchen\n{URL}?3,Fu\xdf\n'.encode('utf-8')
+                  .replace('ß'.encode(), b'\xdf'))
+    assert column_values(engine, 'label') == [('Löwenzahn',), ('Gänseblümchen',)]
+    assert 'not text' in result.refused[0].reason
 
 def test_a_table_without_labels_says_which_columns_it_has(engine, tmp_path):
     with pytest.raises(PlantError, match="'url_source', 'Etikett'"): load(engine, tmp_path, f'url_source,Etikett\n{URL},fern\n')
     with pytest.raises(PlantError, match="'Adresse', 'label'"): load(engine, tmp_path, f'Adresse,label\n{URL},fern\n')
+    with pytest.raises(PlantError, match='Add a first row'): load(engine, tmp_path, f'{URL},fern\n')
     assert list_rows(engine) == []
 
 def test_bad_rows_are_refused_with_their_number_and_the_others_loaded(engine, tmp_path):
@@ -190,15 +297,17 @@ def test_bad_rows_are_refused_with_their_number_and_the_others_loaded(engine, tm
     rows = ['url_source,label', 'http://a.example/1.jpg,fern', 'ftp://a.example/2.jpg,fern', ',fern', 'http://[bad/1.jpg,fern',
             f'http://a.example/3.jpg,{long_label}', 'http://a.example/4.jpg,fern', 'http://a.example/4.jpg,moss']
     result = load(engine, tmp_path, '\n'.join(rows))
-    assert table_of(engine, 'url_source') == [('http://a.example/1.jpg',)]
-    assert sorted(row.place for row in result.refused) == [f'Row {n} (line {n + 1})' for n in range(2, 8)]
+    assert column_values(engine, 'url_source') == [('http://a.example/1.jpg',)]
+    assert sorted(row.position for row in result.refused) == [f'Row {n} (line {n + 1})' for n in range(2, 8)]
 
 def test_long_urls_and_paths_of_any_script_are_loaded(engine, tmp_path):
     long_url = 'http://a.example/' + 'x' * 1600
-    put(tmp_path, '写真/たんぽぽ.jpg')
-    path = (tmp_path/'写真/たんぽぽ.jpg')
-    load(engine, tmp_path, f'url_source,label\n{long_url},fern\n{path},fern\n{path.as_uri()}?,fern\n写真\\たんぽぽ.jpg,fern\n')
-    assert [url for url, in table_of(engine, 'url_source')][:2] == [long_url, path.as_uri()]
+    write_files(tmp_path, '写真/たんぽぽ.jpg', '写真/2.jpg', '写真/3.jpg')
+    photo, second, third = (tmp_path/'写真'/name for name in ('たんぽぽ.jpg', '2.jpg', '3.jpg'))
+    rows = [long_url, str(photo), second.as_uri(), '写真\\3.jpg', '写真/missing.jpg']
+    result = load(engine, tmp_path, 'url,label\n' + ''.join(f'{url},fern\n' for url in rows))
+    assert [url for url, in column_values(engine, 'url_source')] == [long_url, photo.as_uri(), second.as_uri(), third.as_uri()]
+    assert str(tmp_path) in result.refused[0].reason
 
 @pytest.mark.parametrize('content, name, message', [
     (b'PK\x03\x04broken', 'a.xlsx', 'readable Excel'), (b'\xd0\xcf\x11\xe0\xa1\xb1', 'a.xls', 'cannot be loaded'),
@@ -213,4 +322,4 @@ def test_a_dry_run_of_a_table_or_a_script_adds_nothing(engine, tmp_path):
     assert load_file(engine, 'plants_data.sql', dry_run=True).new == 400
     assert list_rows(engine) == []
     with pytest.raises(PlantError, match='dry-run'): load(engine, tmp_path, 'DROP TABLE plants_data;\n', 'a.sql', dry_run=True)
-    assert os.path.exists(tmp_path/'a.sql') and list_rows(engine) == []
+    assert list_rows(engine) == []

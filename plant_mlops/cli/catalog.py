@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .options import HomeOption, JsonOption, new_app
-from .output import print_json, print_line, print_table
+from .output import escaped, print_json, print_line, print_table
 from ..core.config import settings
 
 # %% ../../nbs/cli/06_catalog.ipynb #f2b65546
@@ -26,7 +26,7 @@ def _open_catalog(home: Path | None): # SQLAlchemy's Engine
     return call_with_retry(open_catalog, settings(home=home))
 
 # %% ../../nbs/cli/06_catalog.ipynb #f37eb5d8
-def _describe_gone(
+def _describe_missing(
     result, # `LoadResult`
     mirror: bool, # whether the rows of missing files were removed
 ) -> list: # parts of a sentence
@@ -34,7 +34,7 @@ def _describe_gone(
     parts = []
     if mirror and result.gone:
         parts.append(f'{result.gone:,} rows removed, because their files are no longer in the folder')
-    n_kept = result.gone_elsewhere + (0 if mirror else result.gone)
+    n_kept = result.moved + (0 if mirror else result.gone)
     if n_kept:
         parts.append(f'{n_kept:,} rows have no file any more, and are kept: '
                      'plant-mlops catalog forget --gone deletes them')
@@ -51,13 +51,13 @@ def _print_added(
     "Print what was added or refused, how it was read, and the next command."
     from plant_mlops.core.database import call_with_retry
     from plant_mlops.data.catalog import count_by_status
-    for note in result.notes: print_line(note)
-    for row in result.refused[:_MAX_REFUSED]: print_line(f'{row.place} was refused: {row.reason}.')
+    for note in result.notes: print_line(escaped(note))
+    for row in result.refused[:_MAX_REFUSED]: print_line(escaped(f'{row.position} was refused: {row.reason}.'))
     if len(result.refused) > _MAX_REFUSED: print_line(f'… and {len(result.refused) - _MAX_REFUSED:,} more.')
     parts = [f'{result.new:,} new rows']
     if result.relabelled: parts.append(f'{result.relabelled:,} relabelled')
     if result.refused: parts.append(f'{len(result.refused):,} refused')
-    text = '. '.join([', '.join(parts), *_describe_gone(result, mirror)])
+    text = '. '.join([', '.join(parts), *_describe_missing(result, mirror)])
     if dry_run:
         print_line(f'{text}. This was a dry run: nothing was changed.')
         return
@@ -129,15 +129,24 @@ def catalog_retry(
     else: print_line('There are no failed or rejected rows.')
 
 # %% ../../nbs/cli/06_catalog.ipynb #a9551352
-def _forget_gone(home: Path | None):
+def _forget_missing(
+    home: Path | None, # home folder
+    yes: bool, # whether not to ask
+):
     "Delete the rows of files that do not exist any more."
     from plant_mlops.core.database import call_with_retry
-    from plant_mlops.data.catalog import delete_gone
-    deleted = call_with_retry(delete_gone, _open_catalog(home))
-    print_line(f'{deleted["rows"]:,} rows were deleted.')
-    if deleted['photos']:
-        print_line(f'{deleted["photos"]:,} of their photos are in no other row. The next dataset will contain them '
-                   'only if `plant-mlops ingest` finds them in another place.')
+    from plant_mlops.data.catalog import delete_missing
+    engine = _open_catalog(home)
+    counts = call_with_retry(delete_missing, engine, True)
+    if not counts['rows']:
+        print_line('There are no rows of missing files.')
+        return
+    if counts['photos']:
+        print_line(f'{counts["photos"]:,} photos are in no other row. The next dataset will contain them only if '
+                   '`plant-mlops ingest` finds them in another place.')
+    if not yes: typer.confirm(f'Delete {counts["rows"]:,} rows?', abort=True)
+    counts = call_with_retry(delete_missing, engine)
+    print_line(f'{counts["rows"]:,} rows were deleted.')
 
 @catalog_app.command('forget')
 def catalog_forget(
@@ -153,12 +162,12 @@ def catalog_forget(
     Models that were trained with a photo, and pictures in MLflow's runs, are not changed: train again, then delete
     the old runs."""
     if bool(photos) == gone: raise typer.BadParameter('name photos, or give --gone')
-    if gone: return _forget_gone(home)
+    if gone: return _forget_missing(home, yes)
     from plant_mlops.photos.forget import forget
     if not yes: typer.confirm(f'Delete {len(photos):,} photos for good?', abort=True)
     forgotten = forget(settings(home=home), photos)
     if as_json: return print_json(vars(forgotten))
-    print_line(f'{forgotten.photos:,} photos were deleted: {forgotten.rows:,} rows of the catalog, '
+    print_line(f'Deleted: {forgotten.photos:,} photos, in {forgotten.rows:,} rows of the catalog, '
                f'{forgotten.raw:,} files, {forgotten.shards:,} shards, {forgotten.datasets:,} datasets, '
                f'{forgotten.samples:,} samples. '
                'Models trained with them are unchanged. Next: plant-mlops dataset, then plant-mlops train')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATUSES', 'MAX_URL', 'BATCH_ROWS', 'open_catalog', 'RefusedRow', 'check_rows', 'count_rows',
            'add_checked_rows',
-           'add_rows', 'mark_gone', 'delete_gone', 'list_pending', 'list_stored', 'list_rows', 'list_labels',
+           'add_rows', 'mark_missing', 'delete_missing', 'list_pending', 'list_stored', 'list_rows', 'list_labels',
            'count_by_status', 'record_results', 'reset_rows']
 
 # %% ../../nbs/data/02_catalog.ipynb #4b4ee6e5
@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import sqlalchemy as sa
 from ..core.config import PlantError, Settings
 from ..core.database import database_message, insert_or_ignore, open_database, retry_transaction
-from ..core.text import SPLITS, clean_label, split_of_name
-from .catalog_table import MAX_LABEL, adopt_rows, hash_url, metadata, plants_data, upgrade_table
+from ..core.text import SPLITS, clean_label, parse_split
+from .catalog_table import MAX_LABEL, complete_rows, hash_url, metadata, plants_data, upgrade_table
 
 # %% ../../nbs/data/02_catalog.ipynb #c8fdc2ca
 STATUSES = ('new', 'stored', 'failed', 'rejected')
@@ -33,17 +33,22 @@ def open_catalog(
     try: upgrade_table(engine)
     except sa.exc.SQLAlchemyError as e:
         raise PlantError(f'The table plants_data of an older version could not be upgraded: {database_message(e)}. '
-                         'The user of the database has to own the table. Nothing was lost.') from e
+                         'Nothing was lost. If a permission is missing: its owner has to open it once.') from e
     return engine
 
 # %% ../../nbs/data/02_catalog.ipynb #397ef2bd
 MAX_URL = 10_000 # characters
-_CONTROL_CHARACTERS = re.compile(r'[\x00-\x1f\x7f\ud800-\udfff]') # databases refuse some of them
+_UNUSABLE = re.compile(r'[\x00-\x1f\x7f\ud800-\udfff]') # control characters and surrogates; databases refuse some
+
+def _describe_unusable(text: str) -> str:
+    "What is wrong with a text that `_UNUSABLE` finds something in."
+    if re.search(r'[\ud800-\udfff]', text): return 'bytes that are not text'
+    return 'line breaks or control characters'
 
 class RefusedRow(NamedTuple):
     "A row that is not added."
-    place: str  # where it is in its source, such as `Row 3`
-    reason: str # what is wrong with it
+    position: str # where it is in its source, such as `Row 3`
+    reason: str   # what is wrong with it
 
 def _shorten(text: str) -> str:
     "The beginning of a text, quoted, for a message."
@@ -63,26 +68,27 @@ def _check_row(
     if len(url) > MAX_URL: raise ValueError(f'{_shorten(url)} is too long: a URL may have {MAX_URL:,} characters')
     if label and len(label) > MAX_LABEL:
         raise ValueError(f'the label {_shorten(label)} is too long: it may have {MAX_LABEL} characters')
-    if _CONTROL_CHARACTERS.search(url + (label or '')): raise ValueError(f'{_shorten(url)} contains control characters')
+    for name, text in (('URL', url), ('label', label or '')):
+        if _UNUSABLE.search(text): raise ValueError(f'the {name} {_shorten(text)} has {_describe_unusable(text)}')
     given_split = clean_label(row.get('split'))
-    split = split_of_name(given_split)
+    split = parse_split(given_split)
     if given_split and not split:
         raise ValueError(f'the split {_shorten(given_split)} is unknown; it can be {", ".join(SPLITS)}, or empty')
     return dict(url_source=url, url_hash=hash_url(url), label=label, split=split)
 
 # %% ../../nbs/data/02_catalog.ipynb #42145545
-def _find_contradictions(
-    numbered: list, # pairs of place and checked row, of one URL
-) -> list: # reasons, one for each row; empty where they agree
+def _find_contradiction(
+    rows: list, # pairs of position and checked row, of one URL
+) -> str: # reason; '' if the rows agree
     "Why rows of the same URL cannot be added together."
     for column in ('label', 'split'):
-        values = [row[column] for _, row in numbered]
-        different = [*dict.fromkeys(value for value in values if value)]
-        if len(different) < 2: continue
-        others = ' and '.join(f'{value!r} in {numbered[values.index(value)][0].lower()}' for value in different)
-        url = _shorten(numbered[0][1]['url_source'])
-        return [f'{url} has two {column}s: {others}'] * len(numbered)
-    return []
+        positions = {} # value → position of the first row with it
+        for position, row in rows:
+            if row[column]: positions.setdefault(row[column], position)
+        if len(positions) < 2: continue
+        values = ' and '.join(f'{value!r} in {position.lower()}' for value, position in positions.items())
+        return f'{_shorten(rows[0][1]["url_source"])} has two {column}s: {values}'
+    return ''
 
 def _merge_values(rows: list) -> dict:
     "One row of rows of the same URL: the values that any of them has."
@@ -91,20 +97,20 @@ def _merge_values(rows: list) -> dict:
     return merged
 
 def check_rows(
-    rows: Iterable[tuple], # pairs: the place of a row, such as `Row 3`, and a dict with url_source, label, split
+    rows: Iterable[tuple], # pairs: the position of a row, such as `Row 3`, and a dict with url_source, label, split
 ) -> tuple: # checked rows, one for each URL; list of `RefusedRow`
     "Check rows, and merge those of the same URL."
     refused = []
-    rows_of = defaultdict(list) # URL → pairs of place and checked row
-    for place, row in rows:
+    rows_by_url = defaultdict(list) # URL → pairs of position and checked row
+    for position, row in rows:
         try: checked = _check_row(row)
-        except ValueError as e: refused.append(RefusedRow(place, str(e)))
-        else: rows_of[checked['url_source']].append((place, checked))
+        except ValueError as e: refused.append(RefusedRow(position, str(e)))
+        else: rows_by_url[checked['url_source']].append((position, checked))
     usable = []
-    for numbered in rows_of.values():
-        reasons = _find_contradictions(numbered)
-        refused += [RefusedRow(place, reason) for (place, _), reason in zip(numbered, reasons)]
-        if not reasons: usable.append(_merge_values([row for _, row in numbered]))
+    for same_url in rows_by_url.values():
+        reason = _find_contradiction(same_url)
+        if reason: refused += [RefusedRow(position, reason) for position, _ in same_url]
+        else: usable.append(_merge_values([row for _, row in same_url]))
     return usable, refused
 
 # %% ../../nbs/data/02_catalog.ipynb #855bcdb4
@@ -152,7 +158,7 @@ def add_checked_rows(
     insert = insert_or_ignore(engine.dialect.name, plants_data, 'url_hash')
     insert = insert.values(added_at=sa.func.current_timestamp())
     with engine.connect() as c:
-        adopt_rows(c)
+        complete_rows(c)
         before = count_rows(c)
         for i in range(0, len(rows), BATCH_ROWS):
             batch = rows[i:i + BATCH_ROWS]
@@ -170,45 +176,55 @@ def add_rows(
 ) -> dict: # numbers of rows: `new` and `relabelled`
     "Add photos, or update their labels; raises `PlantError` if a row cannot be added, and then adds none."
     checked, refused = check_rows((f'Row {number}', row) for number, row in enumerate(rows, 1))
-    if refused: raise PlantError(f'{refused[0].place}: {refused[0].reason}. Nothing was added.')
+    if refused: raise PlantError(f'{refused[0].position}: {refused[0].reason}. Nothing was added.')
     return add_checked_rows(engine, checked)
 
 # %% ../../nbs/data/02_catalog.ipynb #67489c6e
+def _rows_under(connection: sa.Connection, prefix: str) -> list:
+    "ID, URL and mark of the rows whose URL begins with a prefix."
+    columns = plants_data.c
+    query = sa.select(columns.id, columns.url_source, columns.gone_at)
+    rows = connection.execute(query.where(columns.url_source.startswith(prefix, autoescape=True)))
+    return [row for row in rows if row.url_source.startswith(prefix)] # the database may ignore case
+
 @retry_transaction
-def mark_gone(
+def mark_missing(
     engine: sa.Engine, # engine of the catalog
     prefix: str, # prefix of the URLs to check
     present: set, # URLs that still exist
-    delete: bool = False, # whether to delete the rows
+    unknown: tuple = (), # prefixes of URLs of which it is not known whether they exist
+    delete: bool = False, # whether to delete the rows instead
     dry_run: bool = False, # whether to roll back, so that nothing changes
 ) -> int: # number of rows whose URL does not exist any more
-    "Mark the rows whose URL begins with a prefix and does not exist any more."
-    t = plants_data.c
-    query = sa.select(t.id, t.url_source, t.gone_at).where(t.url_source.startswith(prefix, autoescape=True))
-    with engine.connect() as c:
-        rows = c.execute(query).all()
-        missing = [row for row in rows
-                   if row.url_source.startswith(prefix) and row.url_source not in present] # databases may ignore case
-        unmarked = [dict(row_id=row.id) for row in missing if delete or row.gone_at is None]
-        statement = sa.update(plants_data).values(gone_at=sa.func.current_timestamp())
-        if delete: statement = sa.delete(plants_data)
-        if unmarked: c.execute(statement.where(t.id == sa.bindparam('row_id')), unmarked)
-        if dry_run: c.rollback()
-        else: c.commit()
+    "Mark, or delete, the rows whose URL begins with a prefix and does not exist any more."
+    statement = sa.update(plants_data).values(gone_at=sa.func.current_timestamp())
+    if delete: statement = sa.delete(plants_data)
+    statement = statement.where(plants_data.c.id == sa.bindparam('row_id'))
+    with engine.connect() as connection:
+        missing = [row for row in _rows_under(connection, prefix)
+                   if row.url_source not in present and not row.url_source.startswith(unknown)]
+        to_change = [dict(row_id=row.id) for row in missing if delete or row.gone_at is None]
+        if to_change: connection.execute(statement, to_change)
+        if dry_run: connection.rollback()
+        else: connection.commit()
     return len(missing)
 
-# %% ../../nbs/data/02_catalog.ipynb #c011d65e
+# %% ../../nbs/data/02_catalog.ipynb #4ae64489
 @retry_transaction
-def delete_gone(
+def delete_missing(
     engine: sa.Engine, # engine of the catalog
+    dry_run: bool = False, # whether to roll back, so that nothing changes
 ) -> dict: # numbers: `rows` deleted, `photos` that are stored and in no row any more
-    "Delete the rows whose file is gone."
-    t = plants_data.c
-    with engine.begin() as c:
-        gone = set(c.scalars(sa.select(t.sha256).where(t.gone_at.is_not(None), t.status == 'stored')))
-        kept = set(c.scalars(sa.select(t.sha256).where(t.gone_at.is_(None), t.status == 'stored')))
-        n_rows = c.execute(sa.delete(plants_data).where(t.gone_at.is_not(None))).rowcount
-    return dict(rows=n_rows, photos=len(gone - kept - {None}))
+    "Delete the rows whose file is missing."
+    columns = plants_data.c
+    checksums = sa.select(columns.sha256).where(columns.status == 'stored', columns.sha256.is_not(None))
+    with engine.connect() as connection:
+        missing = set(connection.scalars(checksums.where(columns.gone_at.is_not(None))))
+        kept = set(connection.scalars(checksums.where(columns.gone_at.is_(None))))
+        n_rows = connection.execute(sa.delete(plants_data).where(columns.gone_at.is_not(None))).rowcount
+        if dry_run: connection.rollback()
+        else: connection.commit()
+    return dict(rows=n_rows, photos=len(missing - kept))
 
 # %% ../../nbs/data/02_catalog.ipynb #db92f803
 def _check_part(
@@ -242,28 +258,28 @@ def list_pending(
     i, n = part
     t = plants_data.c
     may_retry = sa.and_(t.status == 'failed', t.attempts < max_attempts)
-    with engine.begin() as c: adopt_rows(c)
+    with engine.begin() as c: complete_rows(c)
     return _select_rows(engine, t.id % n == i - 1, sa.or_(t.status == 'new', may_retry))
 
 # %% ../../nbs/data/02_catalog.ipynb #a8b4ce4b
-def _newness(row: dict) -> tuple:
-    "A key that sorts rows: those whose file is gone come first, then by the time they were added."
-    return row['gone_at'] is None, row['added_at'] or datetime.min, row['id']
+def _recency(row: dict) -> tuple:
+    "A key that sorts rows by the time they were added; rows of missing files come first."
+    return row['added_at'] or datetime.min, row['id']
 
 def list_stored(
     engine: sa.Engine, # engine of the catalog
     part: tuple = (1, 1), # (i, n): the photos of worker i of n, by their checksum
-) -> list: # dicts of id, url_source, label, split, sha256
-    "Photos whose bytes are in the store; of rows with the same bytes, the last is the newest place of the photo."
+) -> list: # dicts of id, url_source, label, split, sha256, added_at (None where the file is missing)
+    "Photos whose bytes are in the store, the oldest rows first; rows of missing files before all others."
     _check_part(part)
     i, n = part
     t = plants_data.c
     columns = ('id', 'url_source', 'label', 'split', 'sha256', 'added_at', 'gone_at')
     rows = _select_rows(engine, t.status == 'stored', t.sha256.is_not(None), columns=columns)
     rows = [row for row in rows if int(row['sha256'][:8], 16) % n == i - 1]
-    rows.sort(key=_newness)
-    for row in rows: del row['added_at'], row['gone_at']
-    return rows
+    for row in rows:
+        if row.pop('gone_at'): row['added_at'] = None
+    return sorted(rows, key=_recency)
 
 # %% ../../nbs/data/02_catalog.ipynb #1218aae2
 def list_rows(
@@ -282,9 +298,11 @@ def list_rows(
 def list_labels(
     engine: sa.Engine, # engine of the catalog
 ) -> list: # labels, sorted
-    "The different labels of the catalog."
-    query = sa.select(plants_data.c.label).where(plants_data.c.label.is_not(None)).distinct()
-    with engine.connect() as c: return sorted(set(c.scalars(query)))
+    "The different labels of the catalog; rows of missing files do not count."
+    label = plants_data.c.label
+    if engine.dialect.name in ('mysql', 'mariadb'): label = sa.collate(label, 'utf8mb4_bin') # its default ignores case
+    query = sa.select(label).where(label.is_not(None), plants_data.c.gone_at.is_(None)).distinct()
+    with engine.connect() as connection: return sorted(connection.scalars(query))
 
 # %% ../../nbs/data/02_catalog.ipynb #21de5102
 def count_by_status(
@@ -296,7 +314,7 @@ def count_by_status(
     return {status: counts.get(status, 0) for status in STATUSES}
 
 # %% ../../nbs/data/02_catalog.ipynb #4cefd8ea
-def _or_keep(
+def _new_or_current(
     parameter: str, # name of a parameter of the statement
     column: sa.Column, # column of the table
 ) -> sa.ColumnElement:
@@ -313,7 +331,7 @@ def record_results(
     t = plants_data.c
     update = sa.update(plants_data).where(t.id == sa.bindparam('row_id')).values(
         status=sa.bindparam('new_status'), error=sa.bindparam('new_error'),
-        sha256=_or_keep('new_sha256', t.sha256), url_s3=_or_keep('new_url', t.url_s3),
+        sha256=_new_or_current('new_sha256', t.sha256), url_s3=_new_or_current('new_url', t.url_s3),
         attempts=t.attempts + 1, updated_at=sa.func.current_timestamp())
     values = [dict(row_id=result['id'], new_status=result['status'], new_error=result.get('error'),
                    new_sha256=result.get('sha256'), new_url=result.get('url_s3')) for result in results]

@@ -7,7 +7,6 @@ __all__ = ['LoadResult', 'add_folder', 'load_file']
 
 # %% ../../nbs/data/05_catalog_files.ipynb #f0cc582f
 import os, re
-from collections import defaultdict
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -15,9 +14,9 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import sqlalchemy as sa
 from ..core.config import PlantError
 from ..core.database import database_message
-from ..core.text import decode_text, find_case_twins
-from .catalog import add_checked_rows, check_rows, count_rows, list_labels, mark_gone
-from .catalog_table import adopt_rows, plants_data
+from ..core.text import decode_text, find_similar_labels
+from .catalog import RefusedRow, add_checked_rows, check_rows, count_rows, list_labels, mark_missing
+from .catalog_table import complete_rows, plants_data
 from .photo_folder import read_folder
 from .photo_table import read_table
 
@@ -28,44 +27,34 @@ class LoadResult:
     new: int = 0                                # number of rows that were added
     relabelled: int = 0                         # number of rows whose label changed
     gone: int = 0                               # number of rows under the folder whose files do not exist any more
-    gone_elsewhere: int = 0                     # number of rows of other folders whose files do not exist any more
+    moved: int = 0                              # number of rows of other folders whose files are in this one now
     refused: list = field(default_factory=list) # `RefusedRow` records
     notes: list = field(default_factory=list)   # sentences for the user
 
-def _describe_twins(labels: list) -> list:
-    "Sentences about labels that differ only in case."
-    return [f'The labels {" and ".join(map(repr, twins))} differ only in upper and lower case: they are different '
-            'classes. If they should be one, rename one and add its photos again.'
-            for twins in find_case_twins(labels)]
+def _similar_label_notes(labels: list) -> list:
+    "Sentences about labels that differ only in case or punctuation."
+    return [f'The labels {" and ".join(map(repr, similar))} differ only in case or punctuation, and are different '
+            'classes. If they should be one, correct the folder or the table, and add it again.'
+            for similar in find_similar_labels(labels)]
 
-# %% ../../nbs/data/05_catalog_files.ipynb #a25a5604
-def _names_in(folder: bytes) -> set:
-    "Names in a folder; none if it does not exist."
-    try: return set(os.listdir(folder))
-    except OSError: return set()
+# %% ../../nbs/data/05_catalog_files.ipynb #b4cecc25
+def _class_and_name(url: str) -> bytes:
+    "The last two parts of the path of a file URL."
+    return b'/'.join(unquote_to_bytes(urlsplit(url).path).split(b'/')[-2:])
 
-def _present_files(
-    urls: list, # file URLs
-) -> set: # those whose file exists
-    "The URLs of files that exist."
-    names = defaultdict(list) # folder → pairs: URL, name of the file
-    for url in urls:
-        folder, name = os.path.split(unquote_to_bytes(urlsplit(url).path))
-        names[folder].append((url, name))
-    return {url for folder, files in names.items() for existing in [_names_in(folder)]
-            for url, name in files if name in existing}
-
-def _mark_gone_elsewhere(
+def _mark_moved(
     engine: sa.Engine, # engine of the catalog
-    prefix: str, # prefix of the URLs that were checked already
+    prefix: str, # prefix of the URLs in the folder that was added
+    added: set, # file URLs of that folder
     dry_run: bool, # whether nothing is to be changed
-) -> int: # number of rows whose file does not exist any more
-    "Mark the rows of other folders whose files are gone."
+) -> int: # number of rows whose file is in the folder now
+    "Mark the rows of other folders whose files were moved to this folder."
     url = plants_data.c.url_source
-    with engine.connect() as c: urls = list(c.scalars(sa.select(url).where(url.startswith('file://'))))
-    elsewhere = [url for url in urls if not url.startswith(prefix)]
-    present = {url for url in urls if url.startswith(prefix)} | _present_files(elsewhere)
-    return mark_gone(engine, 'file://', present, dry_run=dry_run)
+    with engine.connect() as connection: urls = set(connection.scalars(sa.select(url).where(url.startswith('file://'))))
+    names = {_class_and_name(url) for url in added}
+    moved = {url for url in urls if not url.startswith(prefix) and _class_and_name(url) in names
+             and not os.path.exists(unquote_to_bytes(urlsplit(url).path))}
+    return mark_missing(engine, 'file://', urls - moved, dry_run=dry_run) if moved else 0
 
 # %% ../../nbs/data/05_catalog_files.ipynb #faa8f86a
 def add_folder(
@@ -75,14 +64,15 @@ def add_folder(
     dry_run: bool = False, # whether to change nothing, and only say what would change
 ) -> LoadResult:
     "Add the photos under a folder, labelled by the folder they are in; raises `PlantError` if there are none."
-    root = Path(path).expanduser().absolute()
+    root = Path(os.path.abspath(Path(path).expanduser()))
     photos = read_folder(root)
     checked, refused = check_rows((row['url_source'], row) for row in photos.rows)
     result = LoadResult(refused=refused, notes=photos.notes, **add_checked_rows(engine, checked, dry_run))
     prefix = f'{root.as_uri()}/'
-    result.gone = mark_gone(engine, prefix, {row['url_source'] for row in checked}, delete=mirror, dry_run=dry_run)
-    if result.new: result.gone_elsewhere = _mark_gone_elsewhere(engine, prefix, dry_run)
-    result.notes += _describe_twins([*list_labels(engine), *(row['label'] for row in checked)])
+    present = {row['url_source'] for row in checked}
+    result.gone = mark_missing(engine, prefix, present, photos.unreadable, delete=mirror, dry_run=dry_run)
+    if result.new: result.moved = _mark_moved(engine, prefix, present, dry_run)
+    result.notes += _similar_label_notes([*list_labels(engine), *(row['label'] for row in checked)])
     return result
 
 # %% ../../nbs/data/05_catalog_files.ipynb #825237f1
@@ -96,18 +86,19 @@ def _load_table(
     try: table = read_table(path.read_bytes(), path.absolute().parent, encoding)
     except PlantError as e: raise PlantError(f'{path}: {e} Nothing was added.') from None
     checked, refused = check_rows(table.rows)
+    refused = [*(RefusedRow(*row) for row in table.refused), *refused]
     if refused and not checked:
-        raise PlantError(f'{path}: {refused[0].place}: {refused[0].reason}. '
-                         f'None of its {len(table.rows):,} rows could be added.')
+        raise PlantError(f'{path}: {refused[0].position}: {refused[0].reason}. '
+                         f'None of its {len(table.rows) + len(table.refused):,} rows could be added.')
     result = LoadResult(refused=refused, notes=table.notes, **add_checked_rows(engine, checked, dry_run))
-    if not table.rows: result.notes.append('The table has no rows.')
+    if not checked: result.notes.append('The table has no rows.')
     n_unlabelled = sum(row['label'] is None for row in checked)
     if n_unlabelled: result.notes.append(f'{n_unlabelled:,} rows have no label: they are fetched, but not trained on.')
-    result.notes += _describe_twins([*list_labels(engine), *(row['label'] for row in checked if row['label'])])
+    result.notes += _similar_label_notes([*list_labels(engine), *(row['label'] for row in checked if row['label'])])
     return result
 
 # %% ../../nbs/data/05_catalog_files.ipynb #eea2519d
-_REVOCABLE = re.compile(r'\s*(insert|update|delete|select|with|replace)\b', re.I)
+_CAN_ROLL_BACK = re.compile(r'\s*(insert|update|delete|select|with|replace)\b', re.I)
 _TRANSACTION_CONTROL = re.compile(r'\s*(begin|start transaction|commit|end|rollback)', re.I)
 
 def _split_statements(
@@ -129,15 +120,16 @@ def _load_sql(
     "Run an SQL script in one transaction; raises `PlantError` if a statement fails."
     escapes_percent = engine.dialect.name != 'sqlite' # the drivers of other databases use % for parameters
     statements = _split_statements(text)
-    irrevocable = [statement for statement in statements if not _REVOCABLE.match(statement)]
-    if dry_run and irrevocable:
-        raise PlantError(f'{path} cannot be tried with --dry-run: {irrevocable[0][:60]!r} may not be undone.')
+    risky = [statement for statement in statements if not _CAN_ROLL_BACK.match(statement)]
+    if dry_run and risky:
+        raise PlantError(f'{path} cannot be loaded with --dry-run: {risky[0][:60]!r} might not be rolled back. '
+                         'Try it on a copy of the catalog, with --home.')
     try:
         with engine.connect() as c:
             before = count_rows(c)
             for statement in statements:
                 c.exec_driver_sql(statement.replace('%', '%%') if escapes_percent else statement)
-            adopt_rows(c)
+            complete_rows(c)
             result = LoadResult(new=count_rows(c) - before)
             if dry_run: c.rollback()
             else: c.commit()
@@ -169,7 +161,8 @@ def load_file(
     path = _find_file(Path(path).expanduser())
     suffix = path.suffix.lower()
     if suffix in _TABLE_SUFFIXES: return _load_table(engine, path, encoding, dry_run)
-    if suffix != '.sql': raise PlantError(f'{path}: a {suffix or "nameless"} file cannot be loaded. {_ADVICE}.')
+    kind = f'a {suffix} file' if suffix else 'a file without a suffix'
+    if suffix != '.sql': raise PlantError(f'{path}: {kind} cannot be loaded. {_ADVICE}.')
     try: text, _ = decode_text(path.read_bytes(), encoding)
     except PlantError as e: raise PlantError(f'{path}: {e} Nothing was added.') from None
     return _load_sql(engine, path, text, dry_run)

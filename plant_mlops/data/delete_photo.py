@@ -21,10 +21,10 @@ from .shards import remove_from_shards
 class Deletion:
     "What was deleted."
     photos: int = 0   # number of photos
-    rows: int = 0     # number of rows of the catalog that say so now
+    rows: int = 0     # number of rows of the catalog that were marked deleted
     raw: int = 0      # number of objects in `raw/` that were deleted
     shards: int = 0   # number of shards that were replaced
-    datasets: int = 0 # number of versions of the dataset that say so now
+    datasets: int = 0 # number of versions of the dataset in which they were marked deleted
 
 # %% ../../nbs/data/23_delete_photo.ipynb #37c02b1c
 def _dataset_versions(store) -> list:
@@ -72,8 +72,8 @@ def delete_photos(
     result.shards = remove_from_shards(store, checksums)
     for version in _dataset_versions(store):
         result.datasets += _delete_from_dataset(s, store, version, set(checksums))
-    for checksum in checksums: # last: while they exist, an interrupted deletion can be seen
-        result.raw += store.stat(f'raw/{checksum}') is not None
+    for checksum in checksums:
+        if store.stat(f'raw/{checksum}'): result.raw += 1
         store.delete(f'raw/{checksum}')
         for file in (s.home/'sample').glob(f'*-{checksum[:8]}.jpg'): file.unlink(missing_ok=True)
     return result

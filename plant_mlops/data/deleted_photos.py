@@ -11,28 +11,28 @@ from ..core.database import insert_or_ignore, retry_transaction
 from .catalog_table import deleted_photos, plants_data
 
 # %% ../../nbs/data/01_deleted_photos.ipynb #71503716
-DELETED = 'deleted: it was forgotten with `plant-mlops catalog forget`' # what the rows of such a photo say
+DELETED = 'deleted: it was forgotten with `plant-mlops catalog forget`' # error text of the rows of such a photo
 
 # %% ../../nbs/data/01_deleted_photos.ipynb #4cf7079b
 def list_deleted(
     engine: sa.Engine, # engine of the catalog
 ) -> set: # checksums
     "The checksums of deleted photos."
-    with engine.connect() as c: return set(c.scalars(sa.select(deleted_photos.c.sha256)))
+    with engine.connect() as connection: return set(connection.scalars(sa.select(deleted_photos.c.sha256)))
 
 # %% ../../nbs/data/01_deleted_photos.ipynb #b73b3df1
 @retry_transaction
 def record_deleted(
     engine: sa.Engine, # engine of the catalog
     checksums: list, # checksums of photos
-) -> int: # number of rows of the catalog that now say so
-    "Remember photos as deleted, and say so in their rows; their URLs stay, as the reason why they are not fetched."
+) -> int: # number of rows that were rejected
+    "Keep the checksums of photos, and reject their rows; returns the number of these rows."
     t = plants_data.c
     update = sa.update(plants_data).where(t.sha256 == sa.bindparam('checksum')).values(
         status='rejected', error=DELETED, url_s3=None, updated_at=sa.func.current_timestamp())
     n_rows = 0
-    with engine.begin() as c:
+    with engine.begin() as connection:
         for checksum in checksums:
-            c.execute(insert_or_ignore(engine.dialect.name, deleted_photos, 'sha256'), dict(sha256=checksum))
-            n_rows += c.execute(update, dict(checksum=checksum)).rowcount
+            connection.execute(insert_or_ignore(engine.dialect.name, deleted_photos, 'sha256'), dict(sha256=checksum))
+            n_rows += connection.execute(update, dict(checksum=checksum)).rowcount
     return n_rows

@@ -49,7 +49,7 @@ def describe_catalog(
     "The number of rows, the changes of the catalog, and how the photos were read."
     text = describe_counts(result, 'rows', 'new', 'relabelled', 'refused')
     gone = result.get('gone')
-    if gone: text += f', {gone:,} whose files are gone, and kept'
+    if gone: text += f', {gone:,} of missing files, and kept'
     return '\n  '.join([text, *result.get('notes', [])])
 
 def describe_dataset(

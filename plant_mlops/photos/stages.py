@@ -36,7 +36,7 @@ def load_catalog(
     manifest: Path | None = None, # table (CSV, TSV, Excel) or SQL script
     synthetic: int = 320, # number of photos to draw for a catalog without real photos
     mirror: bool = False, # whether rows of photos that are no longer in the folder are removed
-) -> dict: # numbers of rows: in all, new, relabelled, refused and gone (their file is); notes for the user
+) -> dict: # numbers of rows: in all, new, relabelled, refused and gone (their file is missing); notes for the user
     "Add photos to the catalog: from a folder, from a file, or synthetic ones."
     engine = call_with_retry(open_catalog, s)
     result = LoadResult()
@@ -45,9 +45,9 @@ def load_catalog(
     else:
         drawn = _drawn_rows(call_with_retry(list_rows, engine), synthetic)
         if drawn: result = LoadResult(**call_with_retry(add_rows, engine, drawn))
-    refused = [f'{row.place} was refused: {row.reason}.' for row in result.refused]
+    refused = [f'{row.position} was refused: {row.reason}.' for row in result.refused]
     return dict(rows=sum(call_with_retry(count_by_status, engine).values()), new=result.new,
-                relabelled=result.relabelled, refused=len(refused), gone=result.gone + result.gone_elsewhere,
+                relabelled=result.relabelled, refused=len(refused), gone=result.gone + result.moved,
                 notes=[*result.notes, *refused])
 
 # %% ../../nbs/photos/00_stages.ipynb #3a04fc94
