@@ -317,6 +317,11 @@ def test_long_urls_and_paths_of_any_script_are_loaded(engine, tmp_path):
 def test_files_that_are_no_tables_are_refused(engine, tmp_path, content, name, message):
     with pytest.raises(PlantError, match=message): load(engine, tmp_path, content, name)
 
+def test_a_script_with_damaged_bytes_is_refused(engine, tmp_path):
+    script = "INSERT INTO plants_data (url_source, label) VALUES ('http://a.example/1', 'Löwenzahn é');\n".encode()
+    with pytest.raises(PlantError, match='UTF-8'): load(engine, tmp_path, script + b'-- \xe9', 'a.sql')
+    assert list_rows(engine) == []
+
 def test_a_dry_run_of_a_table_or_a_script_adds_nothing(engine, tmp_path):
     assert load(engine, tmp_path, f'url_source,label\n{URL},fern\n', dry_run=True).new == 1
     assert load_file(engine, 'plants_data.sql', dry_run=True).new == 400
