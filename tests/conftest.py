@@ -135,7 +135,7 @@ class SeaweedFS:
         ports = {name: free_port() for name in ('master', 'volume', 'filer', 'webdav', 'admin')}
         command = [find_program('weed'), 'mini', f'-dir={folder}', '-ip=127.0.0.1', '-ip.bind=127.0.0.1',
                    f'-s3.port={self.port}', *(f'-{name}.port={port}' for name, port in ports.items()),
-                   '-s3.port.iceberg=0', '-s3.port.lance=0', '-master.telemetry=false']
+                   '-s3.port.iceberg=0', '-s3.port.lance=0', '-master.telemetry=false', '-s3.domainName=s3.test']
         env = os.environ | dict(AWS_ACCESS_KEY_ID=self.key, AWS_SECRET_ACCESS_KEY=self.secret)
         self.log = open(folder/'weed.log', 'wb')
         self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=self.log, cwd=folder)

@@ -1,12 +1,13 @@
 """What several test files use: real components, processes, copies of the project, servers and the command line.
 
 Fixtures are in `conftest.py`. Test files import from here, never from each other."""
-import contextlib, importlib.util, io, json, os, random, re, shutil, socket, subprocess, sys, threading, time
+import asyncio, base64, contextlib, importlib.util, io, json, os, random, re, shutil, socket, ssl, subprocess, sys
+import threading, time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 import httpx, numpy as np, pytest
 
 root = Path(__file__).parent.parent
@@ -237,6 +238,7 @@ class Site(ThreadingHTTPServer):
         self.pages = dict(pages)
         self.delay = delay # seconds before each response
         self.requests = Counter() # number of requests of each path
+        self.headers = [] # headers of each request
         super().__init__((host, 0), SiteHandler)
 
     @property
@@ -256,6 +258,7 @@ class SiteHandler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(self.path)
         self.server.requests[path] += 1
+        self.server.headers.append(dict(self.headers))
         time.sleep(self.server.delay)
         page = self.server.pages.get(path, (404, {}, b''))
         if callable(page): return page(self)
@@ -266,15 +269,146 @@ class SiteHandler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items(): self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != 'HEAD': self.wfile.write(body)
+
+    do_HEAD = do_GET
 
 @contextlib.contextmanager
-def serve_site(*args, **kw):
-    "Run a `Site` in a thread."
+def serve_site(*args, tls=None, **kw):
+    "Run a `Site` in a thread; with TLS if there is a context for it."
     with Site(*args, **kw) as site:
+        if tls: site.socket = tls.wrap_socket(site.socket, server_side=True, do_handshake_on_connect=False)
         threading.Thread(target=site.serve_forever, args=(.02,), daemon=True).start()
         try: yield site
         finally: site.shutdown()
+
+# -- Networks as companies have them: a certificate authority of one's own, and a proxy
+
+class Authority(NamedTuple):
+    "A certificate authority, and a server's certificate that it signed."
+    file: Path # certificate of the authority
+    tls: ssl.SSLContext # of the server
+
+def make_authority(folder, *hosts) -> Authority:
+    "Make a certificate authority, and a certificate for some hosts."
+    from datetime import datetime, timedelta, timezone
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+    def name_of(text): return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    now = datetime.now(timezone.utc)
+    def sign(subject, key, *extensions):
+        identifier = x509.SubjectKeyIdentifier.from_public_key(keys[0].public_key())
+        builder = x509.CertificateBuilder(
+            name_of('A CA for tests'), name_of(subject), key.public_key(), x509.random_serial_number(),
+            now - timedelta(days=1), now + timedelta(days=1))
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
+        for extension, is_critical in [(issuer, False), *extensions]:
+            builder = builder.add_extension(extension, is_critical)
+        return builder.sign(keys[0], hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    usage = x509.KeyUsage(**{name: name in ('key_cert_sign', 'crl_sign') for name in (
+        'digital_signature', 'content_commitment', 'key_encipherment', 'data_encipherment', 'key_agreement',
+        'key_cert_sign', 'crl_sign', 'encipher_only', 'decipher_only')})
+    identifier = x509.SubjectKeyIdentifier.from_public_key(keys[0].public_key())
+    authority = sign('A CA for tests', keys[0], (x509.BasicConstraints(True, None), True), (usage, True),
+                     (identifier, False))
+    names = x509.SubjectAlternativeName([x509.DNSName(host) for host in hosts])
+    private_key = keys[1].private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                                        serialization.NoEncryption())
+    (folder/'ca.pem').write_bytes(authority)
+    (folder/'server.pem').write_bytes(private_key + sign('A server', keys[1], (names, False)))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(folder/'server.pem')
+    return Authority(folder/'ca.pem', tls)
+
+class ProxyRequest(NamedTuple):
+    "A request that a `ForwardProxy` received."
+    method: str
+    target: str # host:port of a CONNECT, or a URL
+    headers: dict # names in lowercase
+    body: bytearray # what followed, of a request that is not a CONNECT
+
+class ForwardProxy:
+    "A proxy that forwards requests, and opens tunnels for https. It resolves names by a table of its own."
+    def __init__(self, hosts=(), login='', status=200, headers=''):
+        self.hosts = dict(hosts) # host, or host:port → (address, port); others are connected to as they are named
+        self.login = login # user:password that it asks for; '': none
+        self.status = status # its answer to every request, unless 200
+        self.headers = headers # lines of that answer
+        self.requests = [] # each `ProxyRequest`
+
+    @property
+    def url(self): return f'http://127.0.0.1:{self.port}'
+
+    @property
+    def targets(self): return [(request.method, request.target) for request in self.requests]
+
+    async def handle(self, reader, writer):
+        "Serve one connection."
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            await self.forward(reader, writer)
+        writer.close()
+
+    async def forward(self, reader, writer):
+        "Answer a request, or pass it on."
+        line, *lines = (await reader.readuntil(b'\r\n\r\n')).decode('latin-1').rstrip().split('\r\n')
+        method, target, _ = line.split()
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(':') for line in lines)}
+        request = ProxyRequest(method, target, headers, bytearray())
+        self.requests.append(request)
+        expected = 'Basic ' + base64.b64encode(self.login.encode()).decode()
+        if self.login and headers.get('proxy-authorization') != expected:
+            return self.refuse(writer, 407, 'Proxy-Authenticate: Basic realm="corp"\r\n')
+        if self.status != 200: return self.refuse(writer, self.status, self.headers)
+        url = urlsplit(f'//{target}' if method == 'CONNECT' else target)
+        port = url.port or 80
+        named = (url.hostname, port)
+        address = self.hosts.get(f'{url.hostname}:{port}') or self.hosts.get(url.hostname) or named
+        server_reader, server_writer = await asyncio.open_connection(*address)
+        if method == 'CONNECT': writer.write(b'HTTP/1.1 200 Connection established\r\n\r\n')
+        else:
+            path = url._replace(scheme='', netloc='').geturl() or '/'
+            kept = [line for line in lines if not line.lower().startswith(('proxy-', 'connection:'))]
+            head = [f'{method} {path} HTTP/1.1', *kept, 'Connection: close', '', '']
+            server_writer.write('\r\n'.join(head).encode('latin-1'))
+            if 'expect' not in headers: # such a client waits for the server before it sends the body
+                request.body.extend(await reader.readexactly(int(headers.get('content-length', 0))))
+                server_writer.write(bytes(request.body))
+        async def copy(source, target, record=None):
+            while data := await source.read(1 << 16):
+                if record is not None: record += data
+                target.write(data)
+                await target.drain()
+        tasks = [asyncio.create_task(copy(reader, server_writer, None if method == 'CONNECT' else request.body)),
+                 asyncio.create_task(copy(server_reader, writer))]
+        try: await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks: task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            server_writer.close()
+
+    def refuse(self, writer, status, headers=''):
+        "Answer with an error."
+        writer.write(f'HTTP/1.1 {status} No\r\n{headers}Content-Length: 2\r\n\r\nno'.encode())
+
+@contextlib.contextmanager
+def running_proxy(*args, **kw):
+    "Run a `ForwardProxy` in a thread."
+    proxy, loop = ForwardProxy(*args, **kw), asyncio.new_event_loop()
+    server = loop.run_until_complete(asyncio.start_server(proxy.handle, '127.0.0.1', 0))
+    proxy.port = server.sockets[0].getsockname()[1]
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try: yield proxy
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        server.close()
+        for task in asyncio.all_tasks(loop): task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
 
 # -- Servers of models
 
@@ -350,7 +484,7 @@ EXPORTED = dict(
 # The tests of other files are distributed over the workers one by one.
 TOGETHER = {
     'test_ab', 'test_airflow', 'test_app_browser', 'test_base_install', 'test_catalog', 'test_commands',
-    'test_dashboard', 'test_drift', 'test_kubernetes', 'test_load', 'test_pipeline', 'test_prometheus',
+    'test_dashboard', 'test_drift', 'test_kubernetes', 'test_load', 'test_network', 'test_pipeline', 'test_prometheus',
     'test_quantize', 'test_recipe', 'test_registry', 'test_serve', 'test_store'}
 
 # Slow files, the slowest first, so that no worker is left with one of them at the end. `make test-fast` omits them;

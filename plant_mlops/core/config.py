@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['PlantError', 'BasicSettings', 'LocationSettings', 'IngestSettings', 'PhotoSettings', 'TrainSettings',
            'ServeSettings',
-           'DriftSettings', 'JobSettings', 'Settings', 'settings', 'split_commas', 'AllowedHosts',
-           'parse_allowed_hosts', 'SettingInfo', 'describe_settings', 'find_unknown_variables']
+           'DriftSettings', 'JobSettings', 'Settings', 'settings', 'split_commas', 'SettingInfo', 'describe_settings',
+           'find_unknown_variables']
 
 # %% ../../nbs/core/00_config.ipynb #051451bc
 import difflib, os, re
-from ipaddress import ip_network
 from pathlib import Path
 from typing import NamedTuple
 from dotenv import dotenv_values
@@ -54,6 +53,10 @@ class LocationSettings(BaseSettings):
     s3_endpoint_url: str = _setting('', 'S3 endpoint of MinIO or another S3; empty: Amazon')
     s3_access_key: SecretStr = _setting(SecretStr(''), 'S3 access key; empty: as boto3 finds it')
     s3_secret_key: SecretStr = _setting(SecretStr(''), 'S3 secret key; empty: as boto3 finds it')
+    s3_region: str = _setting('', 'Region of S3, such as eu-central-1; empty: AWS_REGION, or as boto3 finds it')
+    s3_addressing_style: str = _setting(
+        '', 'Bucket in the path or the host name: path, virtual or auto; empty: path with an endpoint, else as boto3',
+        pattern='^(|path|virtual|auto)$')
     s3_timeout: float = _setting(20., 'Seconds to wait for a response of the store before a retry', gt=0)
 
 # %% ../../nbs/core/00_config.ipynb #134ace6e
@@ -71,7 +74,21 @@ class IngestSettings(BaseSettings):
     ingest_schemes: str = _setting(
         'http,https,file,s3', 'Kinds of URL that are fetched; leave out file and s3 where others fill the catalog')
     ingest_allow_hosts: str = _setting(
-        '', 'Host names and networks (comma-separated) that may be reached though their address is not public')
+        '', 'Host names, also *.example.org, and networks (comma-separated) that may be reached though their address '
+            'is not public, or is not known because a proxy looks it up; *: whatever a proxy reaches')
+    ingest_proxy: SecretStr = _setting(
+        SecretStr(''), 'Proxy to the web: its URL, or environment for HTTPS_PROXY, HTTP_PROXY, ALL_PROXY; empty: none')
+    ingest_headers: SecretStr = _setting(
+        SecretStr(''), 'Headers for single hosts, as JSON such as {"photos.example.org": {"Authorization": "…"}}')
+    ingest_user_agent: str = _setting(
+        '', 'User-Agent, such as one with your e-mail address; empty: name and version of plant_mlops')
+    ingest_s3_endpoint_url: str = _setting('', 'S3 endpoint of photos at s3://…; empty: that of the store')
+    ingest_s3_access_key: SecretStr = _setting(
+        SecretStr(''), 'Access key for photos at s3://…; empty: that of the same endpoint, or none')
+    ingest_s3_secret_key: SecretStr = _setting(SecretStr(''), 'Secret key for photos at s3://…')
+    ingest_s3_region: str = _setting('', 'Region of photos at s3://…; empty: that of the same endpoint')
+    ingest_s3_addressing_style: str = _setting(
+        '', 'As PLANT_S3_ADDRESSING_STYLE, for photos at s3://…', pattern='^(|path|virtual|auto)$')
 
 # %% ../../nbs/core/00_config.ipynb #7e2e30ac
 class PhotoSettings(BaseSettings):
@@ -216,26 +233,6 @@ def split_commas(
     "The parts of a comma-separated list."
     parts = (part.strip() for part in text.split(','))
     return list(dict.fromkeys(part for part in parts if part))
-
-# %% ../../nbs/core/00_config.ipynb #19585403
-class AllowedHosts(NamedTuple):
-    "Hosts that ingestion may reach though their address is not public."
-    names: set # host names, in lowercase
-    networks: list # `ip_network` of each
-
-def parse_allowed_hosts(
-    s: Settings, # uses `ingest_allow_hosts`
-) -> AllowedHosts:
-    "Split the allow-list into names and networks; raises `PlantError` on a network that is not valid."
-    allowed = AllowedHosts(set(), [])
-    for host in split_commas(s.ingest_allow_hosts):
-        try: allowed.networks.append(ip_network(host))
-        except ValueError:
-            if '/' in host:
-                raise PlantError(f'PLANT_INGEST_ALLOW_HOSTS: {host!r} is not a network. '
-                                 'Write it as 10.0.0.0/8.') from None
-            allowed.names.add(host.lower())
-    return allowed
 
 # %% ../../nbs/core/00_config.ipynb #6e601c9f
 def _mask_secrets(

@@ -18,7 +18,8 @@ from ..core.event_loop import run_async
 from ..core.store import Corrupt, NotFound, open_store
 from .catalog import list_pending, open_catalog, record_results
 from .deleted_photos import DELETED, list_deleted
-from .fetch import Download, PermanentFetchError, TransientFetchError, open_fetcher
+from .download import Download, PermanentFetchError, TransientFetchError
+from .fetch import open_fetcher
 from .host_queues import host_of, run_per_host
 from .photo import PhotoError, PhotoLimits, check_photo
 
