@@ -571,10 +571,10 @@ def test_interrupting_a_notebook_cell_records_the_photos_that_are_stored(tmp_pat
         assert 30 < count_by_status(engine)['stored'] < 800
 
 def test_photos_are_copied_from_other_buckets(seaweedfs, tmp_path):
-    source = open_store(seaweedfs.settings('from', home=tmp_path))
+    source = open_store(seaweedfs.settings('copy-source', home=tmp_path))
     source.put('été 1+1.jpg', noise_photo(1))
-    s = seaweedfs.settings('target', home=tmp_path, ingest_retries=1)
-    engine = fill_catalog(s, ['s3://from/été 1+1.jpg', 's3://from/none.jpg', 's3://nowhere/a.jpg'])
+    s = seaweedfs.settings('copy-target', home=tmp_path, ingest_retries=1)
+    engine = fill_catalog(s, ['s3://copy-source/été 1+1.jpg', 's3://copy-source/none.jpg', 's3://nowhere/a.jpg'])
     assert counts_of(ingest(s, progress=False)) == dict(stored=1, rejected=2)
     assert [item.key for item in open_store(s).list()] == [f'raw/{sha256_of(noise_photo(1))}']
     errors = [row['error'] for row in list_rows(engine)]
