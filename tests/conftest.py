@@ -225,7 +225,7 @@ def is_slow_notebook(item) -> bool:
     return name in SLOW_NOTEBOOKS or name.startswith('model/')
 
 # Fixtures that take seconds to start.
-SLOW_FIXTURES = {'airflow', 'base', 'checkov', 'chromium', 'clone', 'mariadb', 'postgres', 'prom'}
+SLOW_FIXTURES = {'airflow', 'base', 'checkov', 'chromium', 'clone', 'mariadb', 'postgres', 'prom', 'sites'}
 
 def is_slow(item) -> bool:
     "Whether a test belongs to a slow file, or uses a fixture that is slow to start."
