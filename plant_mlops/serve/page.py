@@ -338,7 +338,8 @@ def create_page(
     ui = create_ui(ApiClient(s), max_bytes, s.batch_files)
     ui._queue.sleep_when_free = QUEUE_POLL_SECONDS
     ui._queue.progress_update_sleep_when_free = QUEUE_POLL_SECONDS
-    options = dict(head=ICON_LINK, footer_links=[], run_history=False, ssr_mode=False, enable_monitoring=False, show_error=False)
-    gr.mount_gradio_app(app, ui, '/ui', theme=theme(), css=PAGE_CSS, max_file_size=max_bytes, **options)
+    look = dict(theme=theme(), css=PAGE_CSS, head=ICON_LINK)
+    options = dict(footer_links=[], run_history=False, ssr_mode=False, enable_monitoring=False, show_error=False)
+    gr.mount_gradio_app(app, ui, '/ui', max_file_size=max_bytes, **look, **options)
     app.add_middleware(ProxyHeaders, s=s, gradio_path='/ui')
     return app
