@@ -68,6 +68,7 @@ def test_a_redirect_never_leads_to_another_server(model):
         for path in ('//evil.org/docs/', '/\\evil.org/', '//docs/', '///docs/'):
             location = client.get(f'http://testserver{path}').headers.get('location', '/')
             assert re.match(r'/[^/\\]|/$', location), location
+        assert client.get('http://testserver//docs/').headers['location'] == '/docs'
 
 def test_the_metrics_have_no_root_path(model):
     with client_at('127.0.0.1', model, root_path='/plants', models='sums') as client:

@@ -182,11 +182,17 @@ def test_a_photo_in_json_gets_the_same_prediction(client, content):
     ('{"image": "cat.jpg"}', 422), ('{"image": "https://example.org/a.jpg"}', 422), ('{"image": 5}', 422), ('{}', 422),
     ('{"features": [1, 2]}', 422), ('{"image": "', 422), ('[[[[0.1, 0.2], [0.3, 0.4]]]]', 422), ('['*5000, 422),
     ('{"image": "data:image/png,%89PNG"}', 422), ('[' + '0.5,'*100_000 + '1]', 422), ('{"image": ""}', 400),
-    (json.dumps(dict(images=[in_base64()]*2)), 400), (json.dumps(dict(image=in_base64(b'<html>'))), 415)])
+    (json.dumps(dict(image='****' + in_base64())), 422), (json.dumps(dict(images=[in_base64()]*2)), 400), (json.dumps(dict(image=in_base64(b'<html>'))), 415)])
 def test_json_without_a_photo_is_refused_with_a_way_to_send_one(client, content, status):
     r = client.post('/predict', content=content, headers={'content-type': 'application/json'})
     assert r.status_code == status, r.text
     if status == 422: assert '{"image": "…"}' in r.json()['detail']
+
+def test_json_with_very_many_values_is_refused_before_it_is_parsed(client):
+    "Ten megabytes of empty lists would take hundreds in memory."
+    for path in ('/predict', '/predict/batch'):
+        r = client.post(path, content='[' + '[],'*3_000_000 + '1]', headers={'content-type': 'application/json'})
+        assert (r.status_code, 'too many values' in r.json()['detail']) == (422, True)
 
 def test_a_photo_in_json_has_the_same_limit_as_any_other(model):
     "The limit is that of the photo, not that of its base64."
