@@ -151,7 +151,7 @@ def test_a_malformed_form_is_refused(client, content_type, body):
     ('name="file"; filename="a\nb.jpg"', 'a b.jpg'), ('name="file"; filename="a\r\nb.jpg"', None),
     ('name="file"; filename="../../etc/a.jpg"', 'a.jpg'), ('name="file"; filename="C:\\fotos\\a.jpg"', 'a.jpg'),
     (f'name="file"; filename="{"x"*8000}.jpg"', 'x'*251 + '.jpg'), ('filename="a.jpg"; name="file"', 'a.jpg'),
-    ('name="file"; filename="🌻\0.jpg"'.encode(), '🌻 .jpg')])
+    ('name="file"; filename="🌻\0.jpg"'.encode(), '🌻 .jpg')], ids=lambda value: repr(value)[:40])
 def test_the_name_of_a_file_is_no_reason_to_refuse_it(client, field, name):
     field = field if isinstance(field, bytes) else field.encode()
     body = form_part('FIELD').replace(b'FIELD', field) + photo_bytes() + b'\r\n--x--\r\n'
@@ -171,7 +171,8 @@ def in_base64(data=photo_bytes()): return base64.b64encode(data).decode()
     dict(Image_Bytes=base64.encodebytes(photo_bytes()).decode()),
     dict(data=[in_base64()]), [in_base64()], in_base64(), dict(image_url=dict(url=f'data:;base64,{in_base64()}')),
     dict(inputs=[dict(name='x', shape=[1], datatype='BYTES', data=[in_base64()])]),
-    dict(image=in_base64(), name='a.jpg'), dict(image=base64.urlsafe_b64encode(photo_bytes()).decode().rstrip('='))])
+    dict(image=in_base64(), name='a.jpg'), dict(image=base64.urlsafe_b64encode(photo_bytes()).decode().rstrip('='))],
+    ids=lambda content: str(content)[:20])
 def test_a_photo_in_json_gets_the_same_prediction(client, content):
     expected = client.post('/predict', content=photo_bytes()).json()['probabilities']
     for headers in ({}, {'content-type': 'application/x-www-form-urlencoded'}): # which `curl -d` sends
@@ -182,7 +183,8 @@ def test_a_photo_in_json_gets_the_same_prediction(client, content):
     ('{"image": "cat.jpg"}', 422), ('{"image": "https://example.org/a.jpg"}', 422), ('{"image": 5}', 422), ('{}', 422),
     ('{"features": [1, 2]}', 422), ('{"image": "', 422), ('[[[[0.1, 0.2], [0.3, 0.4]]]]', 422), ('['*5000, 422),
     ('{"image": "data:image/png,%89PNG"}', 422), ('[' + '0.5,'*100_000 + '1]', 422), ('{"image": ""}', 400),
-    (json.dumps(dict(image='****' + in_base64())), 422), (json.dumps(dict(images=[in_base64()]*2)), 400), (json.dumps(dict(image=in_base64(b'<html>'))), 415)])
+    (json.dumps(dict(image='****' + in_base64())), 422), (json.dumps(dict(images=[in_base64()]*2)), 400), (json.dumps(dict(image=in_base64(b'<html>'))), 415)],
+    ids=lambda value: str(value)[:20])
 def test_json_without_a_photo_is_refused_with_a_way_to_send_one(client, content, status):
     r = client.post('/predict', content=content, headers={'content-type': 'application/json'})
     assert r.status_code == status, r.text

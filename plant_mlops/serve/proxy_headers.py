@@ -93,6 +93,7 @@ _HOST = re.compile(rb'([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?', re.ASCII)
 _PREFIX, _FORWARDED_HOST, _PROTO = b'x-forwarded-prefix', b'x-forwarded-host', b'x-forwarded-proto'
 _GRADIO = b'x-gradio-server'
 _USED_HERE = {_PREFIX, _FORWARDED_HOST, _PROTO, _GRADIO}
+_OF_PROXIES = _USED_HERE | {b'x-forwarded-for'}
 
 def _first_value(values: list[bytes]) -> bytes:
     "The first of several values, which is that of the proxy next to the client."
@@ -130,18 +131,21 @@ class ProxyHeaders:
         s: Settings, # uses root_path and trusted_proxies
         gradio_path: str = '', # path of a Gradio app in this app, such as /ui; '': there is none
     ):
-        self.app = ProxyHeadersMiddleware(app, trusted_proxies(s))
+        self.app = app
+        self.uvicorns = ProxyHeadersMiddleware(app, trusted_proxies(s)) # sets scheme and client
         self.root_path = configured_root_path(s)
         self.gradio_path = gradio_path
 
     async def __call__(self, scope, receive, send):
         if scope['type'] == 'lifespan': return await self.app(scope, receive, send)
-        address = (scope.get('client') or [''])[0]
-        root_path = self.root_path
-        if self.gradio_path or any(name in _USED_HERE for name, _ in scope['headers']):
-            scope['headers'], forwarded = _apply_headers(scope['headers'], address in self.app.trusted_hosts)
+        app, root_path = self.app, self.root_path
+        if not _OF_PROXIES.isdisjoint(dict(scope['headers'])):
+            app = self.uvicorns
+            address = (scope.get('client') or [''])[0]
+            scope['headers'], forwarded = _apply_headers(scope['headers'], address in app.trusted_hosts)
             root_path = root_path or forwarded
-        if self.gradio_path: scope['headers'].append((_GRADIO, f'{root_path}{self.gradio_path}'.encode()))
+        if self.gradio_path:
+            scope['headers'] = [*scope['headers'], (_GRADIO, f'{root_path}{self.gradio_path}'.encode())]
         if root_path: scope['root_path'] = root_path
         if root_path or scope['path'].startswith('//'): _rewrite_path(scope, root_path)
 
@@ -149,7 +153,7 @@ class ProxyHeaders:
             if message['type'] == 'http.response.start': self._adapt_response(message, scope)
             await send(message)
 
-        await self.app(scope, receive, send_for_proxy)
+        await app(scope, receive, send_for_proxy)
 
     def _adapt_response(self, message: dict, scope: dict):
         "Change the headers of a response: a redirect to a path, and a stream that no proxy holds back."
