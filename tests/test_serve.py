@@ -183,12 +183,27 @@ def test_a_photo_in_json_gets_the_same_prediction(client, content):
     ('{"image": "cat.jpg"}', 422), ('{"image": "https://example.org/a.jpg"}', 422), ('{"image": 5}', 422), ('{}', 422),
     ('{"features": [1, 2]}', 422), ('{"image": "', 422), ('[[[[0.1, 0.2], [0.3, 0.4]]]]', 422), ('['*5000, 422),
     ('{"image": "data:image/png,%89PNG"}', 422), ('[' + '0.5,'*100_000 + '1]', 422), ('{"image": ""}', 400),
-    (json.dumps(dict(image='****' + in_base64())), 422), (json.dumps(dict(images=[in_base64()]*2)), 400), (json.dumps(dict(image=in_base64(b'<html>'))), 415)],
+    (json.dumps(dict(image='****' + in_base64())), 422), (json.dumps(dict(images=[in_base64()]*2)), 400),
+    (json.dumps(dict(image=in_base64(b'<html>'))), 415)],
     ids=lambda value: str(value)[:20])
 def test_json_without_a_photo_is_refused_with_a_way_to_send_one(client, content, status):
     r = client.post('/predict', content=content, headers={'content-type': 'application/json'})
     assert r.status_code == status, r.text
     if status == 422: assert '{"image": "…"}' in r.json()['detail']
+
+@pytest.mark.parametrize('text', [in_base64(), f'data:image/jpeg;base64,{in_base64()}', f' {in_base64()}\n'])
+def test_a_photo_as_text_gets_a_prediction(client, text):
+    "As a body, and in a form as a script of a web page sends the content of a canvas."
+    in_form = form_part('name="file"') + text.encode() + b'\r\n--x--\r\n'
+    responses = [client.post('/predict', content=text), client.post('/predict', files={'file': text.encode()}),
+                 client.post('/predict', content=in_form, headers={'content-type': form_type})]
+    assert [response.json().get('prediction') for response in responses] == ['dandelion']*3
+    batch = client.post('/predict/batch', files=[('files', text.encode())]).json()
+    assert batch['results'][0]['prediction'] == 'dandelion'
+
+def test_the_fields_of_a_form_are_refused_with_a_way_to_send_a_photo(client):
+    r = client.post('/predict', data=dict(image=in_base64()))
+    assert (r.status_code, '{"image": "…"}' in r.json()['detail']) == (422, True)
 
 def test_json_with_very_many_values_is_refused_before_it_is_parsed(client):
     "Ten megabytes of empty lists would take hundreds in memory."

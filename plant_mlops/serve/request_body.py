@@ -14,7 +14,8 @@ from fastapi import HTTPException, Request
 from multipart import MultipartError, MultipartSegment, ParserError, PushMultipartParser, parse_options_header
 from pydantic_core import from_json
 from ..core.config import Settings
-from .json_photos import base64_overhead, begins_like_json, decode_photo, find_photos
+from .base64_photos import (
+    base64_overhead, begins_like_json, decode_photo, find_photos, is_base64)
 
 # %% ../../nbs/serve/07_request_body.ipynb #d4c27117
 def body_too_large(
@@ -109,18 +110,18 @@ _FORM_OVERHEAD = 64_000 # bytes around the files of a form
 def _is_json(request: Request) -> bool:
     return 'json' in request.headers.get('content-type', '').lower()
 
-def _photo_in_json(body: bytes) -> bytes:
-    "The one photo in a JSON body; raises 400 if there are several, 422 if there is none."
+def _photo_in_json(body: bytes) -> str:
+    "The one photo in a JSON body, in base64; raises 400 if there are several, 422 if there is none."
     texts = find_photos(body)
     if len(texts) > 1:
         raise HTTPException(400, f'The JSON has {len(texts)} photos. Send one, or all of them to /predict/batch.')
-    return decode_photo(texts[0])
+    return texts[0]
 
 async def read_input(
     request: Request, # its body is a form, or the input itself
     max_bytes: int, # largest size of the input
     advice: str = 'Send a smaller photo.', # what to do instead, for the error message
-    is_photo: bool = False, # whether the model takes photos, which may be sent in JSON
+    is_photo: bool = False, # whether the model takes photos, which may be sent in base64
 ) -> tuple: # the input's bytes, and the file's name or None
     "The one input of a request; raises 400 if there is none, 413 if it is too large, 422 if JSON has no photo."
     if _is_form(request):
@@ -136,6 +137,7 @@ async def read_input(
         overhead = base64_overhead(max_bytes) if is_photo and _is_json(request) else 0
         data, name = await limit_body(request, max_bytes, overhead, advice).body(), None
         if is_photo and begins_like_json(data): data = await to_thread.run_sync(_photo_in_json, data)
+    if is_photo and is_base64(data): data = await to_thread.run_sync(decode_photo, data)
     if not data:
         raise HTTPException(400, 'There is nothing in the request. Send a photo as the body or in the form field '
                                  '"file", or numbers as JSON: {"features": [1.5, …]}.')
