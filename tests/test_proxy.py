@@ -205,7 +205,7 @@ def test_every_link_and_redirect_stays_below_the_path(name, sites, https):
         assert https.get(response.url.join(target)).status_code == 200
     assert https.get(f'{site}/openapi.json').json()['servers'] == [{'url': path}]
     assert https.get(f'{site}/nowhere').status_code == 404
-    assert https.head(f'{site}/health').status_code == 200
+    for answered in ('/', '/health', '/ui/'): assert https.head(f'{site}{answered}').status_code == 200
     assert https.post(f'{site}/predict', content=photo_bytes('gold')).json()['prediction'] == 'dandelion'
     scheme, host = ('http', '127.0.0.1') if name == 'bare' else ('https', httpx.URL(site).netloc.decode())
     assert re.search(fr'<pre>.*{scheme}://{host}.*{path}/predict</pre>', home.text)
