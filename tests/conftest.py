@@ -64,7 +64,8 @@ def pytest_terminal_summary(terminalreporter):
 def _no_user_settings(monkeypatch, tmp_path):
     "Remove the settings of the person who runs the tests, and use a home that is not in the checkout."
     for name in [*os.environ]:
-        if name.startswith('PLANT_') or name in ('MLFLOW_TRACKING_URI', 'FORWARDED_ALLOW_IPS'): monkeypatch.delenv(name)
+        is_alias = name in ('MLFLOW_TRACKING_URI', 'FORWARDED_ALLOW_IPS') # other names of settings
+        if name.startswith('PLANT_') or is_alias: monkeypatch.delenv(name)
     monkeypatch.setenv('PLANT_HOME', str(tmp_path/'home'))
 
 @pytest.fixture(scope='session', autouse=True)
