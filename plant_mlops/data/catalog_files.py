@@ -166,6 +166,6 @@ def load_file(
     try: text, _ = decode_text(path.read_bytes(), encoding)
     except PlantError as e: raise PlantError(f'{path}: {e} Nothing was added.') from None
     if any('\udc80' <= character <= '\udcff' for character in text):
-        raise PlantError(f'{path} has bytes that are not UTF-8. Save it as UTF-8, or name its encoding with --encoding. '
+        raise PlantError(f'{path} has bytes that are not UTF-8. Save it as UTF-8, or say --encoding. '
                          'Nothing was added.')
     return _load_sql(engine, path, text, dry_run)

@@ -13,12 +13,14 @@ from datetime import datetime, timezone
 from functools import partial
 from uuid import uuid4
 import numpy as np
+from anyio import to_thread
 from fastapi import HTTPException, Request
 from fastapi.responses import Response
 from pydantic_core import to_json
 from ..core.config import PlantError
 from ..core.store import sha256_of
 from .app_state import AppState, request_slot, upload_deadline
+from .base64_photos import decode_photo, is_base64
 from .input_statistics import input_sample
 from .live_model import serving_model
 from .onnx_model import Model, predicted_label
@@ -193,6 +195,7 @@ async def predict_request(
     state, model = request.app.state, serving_model(request.app)
     client = request.headers.get('x-client-id', '')
     limits = dict(max_bytes=state.settings.ingest_max_bytes)
+    if model.kind == 'image': limits['is_photo'] = True
     if model.kind == 'features':
         n = model.spec['shape'][1]
         limits = dict(max_bytes=max_json_bytes(n), advice=f'features: send {n} numbers.')
@@ -204,7 +207,9 @@ async def predict_request(
 async def _predict_files(state: AppState, inputs: list, client: str) -> list:
     "Predict uploaded photos; returns the fields of `Answer` or `Failure` for each."
     async def predict_or_fail(data, file):
-        try: return await predict_input(state, 'image', data, file, client)
+        try:
+            if is_base64(data): data = await to_thread.run_sync(decode_photo, data)
+            return await predict_input(state, 'image', data, file, client)
         except HTTPException as e: return dict(file=file, status=e.status_code, error=e.detail)
     return await asyncio.gather(*(predict_or_fail(data, file) for data, file in inputs))
 
@@ -213,7 +218,7 @@ def _rows_response(state: AppState, rows: list, client: str) -> Response:
     return Response(to_json(dict(results=predict_rows(state, rows, client))), media_type='application/json')
 
 async def predict_batch_request(
-    request: Request, # its body is a form with photos, or rows of numbers as JSON
+    request: Request, # its body is a form or JSON with photos, or rows of numbers as JSON
 ) -> dict | Response: # fields of the schema `Answers`; for rows of numbers the response, encoded already
     "Read and predict every input of a request. The result of an input that cannot be decoded is a `Failure`."
     state, model = request.app.state, serving_model(request.app)

@@ -23,9 +23,11 @@ from .live_model import LiveModel, poll_published
 from .metrics import Metrics
 from .onnx_model import Model
 from .prediction_spool import Spool, spool_folder
+from .proxy_headers import ProxyHeaders
 from .request_log import RequestMiddleware
-from .routes import (
-    add_feedback_route, add_home_page, add_predict_route, add_prediction_routes, add_service_routes, model_health)
+from plant_mlops.serve.routes import (
+    add_feedback_route, add_head_routes, add_home_page, add_predict_route, add_prediction_routes, add_service_routes,
+    model_health)
 from .schemas import Health, add_error_handlers
 
 # %% ../../nbs/serve/15_api.ipynb #214ace24
@@ -96,6 +98,7 @@ def _create_model_app(
     add_predict_route(app)
     add_service_routes(app)
     add_home_page(app)
+    add_head_routes(app)
     return app
 
 # %% ../../nbs/serve/15_api.ipynb #33e40d39
@@ -122,6 +125,7 @@ def mount_models(
     @app.get('/models', tags=['Service'], summary='List the models of this server')
     async def models() -> dict[str, Health]:
         return {model_app.state.settings.model: model_health(model_app) for model_app in model_apps(app)}
+    add_head_routes(app)
 
 # %% ../../nbs/serve/15_api.ipynb #51ae2818
 def create_app(
@@ -136,4 +140,5 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=['GET', 'POST'], allow_headers=['*'])
     app.add_middleware(RequestMiddleware, metrics=app.state.metrics)
+    app.add_middleware(ProxyHeaders, s=s)
     return app

@@ -34,11 +34,16 @@ def _links_html(has_ui: bool) -> str:
     links = [('ui/', 'Try it on a photo'), *_LINKS] if has_ui else _LINKS
     return ''.join(f'<li><a href="{path}">{text}</a>' for path, text in links)
 
+def _base_html(root_path: str) -> str:
+    "The address at which relative links start, which is right even if a proxy omits the slash at the end."
+    return f'<base href="{html.escape(root_path)}/">' if root_path else ''
+
 def home_html(
     model: Model | None, # model that serves; None: there is none
     url: str, # URL of the server
     has_ui: bool, # whether there is a page at /ui
     error: str = '', # why no model serves
+    root_path: str = '', # path at which a proxy serves this page, such as /plants; '': the links start at its address
 ) -> str: # HTML
     "The page at `/`."
     title, about, note = 'No model yet', error, ''
@@ -51,5 +56,5 @@ def home_html(
         if model.is_synthetic: note = _SYNTHETIC_PHOTOS if takes_photos else _SYNTHETIC_DATA
     curl = 'curl -F file=@photo.jpg' if takes_photos else """curl -d '{"features": [1.5, …]}'"""
     return _template.substitute(
-        title=title, about=html.escape(about), note=note, links=_links_html(has_ui),
+        base=_base_html(root_path), title=title, about=html.escape(about), note=note, links=_links_html(has_ui),
         curl=html.escape(curl, quote=False), url=html.escape(url))

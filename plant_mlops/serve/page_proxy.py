@@ -10,6 +10,7 @@ from functools import cache
 from anyio import to_thread
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import RedirectResponse, StreamingResponse
+from .proxy_headers import ui_url
 
 # %% ../../nbs/serve/20_page_proxy.ipynb #b7f1e2a6
 # Headers that concern one connection and are not passed on: RFC 9110, section 7.6.1
@@ -20,6 +21,12 @@ HOP_BY_HOP = {
 def _end_to_end(headers) -> list:
     "The headers of a request or response that are passed on, as pairs of bytes."
     return [(name, value) for name, value in headers.raw if name.decode().lower() not in HOP_BY_HOP]
+
+def _outgoing_headers(request: Request) -> list:
+    "The headers of a request for the page's process."
+    headers = [(name, value) for name, value in _end_to_end(request.headers) if not name.startswith(b'x-forwarded-')]
+    root_path = request.scope.get('root_path')
+    return [*headers, (b'x-forwarded-prefix', root_path.encode())] if root_path else headers
 
 async def _stream(response):
     "Yield the chunks of a response of httpx as they arrive; at the end, or when the client is gone, close it."
@@ -44,7 +51,7 @@ async def _forward(request: Request, url: str) -> StreamingResponse:
     if query: raw_path += b'?' + query
     target = httpx.URL(url).copy_with(raw_path=raw_path)
     content = request.stream() if request.method == 'POST' else None
-    outgoing = client.build_request(request.method, target, headers=_end_to_end(request.headers), content=content)
+    outgoing = client.build_request(request.method, target, headers=_outgoing_headers(request), content=content)
     try: incoming = await client.send(outgoing, stream=True)
     except httpx.HTTPError as e:
         message = f'The page does not answer ({type(e).__name__}). It is being restarted. Try again in a few seconds.'
@@ -59,8 +66,8 @@ def add_page_proxy(
     url: str, # URL of the page's process
 ):
     "Add routes that pass requests for `/ui` on to the page."
-    @app.get('/ui', include_in_schema=False)
-    async def page(): return RedirectResponse('ui/')
+    @app.api_route('/ui', methods=['GET', 'HEAD'], include_in_schema=False)
+    async def page(request: Request): return RedirectResponse(ui_url(request.scope))
 
     @app.api_route('/ui/{path:path}', methods=['GET', 'HEAD', 'POST', 'DELETE'], include_in_schema=False)
     async def page_file(request: Request): return await _forward(request, url)

@@ -6,12 +6,16 @@
 __all__ = ['body_too_large', 'limit_body', 'read_files', 'read_input', 'read_inputs', 'max_json_bytes', 'read_rows']
 
 # %% ../../nbs/serve/07_request_body.ipynb #0cdc8468
-import os
+import contextlib, re
+from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
 from anyio import to_thread
 from fastapi import HTTPException, Request
-from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
+from multipart import MultipartError, MultipartSegment, ParserError, PushMultipartParser, parse_options_header
 from pydantic_core import from_json
 from ..core.config import Settings
+from .base64_photos import (
+    base64_overhead, begins_like_json, decode_photo, find_photos, is_base64)
 
 # %% ../../nbs/serve/07_request_body.ipynb #d4c27117
 def body_too_large(
@@ -42,7 +46,36 @@ def limit_body(
 
     return Request(request.scope, receive)
 
+# %% ../../nbs/serve/07_request_body.ipynb #afa669c3
+_RFC_5987_NAME = re.compile(r""";\s*filename\*\s*=\s*"?[^';"]*'[^';"]*'([^;"\s]*)""", re.I)
+_MAX_NAME = 255 # characters of a name that are returned
+
+def _file_name(part: MultipartSegment) -> str | None:
+    "The name of the file in a part of a form, without its folder; None if it has none."
+    encoded = _RFC_5987_NAME.search(part.header('Content-Disposition', ''))
+    if encoded: raw = unquote_to_bytes(encoded[1].encode('latin-1'))
+    else: raw = (part.filename or '').encode('latin-1')
+    try: name = raw.decode()
+    except UnicodeDecodeError: name = raw.decode('latin-1')
+    name = re.split(r'[/\\]', name)[-1]
+    return re.sub(r'[\x00-\x1f\x7f]+', ' ', name).strip()[-_MAX_NAME:] or None
+
 # %% ../../nbs/serve/07_request_body.ipynb #f2928da3
+class _FormParser(PushMultipartParser):
+    "Reads headers as Latin-1, which any bytes are, and skips what is none, as the rest of a name after a line break."
+    def __init__(self, boundary: str, max_segment_count: int):
+        super().__init__(
+            boundary, max_segment_count=max_segment_count, max_header_size=16_000, header_charset='latin-1')
+
+    def _on_segment_headerline(self, line):
+        with contextlib.suppress(ParserError): super()._on_segment_headerline(line)
+
+class _FormFile(NamedTuple):
+    "A part of a form in a field for files."
+    pieces: list # bytes
+    name: str | None # name of the file
+    is_file: bool # whether the part says that it is a file, by a name that may be empty
+
 def _is_form(request: Request) -> bool:
     return request.headers.get('content-type', '').lower().startswith('multipart/form-data')
 
@@ -51,31 +84,46 @@ async def read_files(
     field: str, # name of the field with the files; other fields are skipped
     max_files: int, # reading stops after one more than this
 ) -> list: # (bytes, file name or None) of each file
-    "The files in a field of a form; raises 400 if the form is broken or ends too early."
-    files = [] # (pieces of a file, file name or None)
+    """The files in a field of a form; raises 400 if the form is broken or ends too early.
+
+    A value without a file name is a file too, unless the field has others with a name."""
+    files = []
     is_wanted = False # whether the part that is being read is one of the files
     boundary = parse_options_header(request.headers['content-type'])[1].get('boundary', '')
     try:
-        parser = PushMultipartParser(boundary, max_segment_count=max_files + 8)
+        parser = _FormParser(boundary, max_segment_count=max_files + 8)
         async for chunk in request.stream():
             for part in parser.parse(chunk):
                 if isinstance(part, MultipartSegment):
-                    is_wanted = part.name == field and part.filename is not None
-                    if is_wanted: files.append(([], os.path.basename(part.filename) or None))
-                elif part and is_wanted: files[-1][0].append(part)
+                    is_wanted = part.name == field
+                    is_file = 'filename' in part.header('Content-Disposition').lower()
+                    if is_wanted: files.append(_FormFile([], _file_name(part), is_file))
+                elif part and is_wanted: files[-1].pieces.append(part)
             if parser.closed or len(files) > max_files: break
     except MultipartError as e: raise HTTPException(400, f'The form is broken: {e}.') from None
-    return [(b''.join(pieces), name) for pieces, name in files]
+    files = [file for file in files if file.is_file] or files
+    return [(b''.join(file.pieces), file.name) for file in files]
 
 # %% ../../nbs/serve/07_request_body.ipynb #2bd57894
 _FORM_OVERHEAD = 64_000 # bytes around the files of a form
+
+def _is_json(request: Request) -> bool:
+    return 'json' in request.headers.get('content-type', '').lower()
+
+def _photo_in_json(body: bytes) -> str:
+    "The one photo in a JSON body, in base64; raises 400 if there are several, 422 if there is none."
+    texts = find_photos(body)
+    if len(texts) > 1:
+        raise HTTPException(400, f'The JSON has {len(texts)} photos. Send one, or all of them to /predict/batch.')
+    return texts[0]
 
 async def read_input(
     request: Request, # its body is a form, or the input itself
     max_bytes: int, # largest size of the input
     advice: str = 'Send a smaller photo.', # what to do instead, for the error message
+    is_photo: bool = False, # whether the model takes photos, which may be sent in base64
 ) -> tuple: # the input's bytes, and the file's name or None
-    "The one input of a request; raises 400 if there is none, 413 if it is too large."
+    "The one input of a request; raises 400 if there is none, 413 if it is too large, 422 if JSON has no photo."
     if _is_form(request):
         files = await read_files(limit_body(request, max_bytes, _FORM_OVERHEAD, advice), 'file', 1)
         if not files:
@@ -86,7 +134,10 @@ async def read_input(
                                      'Send one, or many to /predict/batch in the field "files".')
         data, name = files[0]
     else:
-        data, name = await limit_body(request, max_bytes, advice=advice).body(), None
+        overhead = base64_overhead(max_bytes) if is_photo and _is_json(request) else 0
+        data, name = await limit_body(request, max_bytes, overhead, advice).body(), None
+        if is_photo and begins_like_json(data): data = await to_thread.run_sync(_photo_in_json, data)
+    if is_photo and is_base64(data): data = await to_thread.run_sync(decode_photo, data)
     if not data:
         raise HTTPException(400, 'There is nothing in the request. Send a photo as the body or in the form field '
                                  '"file", or numbers as JSON: {"features": [1.5, …]}.')
@@ -94,19 +145,23 @@ async def read_input(
 
 # %% ../../nbs/serve/07_request_body.ipynb #ee95a336
 async def read_inputs(
-    request: Request, # its body is a form
+    request: Request, # its body is a form, or JSON
     s: Settings, # uses batch_files and batch_max_bytes
-) -> list: # (bytes, file name or None) of each file
+) -> list: # (bytes, or base64 as str; file name or None) of each file
     "All files of a request, in order; raises 400 if there is none, 413 if there are too many or they are too large."
     files = []
     if _is_form(request):
         limited = limit_body(request, s.batch_max_bytes, _FORM_OVERHEAD)
         files = await read_files(limited, 'files', s.batch_files)
+    elif _is_json(request):
+        body = await limit_body(request, s.batch_max_bytes, base64_overhead(s.batch_max_bytes)).body()
+        if body: files = [(text, None) for text in await to_thread.run_sync(find_photos, body, s.batch_files)]
     if len(files) > s.batch_files:
         raise HTTPException(413, f'More than {s.batch_files} in one request (PLANT_BATCH_FILES). Send them in several.')
     if not files:
         raise HTTPException(400, 'There is nothing in the request. Send files in the form field "files", '
-                                 'as `curl -F files=@a.jpg -F files=@b.jpg` does.')
+                                 'as `curl -F files=@a.jpg -F files=@b.jpg` does, '
+                                 'or in base64 as application/json: {"images": ["…", …]}.')
     return files
 
 # %% ../../nbs/serve/07_request_body.ipynb #e738e3ce

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['add_predict_route', 'demo_input', 'add_prediction_routes', 'require_token', 'record_feedback',
            'add_feedback_route',
-           'model_health', 'add_service_routes', 'has_ui', 'add_home_page']
+           'model_health', 'add_service_routes', 'has_ui', 'add_home_page', 'add_head_routes']
 
 # %% ../../nbs/serve/14_routes.ipynb #30230679
-import hmac
+import copy, hmac
 from datetime import datetime, timezone
 from functools import cache, partial
 from typing import Annotated
@@ -17,6 +17,7 @@ from anyio import to_thread
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
@@ -38,15 +39,16 @@ def _object(**properties): return dict(type='object', properties=properties)
 
 _number = dict(type='number')
 _binary = dict(type='string', format='binary')
+_base64 = dict(type='string', contentEncoding='base64')
 
 _ONE_INPUT = {
     'multipart/form-data': dict(schema=_object(file=_binary) | dict(required=['file'])),
     'image/*': dict(schema=_binary),
-    'application/json': dict(schema=_object(features=_array(_number))),
+    'application/json': dict(schema=_object(image=_base64, features=_array(_number))),
 }
 _MANY_INPUTS = {
     'multipart/form-data': dict(schema=_object(files=_array(_binary)) | dict(required=['files'])),
-    'application/json': dict(schema=_object(features=_array(_array(_number)))),
+    'application/json': dict(schema=_object(images=_array(_base64), features=_array(_array(_number)))),
 }
 
 def _body(content: dict) -> dict:
@@ -241,4 +243,21 @@ def add_home_page(
         except PlantError as e: error = str(e)
         is_mounted = 'app_root_path' in request.scope # at /models/NAME, where there is no page
         url = str(request.url.replace(query=''))
-        return home_html(model, url, has_ui(app) and not is_mounted, error)
+        root_path = request.scope.get('root_path', '')
+        is_at_root_path = bool(request.scope.get('app_root_path', root_path)) # a proxy said where the server is
+        base = root_path if is_at_root_path else ''
+        return home_html(model, url, has_ui(app) and not is_mounted, error, base)
+
+# %% ../../nbs/serve/14_routes.ipynb #6d0cc07d
+def add_head_routes(
+    app: FastAPI, # changed in place
+):
+    "Answer `HEAD` wherever the app answers `GET`; the description of the API does not mention it."
+    routes = [route for route in app.router.routes if isinstance(route, APIRoute)]
+    answered = {route.path for route in routes if 'HEAD' in route.methods}
+    for route in routes:
+        if 'GET' not in route.methods or route.path in answered: continue
+        head_route = copy.copy(route)
+        head_route.methods = {'HEAD'}
+        head_route.include_in_schema = False
+        app.router.routes.append(head_route)

@@ -24,6 +24,7 @@ from ..core.process import raise_gc_thresholds
 from .capacity import worker_count
 from .processes import (
     exit_with_parent, preload_workers, signals_blocked, use_batch_scheduling, worker_context)
+from .proxy_headers import check_proxy_settings
 from .request_log import log_config
 from .sockets import listen, url_of
 
@@ -72,6 +73,10 @@ def prediction_writer(
     return None
 
 # %% ../../nbs/serve/23_server.ipynb #99eb7d1d
+def _connection_options(s: Settings) -> dict:
+    "What uvicorn does with connections: `ProxyHeaders` reads the headers of proxies, and `RequestMiddleware` logs."
+    return dict(access_log=False, proxy_headers=False, timeout_keep_alive=s.keep_alive)
+
 def serve_page(
     s: Settings, # settings of the page; it sends its requests to api_url, with the token
     sock: socket.socket, # listening socket
@@ -82,7 +87,7 @@ def serve_page(
     use_batch_scheduling()
     from plant_mlops.serve.page import create_page
     logs = log_config(s.log_format, s.log_level)
-    config = uvicorn.Config(create_page(s), log_config=logs, access_log=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(create_page(s), log_config=logs, timeout_graceful_shutdown=1, **_connection_options(s))
     uvicorn.Server(config).run(sockets=[sock])
 
 def page_process(
@@ -92,7 +97,9 @@ def page_process(
     token: str, # token with which the page sends feedback; '': the page does not ask for true labels
 ) -> SideProcess:
     "The page of a server."
-    page_settings = s.model_copy(update=dict(api_url=api_url, token=SecretStr(token)))
+    # the workers are its only clients, and use no connection that has been idle for five seconds
+    own = dict(api_url=api_url, token=SecretStr(token), trusted_proxies='127.0.0.1', keep_alive=60)
+    page_settings = s.model_copy(update=own)
     return SideProcess('page', serve_page, (page_settings, sock))
 
 # %% ../../nbs/serve/23_server.ipynb #9ed4e701
@@ -102,6 +109,7 @@ def run_page(
 ):
     "Serve the page alone until interrupted; raises `ModuleNotFoundError` if gradio is not installed."
     import gradio # noqa: F401 (to fail before anything is started)
+    check_proxy_settings(s)
     with listen(s.host, s.app_port, 'PLANT_APP_PORT') as sock:
         ready(f'The page is at {url_of(sock)}, and uses the API at {s.api_url}. Ctrl-C stops it.')
         serve_page(s, sock)
@@ -162,8 +170,8 @@ def _create_app(*args):
 def _worker_config(s: Settings, folder: Path, page_url: str, token: str, logs: dict) -> uvicorn.Config:
     "The configuration with which uvicorn runs a worker."
     app = partial(_create_app, s, folder, page_url, token)
-    return uvicorn.Config(app, factory=True, workers=worker_count(s), log_config=logs, access_log=False,
-                          timeout_graceful_shutdown=20, timeout_worker_healthcheck=30)
+    return uvicorn.Config(app, factory=True, workers=worker_count(s), log_config=logs, timeout_graceful_shutdown=20,
+                          timeout_worker_healthcheck=30, **_connection_options(s))
 
 # %% ../../nbs/serve/23_server.ipynb #8d113aa9
 @contextlib.contextmanager
@@ -181,6 +189,7 @@ def run_server(
     ready=partial(print, flush=True), # function that is called with a line that says where the server is
 ):
     "Serve until interrupted; then requests in progress are finished, and their predictions are written."
+    check_proxy_settings(s)
     preload_workers()
     logs = log_config(s.log_format, s.log_level)
     logging.config.dictConfig(logs)
