@@ -1,5 +1,5 @@
 "Photos as devices make them: formats, orientations, damaged metadata, colours, sizes, and files that are no photos."
-import io, itertools, struct, subprocess, sys, threading, zlib
+import base64, io, itertools, struct, subprocess, sys, threading, zlib
 import numpy as np, pytest
 from fastapi.testclient import TestClient
 from PIL import Image, ImageCms
@@ -141,6 +141,9 @@ def test_a_heic_sent_to_the_server_gets_a_prediction_and_one_that_is_cut_off_an_
     photo = FORMATS['IMG_0001.HEIC']()
     with TestClient(create_app(settings(), Model(example_model()))) as client:
         assert client.post('/predict', files={'file': ('IMG_0001.HEIC', photo)}).status_code == 200
+        text = base64.b64encode(photo)
+        assert client.post('/predict', content=text).status_code == 200
+        assert client.post('/predict', json=dict(image=text.decode())).status_code == 200
         for length in (len(photo)//2, 100, 40):
             r = client.post('/predict', content=photo[:length])
             assert r.status_code == 422 and 'cut off' in r.json()['detail'], r.text
