@@ -74,7 +74,7 @@ LOCK = uv pip compile --quiet --upgrade --generate-hashes --no-annotate --python
 lock = $(LOCK) $(addprefix --extra=,$(2)) pyproject.toml -o docker/$(1)/requirements.lock
 locks: install
 	@printf 'setuptools>=77\nuv>=0.5,<1\n' | $(LOCK) - -o docker/build.lock
-	@$(call lock,serve,log)
+	@$(call lock,serve,log heic)
 	@$(call lock,app,app)
 	@$(call lock,dashboard,dashboard)
 	@$(call lock,train,train log jobs kubeflow)

@@ -49,6 +49,7 @@ COMPONENTS = {
     'check-jsonschema': Component(extra('jobs'), ('check-jsonschema',)),
     'detect-secrets': Component(extra('jobs'), ('detect-secrets',)),
     'gradio': Component(extra('app'), modules=('gradio',)),
+    'pillow-heif': Component(extra('train'), modules=('pillow_heif',)),
     'voila': Component(extra('dashboard'), modules=('voila',)),
     'playwright': Component(extra('jobs'), modules=('playwright.sync_api',)),
     'kubernetes-validate': Component(extra('jobs'), modules=('kubernetes_validate',)),

@@ -1,8 +1,9 @@
 "The page, driven in a real Chromium as a user does."
-import base64, contextlib, csv, json, socket
+import base64, contextlib, csv, io, json, socket
 from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 from helpers import require, running, wait_for
 from plant_mlops.core.config import settings
 from plant_mlops.data.synthetic import draw
@@ -189,6 +190,34 @@ def test_many_photos_get_a_table_and_a_csv_file(page, tmp_path):
     assert rows[2][0] == 'cut.jpg'
     assert 'cut off' in rows[2][1]
     assert_not_wider_than_screen(page)
+
+def photos_of_devices() -> dict:
+    "Yellow photos in formats of which browsers show only some, by the name of their file."
+    pillow_heif = pytest.importorskip('pillow_heif')
+    heic = io.BytesIO()
+    pillow_heif.from_pillow(Image.new('RGB', (320, 240), 'gold')).save(heic)
+    return {'IMG_0001.HEIC': heic.getvalue(), 'photo.avif': photo_bytes('gold', 'AVIF'),
+            'photo.jfif': photo_bytes('gold'), 'scan.tif': photo_bytes('gold', 'TIFF')}
+
+DROPPED = """data => {
+    const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0)), transfer = new DataTransfer()
+    transfer.items.add(new File([bytes], 'IMG_0001.HEIC'))
+    return transfer
+}"""
+
+def test_photos_of_phones_and_scanners_get_an_answer(page, tmp_path):
+    photos = photos_of_devices()
+    for name, data in photos.items():
+        upload_bytes(page, tmp_path/name, data)
+        assert read_answer(page) == 'dandelion', name
+        remove_photo(page)
+    data = base64.b64encode(photos['IMG_0001.HEIC']).decode()
+    dropped = page.evaluate_handle(DROPPED, data)
+    page.dispatch_event('.pm-photo .upload-container', 'drop', dict(dataTransfer=dropped))
+    assert read_answer(page) == 'dandelion'
+    page.click('button[role=tab]:has-text("Many photos")')
+    page.set_input_files('.pm-many input[type=file]', [str(tmp_path/name) for name in photos])
+    for name in photos: page.wait_for_selector(f'.pm-table tr:has-text("{name}"):has-text("dandelion")')
 
 # -- The model
 

@@ -66,6 +66,17 @@ def run_base(base, folder, *args) -> subprocess.CompletedProcess:
     command = [base/'bin/plant-mlops', *args, '--home', folder]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
+def test_the_base_install_predicts_avif_and_names_the_extra_for_heic(base, tmp_path):
+    from plant_mlops.core.config import settings
+    from plant_mlops.registry.example_model import photo_bytes, publish_example
+    publish_example(settings(home=tmp_path/'home'))
+    (tmp_path/'a.avif').write_bytes(photo_bytes('gold', 'AVIF'))
+    (tmp_path/'b.heic').write_bytes(b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(100))
+    command = [base/'bin/plant-mlops', 'predict', '--json', 'a.avif', 'b.heic', '--home', tmp_path/'home']
+    r = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert '"prediction": "dandelion"' in r.stdout, r.stderr
+    assert 'pip install' in r.stdout + r.stderr and 'plant_mlops[heic]' in r.stdout + r.stderr
+
 @pytest.mark.parametrize('args', [['catalog', 'list'], ['train']], ids=' '.join)
 def test_the_error_of_a_missing_extra_names_it(base, tmp_path, args):
     r = run_base(base, tmp_path, *args)

@@ -14,6 +14,7 @@ from PIL import Image
 from .board import render_view, show_parts
 from .parts import Photo, note_card, photo_grid
 from ..core.config import PlantError, Settings
+from ..core.file_kind import PHOTO_SUFFIXES
 from ..serve.champion import load_champion
 from ..serve.presentation import answer_html, model_warning, overlay_heatmap, picture_size
 
@@ -48,7 +49,8 @@ def view_answer(
 def _upload_button(is_image: bool) -> W.FileUpload:
     "The button that chooses a file; the style sheet shows its tooltip as its label."
     label = 'Choose a photo' if is_image else 'Choose a JSON file'
-    button = W.FileUpload(accept='image/*' if is_image else '.json', tooltip=label, icon='')
+    accept = ','.join(['image/*', *PHOTO_SUFFIXES]) if is_image else '.json'
+    button = W.FileUpload(accept=accept, tooltip=label, icon='')
     button.add_class('pm-button')
     button.add_class('pm-upload')
     return button

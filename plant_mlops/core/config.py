@@ -69,7 +69,7 @@ class IngestSettings(BaseSettings):
     ingest_retries: int = _setting(4, 'Tries for a photo in one run', ge=1)
     ingest_attempts: int = _setting(5, 'Runs after which a failing photo is left to `catalog retry`', ge=1)
     ingest_timeout: float = _setting(30., 'Seconds for one try', gt=0)
-    ingest_max_bytes: int = _setting(20_000_000, 'Largest photo accepted, in bytes', ge=1)
+    ingest_max_bytes: int = _setting(50_000_000, 'Largest photo accepted, in bytes', ge=1)
     ingest_batch: int = _setting(200, 'Photos written to the catalog in one transaction', ge=1)
     ingest_schemes: str = _setting(
         'http,https,file,s3', 'Kinds of URL that are fetched; leave out file and s3 where others fill the catalog')
@@ -93,7 +93,9 @@ class IngestSettings(BaseSettings):
 # %% ../../nbs/core/00_config.ipynb #7e2e30ac
 class PhotoSettings(BaseSettings):
     "Which photos are accepted, and how they are prepared."
-    photo_max_pixels: int = _setting(100_000_000, 'Largest photo accepted, in pixels', ge=1)
+    photo_max_pixels: int = _setting(250_000_000, 'Largest photo accepted, in pixels', ge=1)
+    photo_max_memory: int = _setting(
+        1_000_000_000, 'Memory for decoding photos in one process, in bytes; a photo that needs more is rejected', ge=1)
     photo_side: int = _setting(256, 'Shorter side of a prepared photo, in pixels', ge=32)
     shard_photos: int = _setting(500, 'Photos in one fmt shard', ge=1)
 

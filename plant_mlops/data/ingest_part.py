@@ -15,13 +15,14 @@ from functools import partial
 from ..core.config import PlantError, Settings
 from ..core.database import call_with_retry
 from ..core.event_loop import run_async
+from ..core.photo_file import MissingDecoderError
 from ..core.store import Corrupt, NotFound, open_store
 from .catalog import list_pending, open_catalog, record_results
 from .deleted_photos import DELETED, list_deleted
 from .download import Download, PermanentFetchError, TransientFetchError
 from .fetch import open_fetcher
 from .host_queues import host_of, run_per_host
-from .photo import PhotoError, PhotoLimits, check_photo
+from .photo import PhotoError, PhotoLimits, check_photo, photo_limits
 
 # %% ../../nbs/data/13_ingest_part.ipynb #f661f3c1
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ async def ingest_photo(
         if download.sha256 in deleted:
             return PhotoResult(row['id'], row['url_source'], 'rejected', DELETED, download.sha256)
         return await in_thread(store_photo, store, limits, row, download)
+    except MissingDecoderError as e:
+        advice = 'and then `plant-mlops catalog retry`'
+        return PhotoResult(row['id'], row['url_source'], 'rejected', f'{e}, {advice}')
     except (PermanentFetchError, PhotoError) as e: return PhotoResult(row['id'], row['url_source'], 'rejected', str(e))
     except TransientFetchError as e: return PhotoResult(row['id'], row['url_source'], 'failed', str(e))
 
@@ -135,7 +139,7 @@ async def _ingest_rows(
     "Ingest rows; raises the first `PlantError` of the store or the catalog."
     counts = Counter()
     deleted = call_with_retry(list_deleted, engine)
-    limits = PhotoLimits(max_pixels=s.photo_max_pixels)
+    limits = photo_limits(s)
     writer = BatchWriter(store, engine, s.ingest_batch, on_recorded)
     pool = ThreadPoolExecutor(store.threads)
     waiting_threads = ThreadPoolExecutor(s.ingest_concurrency + 1) # wait for host names, files, buckets, the catalog

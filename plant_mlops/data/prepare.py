@@ -17,7 +17,7 @@ from ..core.process import cpu_cores
 from ..core.progress import progress_bar
 from ..core.store import Corrupt, NotFound, open_store, sha256_of
 from .catalog import list_stored, open_catalog, record_results
-from .photo import PhotoError, PhotoLimits, check_photo, open_photo
+from .photo import PhotoError, PhotoLimits, check_photo, open_photo, photo_limits
 from .quality import measure_photo
 from .shards import PreparedPhoto, put_shard, read_shards
 
@@ -109,7 +109,7 @@ def prepare(
     prepared = set(read_shards(store, columns=['sha256'], side=s.photo_side).sha256)
     todo = sorted(rows_of.keys() - prepared)
     if todo and not prepared: _check_store_has_photos(store, len(rows_of))
-    limits = PhotoLimits(max_pixels=s.photo_max_pixels)
+    limits = photo_limits(s)
     n_failed = 0
     pool = ThreadPoolExecutor(min(8, cpu_cores() + 2))
     try:

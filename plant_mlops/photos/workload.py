@@ -30,9 +30,9 @@ def photo_inputs(
 ): # uint8 [N, height, width, 3]
     "Photos as input of the model."
     import numpy as np
-    from plant_mlops.data.photo import PhotoLimits, decode_for_model
+    from plant_mlops.data.photo import decode_for_model, photo_limits
     store = open_store(s)
-    limits = PhotoLimits(max_pixels=s.photo_max_pixels)
+    limits = photo_limits(s)
     def read(sha256): return decode_for_model(store.get(f'raw/{sha256}'), spec, limits)
     with ThreadPoolExecutor(8) as pool: return np.stack(list(pool.map(read, ids)))
 

@@ -18,6 +18,8 @@ from fastapi import HTTPException, Request
 from fastapi.responses import Response
 from pydantic_core import to_json
 from ..core.config import PlantError
+from ..core.file_kind import HEAD_SIZE, photo_format
+from ..core.photo_file import MissingDecoderError
 from ..core.store import sha256_of
 from .app_state import AppState, request_slot, upload_deadline
 from .base64_photos import decode_photo, is_base64
@@ -157,19 +159,11 @@ def predict_rows(
     return results
 
 # %% ../../nbs/serve/12_answering.ipynb #9b21f2da
-_PHOTO_SIGNATURES = ( # first bytes of photo files
-    b'\xff\xd8\xff', # JPEG
-    b'\x89PNG',
-    b'GIF8',
-    b'RIFF', # WebP
-    b'BM', # BMP
-    b'II*\0', b'MM\0*', # TIFF
-)
-
 def _input_error(kind: str, data: bytes | list, error: PlantError) -> HTTPException:
     "The error for an input that cannot be decoded: 415 or 422."
-    is_photo = isinstance(data, bytes) and data.startswith(_PHOTO_SIGNATURES)
-    status = 415 if kind == 'image' and not is_photo else 422
+    is_photo = isinstance(data, bytes) and photo_format(data[:HEAD_SIZE]) is not None
+    has_decoder = not isinstance(error, MissingDecoderError)
+    status = 415 if kind == 'image' and not (is_photo and has_decoder) else 422
     return HTTPException(status, str(error))
 
 async def predict_input(

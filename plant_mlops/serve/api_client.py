@@ -12,7 +12,7 @@ import numpy as np
 from anyio import to_thread
 from fastcore.basics import patch
 from ..core.config import PlantError, Settings
-from ..data.photo import PhotoLimits, decode_for_model
+from ..data.photo import decode_for_model, photo_limits
 
 # %% ../../nbs/serve/16_api_client.ipynb #5d0c2b00
 def _json_content(
@@ -47,12 +47,12 @@ def _input_spec(
 class ApiClient:
     "Sends the page's requests to the API."
     def __init__(self,
-        s: Settings, # uses api_url, token and photo_max_pixels
+        s: Settings, # uses api_url, token and the limits of photos
         transport: httpx.AsyncBaseTransport | None = None, # for tests: an app of this process
     ):
         self.client = httpx.AsyncClient(base_url=s.api_url, timeout=60, transport=transport)
         self.token = s.token.get_secret_value()
-        self.limits = PhotoLimits(max_pixels=s.photo_max_pixels)
+        self.limits = photo_limits(s)
         self.input_specs = {} # version of the model → how its input is prepared
 
     async def call(self,

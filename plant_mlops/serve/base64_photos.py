@@ -53,7 +53,8 @@ def find_photos(
 
 # %% ../../nbs/serve/065_base64_photos.ipynb #9d4b19c5
 _FORM_FIELD = re.compile(rb'[\w.-]{1,40}=[!-~]{8}') # beginning of a body that `curl -d image=…` sends, and no photo has
-_BASE64_STARTS = (b'data:', b'/9j/', b'iVBORw0KGgo', b'R0lGOD', b'UklGR') # data URL, and JPEG, PNG, GIF, WebP in base64
+_BASE64_STARTS = ( # a data URL, and in base64: JPEG, PNG, GIF, WebP, HEIC and AVIF, TIFF
+    b'data:', b'/9j/', b'iVBORw0KGgo', b'R0lGOD', b'UklGR', b'AAAA', b'SUkqA', b'TU0AK')
 
 def is_base64(
     data: bytes | str, # a photo or a text

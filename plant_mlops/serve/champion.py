@@ -9,7 +9,7 @@ __all__ = ['log', 'NoModelError', 'read_pointer', 'champion_pointer', 'trim_memo
 import contextlib, ctypes, json, logging
 from ..core.config import PlantError, Settings
 from ..core.store import FolderStore, NotFound, StoreError, open_store, sha256_of
-from ..data.photo import PhotoLimits
+from ..data.photo import photo_limits
 from .onnx_model import Model, check_model
 
 # %% ../../nbs/serve/01_champion.ipynb #94ce52f7
@@ -95,7 +95,7 @@ def trim_memory():
 
 # %% ../../nbs/serve/01_champion.ipynb #866c36b5
 def load_published(
-    s: Settings, # uses home, threads and photo_max_pixels
+    s: Settings, # uses home, threads and the limits of photos
     pointer: dict, # from `champion_pointer` or `read_pointer`
     store, # where the model is published; None: only the local copy may be used
     threads: int | None = None, # threads for one prediction; None: PLANT_THREADS
@@ -104,7 +104,7 @@ def load_published(
     "Load and check a published model; raises `PlantError` if it cannot be fetched or fails."
     cache = _cache_of(s)
     data = _fetch_model(pointer, store, cache)
-    model = Model(data, s.threads if threads is None else threads, PhotoLimits(max_pixels=s.photo_max_pixels))
+    model = Model(data, s.threads if threads is None else threads, photo_limits(s))
     check_model(model)
     model.pointer = pointer
     model.version = str(pointer['version'])
@@ -118,7 +118,7 @@ def _short_timeout(s: Settings) -> Settings:
     return s.model_copy(update=dict(s3_timeout=min(s.s3_timeout, 5.)))
 
 def load_champion(
-    s: Settings, # uses home, the store, model, threads and photo_max_pixels
+    s: Settings, # uses home, the store, model, threads and the limits of photos
     threads: int | None = None, # threads for one prediction; None: PLANT_THREADS
 ) -> Model: # if it is the last good model instead, `note` in its `pointer` says why
     "Load the model in production; raises `NoModelError`, or `PlantError` if there is no usable copy either."

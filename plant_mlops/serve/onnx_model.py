@@ -78,7 +78,7 @@ def decode_image(
     try: return decode_for_model(data, spec, limits)
     except PhotoError as e:
         message = str(e)
-        raise PhotoError(f'{message[:1].upper()}{message[1:]}. Send another photo.') from None
+        raise type(e)(f'{message[:1].upper()}{message[1:]}. Send another photo.') from None
 
 # %% ../../nbs/serve/00_onnx_model.ipynb #a179d57b
 @cache
@@ -262,7 +262,7 @@ def check_model(
 # %% ../../nbs/serve/00_onnx_model.ipynb #13013678
 def read_input_file(
     path: str | Path, # file with an input
-    max_bytes: int = 20_000_000, # larger files are refused
+    max_bytes: int = 50_000_000, # larger files are refused
 ) -> bytes: # content of the file
     "Read a file; raises `PlantError` if it cannot be read or is too large."
     try:
@@ -288,7 +288,7 @@ def _predict_decoded(model: Model, decoded: list):
 def predict_files(
     model: Model, # model that predicts
     paths, # paths of files, as any iterable
-    max_bytes: int = 20_000_000, # larger files are refused
+    max_bytes: int = 50_000_000, # larger files are refused
     batch_size: int = 16, # number of files that are predicted together
 ): # a dict for each file, in order: `file`, and the fields of its answer or `error`
     "Predict files, as a generator."

@@ -37,7 +37,7 @@ def picture_size(
     longer: int = 560, # longer side of the picture, in pixels
 ) -> tuple[int, int]: # width and height
     "The size of a picture with the proportions of the part of a photo that the model sees; raises `PhotoError`."
-    no_limit = PhotoLimits(max_pixels=2**40) # the server has applied its limits already
+    no_limit = PhotoLimits(max_pixels=2**40, max_memory=2**60) # the server has applied its limits already
     info = check_photo(data, no_limit)
     width, height = visible_size(info.width, info.height)
     scale = longer/max(width, height)
