@@ -230,7 +230,7 @@ def open_page(chromium, url):
     "A page at a URL; it may request nothing from elsewhere than below the URL, and log no error."
     context = chromium.new_context(ignore_https_errors=True)
     page, urls, errors = context.new_page(), [], []
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(90_000)
     page.on('request', lambda request: urls.append(request.url))
     page.on('pageerror', lambda error: errors.append(str(error)))
     # a browser requests the icon of the host before a script of Gradio says that the page has another one
