@@ -1,15 +1,14 @@
 "Near-duplicates, given splits, and photos that are in the catalog more than once."
-import io, math, shutil
+import io, math
 import numpy as np, pandas as pd, pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from plant_mlops.core.config import settings
 from plant_mlops.core.store import open_store, sha256_of
-from plant_mlops.data import dataset as dataset_module
-from plant_mlops.data.catalog import add_rows, list_rows, list_stored, open_catalog, record_results
-from plant_mlops.data.dataset import build_dataset, load_dataset, make_card, make_manifest, merge_duplicates
+from plant_mlops.data.catalog import add_rows, list_rows, open_catalog, record_results
+from plant_mlops.data.catalog_files import add_folder
+from plant_mlops.data.dataset import build_dataset, has_flag, load_dataset, make_card, make_manifest, merge_duplicates
 from plant_mlops.data.given_splits import assign_given_splits
-from plant_mlops.data.near_duplicates import NearLimits, group_pairs, near_pairs
-from plant_mlops.data.prepare import prepare_photo
+from plant_mlops.data.prepare import prepare, prepare_photo
 from plant_mlops.data.shards import put_shard
 from plant_mlops.data.splits import FRACTIONS, assign_splits
 from plant_mlops.data.synthetic import draw
@@ -117,7 +116,8 @@ def fake_photos(labels, given=None, n_bursts=None):
     scores = dict.fromkeys(('dark', 'light', 'blurry', 'low_information', 'odd_aspect_ratio', 'grayscale'), 1.)
     return pd.DataFrame(dict(
         sha256=[sha256_of(f'{i}'.encode()) for i in range(n)], label=labels, url_source='file:///a.jpg',
-        given=pd.Series(given or [None]*n, dtype=object), copies=1, relabelled=False, split_conflict=False, shard='fmt/a',
+        given=pd.Series(given or [None]*n, dtype=object), copies=1, relabelled=False, split_conflict=False,
+        shard='fmt/a',
         phash=[hashes[burst] for burst in bursts], **scores))
 
 def counts_of(manifest, label):
@@ -203,6 +203,53 @@ def test_a_photo_without_a_given_split_follows_its_near_duplicate():
     assert set(manifest.split[[0, 30, 40]]) == {'test'}
     assert not manifest['flags'].str.contains('leak').any()
 
+def save_folder(folder, photos):
+    "Save images as files; `photos` are pairs of a path and an image."
+    for path, img in photos:
+        (folder/path).parent.mkdir(parents=True, exist_ok=True)
+        (folder/path).write_bytes(encode(img))
+
+def build_from(s, folder):
+    "Add a folder, and run the stages up to the dataset; returns the dataset and its manifest, by the name of the file."
+    add_folder(open_catalog(s), folder)
+    stages.ingest(s, progress=False)
+    prepare(s, progress=False)
+    build_dataset(s)
+    dataset = load_dataset(s)
+    names = [url.rsplit('/', 1)[1] for url in dataset.manifest.url_source]
+    return dataset, dataset.manifest.assign(name=names).set_index('name')
+
+def test_a_folder_of_train_and_test_keeps_its_splits_and_gets_a_valid_split(tmp_path):
+    s, folder = settings(home=tmp_path/'home'), tmp_path/'photos'
+    drawings = [(label, i, draw(label, (8, i))) for label in ('dandelion', 'grass') for i in range(12)]
+    photos = [(f'{"test" if i > 8 else "train"}/{label}/{label}{i}.jpg', img) for label, i, img in drawings]
+    photos += [('train/grass/both1.jpg', drawings[21][2]), ('test/grass/both2.jpg', drawings[13][2])]
+    save_folder(folder, photos)
+    dataset, manifest = build_from(s, folder)
+    assert dataset.classes == ['dandelion', 'grass']
+    assert dataset.card['classes']['dandelion'] | dict(total=0) == dict(train=7, valid=2, test=3, none=0, total=0)
+    conflicts = manifest[has_flag(manifest, 'split_conflict')]
+    assert set(conflicts.split) == {'test'}
+    assert len(conflicts) == 2
+    assert all('none was given for valid' in warning for warning in dataset.card['warnings'])
+    assert len(dataset.card['warnings']) == 2
+    assert 'warning: grass: ' in repr(dataset)
+    assert dataset.card['warnings'] == stages.dataset(s.model_copy(update=dict(pretrained=False)), False)['warnings']
+
+def test_a_photo_that_moves_to_another_class_counts_there(tmp_path):
+    s, folder = settings(home=tmp_path/'home'), tmp_path/'photos'
+    drawings = [(label, i, draw(label, (9, i))) for label in ('dandelion', 'grass') for i in range(8)]
+    save_folder(folder, [(f'{label}/{label}{i}.jpg', img) for label, i, img in drawings])
+    _, manifest = build_from(s, folder)
+    assert (manifest.label['grass3.jpg'], set(manifest.split)) == ('grass', set(FRACTIONS))
+    (folder/'grass/grass3.jpg').rename(folder/'dandelion/grass3.jpg')
+    dataset, manifest = build_from(s, folder)
+    assert len(manifest) == 16
+    assert manifest.label['grass3.jpg'] == 'dandelion'
+    assert manifest.split['grass3.jpg'] in FRACTIONS
+    assert 'relabelled' in manifest['flags']['grass3.jpg']
+    assert dataset.card['flags']['relabelled'] == 1
+
 # -- One photo in several rows
 
 def test_the_newest_row_of_a_photo_gives_its_label_and_url_and_test_counts_before_train():
@@ -212,12 +259,13 @@ def test_the_newest_row_of_a_photo_gives_its_label_and_url_and_test_counts_befor
         dict(id=2, sha256='a', label='moss', url_source='file:///a', added_at=new, split='train'),
         dict(id=3, sha256='b', label='moss', url_source='file:///b', added_at=new, split=None),
         dict(id=4, sha256='b', label='fern', url_source='file:///c', added_at=old, split=None),
-        dict(id=5, sha256='c', label='moss', url_source='file:///d', added_at=None),
-        dict(id=6, sha256='c', label='fern', url_source='file:///e', added_at=None)]
+        dict(id=5, sha256='c', label='moss', url_source='file:///d', added_at=old, split='train'),
+        dict(id=6, sha256='c', label='fern', url_source='file:///e', added_at=None, split='test'), # its file is missing
+        dict(id=7, sha256='d', label='fern', url_source='file:///f', added_at=None, split='test')]
     photos = merge_duplicates(rows[::-1])
-    assert photos.label.tolist() == ['moss', 'moss', 'fern']
-    assert photos.url_source.tolist() == ['file:///a', 'file:///b', 'file:///e']
-    assert photos.given.tolist() == ['test', None, None]
-    assert photos.relabelled.tolist() == [True, True, True]
-    assert photos.split_conflict.tolist() == [True, False, False]
-    assert photos.copies.tolist() == [2, 2, 2]
+    assert photos.label.tolist() == ['moss', 'moss', 'moss', 'fern']
+    assert photos.url_source.tolist() == ['file:///a', 'file:///b', 'file:///d', 'file:///f']
+    assert photos.given.tolist() == ['test', None, 'train', 'test']
+    assert photos.relabelled.tolist() == [True, True, True, False]
+    assert photos.split_conflict.tolist() == [True, False, False, False]
+    assert photos.copies.tolist() == [2, 2, 2, 1]

@@ -33,7 +33,7 @@ from .synthetic import SOURCE_NAMES, source_of
 _GIVEN = ('test', 'valid', 'train') # given splits, the one that counts first
 
 def merge_duplicates(
-    rows: list, # dicts with sha256, label and url_source, and where they are known id, split and added_at (None: its file is missing)
+    rows: list, # dicts with sha256, label, url_source, and where known id, split and added_at (None: file missing)
 ) -> pd.DataFrame: # a row for each photo, sorted by sha256: sha256, label, url_source, given, copies, …
     "Merge rows of the same photo: label and URL of the newest, the given split that counts first."
     columns = ['sha256', 'label', 'url_source', 'id', 'added_at', 'split']
@@ -147,7 +147,7 @@ def make_card(
 class Dataset:
     "One version of the data."
     version: str           # hash of its content
-    manifest: pd.DataFrame # a row for each photo, see `make_manifest`; older versions have no given_split and look_alike
+    manifest: pd.DataFrame # a row for each photo, see `make_manifest`; no given_split and look_alike in old versions
     card: dict             # counts and findings, see `make_card`
 
     @property

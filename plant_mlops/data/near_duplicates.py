@@ -191,7 +191,7 @@ def near_pairs(
     photos: pd.DataFrame, # a row for each photo; columns: phash, low_information
     embedding: np.ndarray | None = None, # embeddings (n, d), rows of length 1
     limits: NearLimits = NearLimits(), # limits for near-duplicates
-    load_thumbnails: Callable | None = None, # positions of photos → result of `thumbnails`; None: no flat photo has a pair
+    load_thumbnails: Callable | None = None, # positions of photos → `thumbnails`; None: no flat photo has a pair
     at_a_time: int = 10_000_000, # number of pairs that are held in memory
 ) -> pd.DataFrame: # first < second, bits, cosine, is_mirrored, is_flat, correlation (1 if neither is flat)
     "Pairs of near-duplicates, and how similar they are."
