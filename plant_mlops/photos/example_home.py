@@ -64,7 +64,7 @@ def example_home(
     _add_photos(s, n, relabel)
     ingest(s, progress=False)
     prepare(s, progress=False)
-    any_hash = s.model_copy(update=dict(duplicate_bits=64)) # groups for the dashboard to show, of photos that differ
+    any_hash = s.model_copy(update=dict(duplicate_bits=64, duplicate_cosine=.99)) # so that there are groups to show
     dataset = build_dataset(any_hash, embed_thumbnails, progress=False)
     provenance = dict(source='synthetic', arch='mean colour', dataset=dataset)
     for version in range(1, versions + 1):
