@@ -8,6 +8,7 @@ from plant_mlops.data.catalog import add_rows, list_rows, open_catalog, record_r
 from plant_mlops.data.catalog_files import add_folder
 from plant_mlops.data.dataset import build_dataset, has_flag, load_dataset, make_card, make_manifest, merge_duplicates
 from plant_mlops.data.given_splits import assign_given_splits
+from plant_mlops.data.near_duplicates import NearLimits, near_pairs
 from plant_mlops.data.prepare import prepare, prepare_photo
 from plant_mlops.data.shards import put_shard
 from plant_mlops.data.splits import FRACTIONS, assign_splits
@@ -195,6 +196,21 @@ def test_photos_with_train_and_test_given_that_look_alike_stay_there_with_a_warn
     assert all('leak' in flags for flags in manifest['flags'][[0, 75, 100]])
     warning, = make_card(manifest)['warnings']
     assert warning.startswith('1 photo for validation or the test look')
+
+def test_a_class_whose_training_photos_all_look_like_test_photos_has_photos_in_every_split():
+    photos = fake_photos(['fern']*10 + ['moss']*20, ['train']*5 + ['test']*5 + [None]*20)
+    photos.loc[:9, 'phash'] = photos.phash[0]
+    manifest = make_manifest(photos, None)
+    assert counts_of(manifest, 'fern') == [3, 2, 5]
+    assert set(manifest.split[5:10]) == {'test'}
+    assert sum('metrics may be too good' in warning for warning in make_card(manifest)['warnings']) == 1
+
+@pytest.mark.parametrize('setting', [dict(duplicate_bits=0), dict(duplicate_cosine=1)])
+def test_settings_say_how_similar_near_duplicates_are(setting):
+    photos = pd.DataFrame(dict(phash=['0'*16, '0'*15 + '3'], low_information=.8))
+    embedding = np.array([[1, 0], [.98, .2]])
+    def n_pairs(s): return len(near_pairs(photos, embedding, NearLimits.of(s)))
+    assert (n_pairs(settings()), n_pairs(settings(**setting))) == (1, 0)
 
 def test_a_photo_without_a_given_split_follows_its_near_duplicate():
     photos = fake_photos(['fern']*50, ['test'] + ['train']*20 + [None]*29)

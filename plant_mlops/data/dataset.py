@@ -84,6 +84,9 @@ def _split_warnings(
     for split in ('valid', 'test'):
         is_missing = (table[split] == 0) & (table.train > 1)
         warnings += [f'{label} has no photo in the {split} split. Add more.' for label in table.index[is_missing]]
+    if not table.test.sum():
+        warnings.append('No photo is in the test split, so no model can be evaluated. Add photos: three or more of a '
+                        'class.')
     return warnings
 
 # %% ../../nbs/data/22_dataset.ipynb #9f25e5aa

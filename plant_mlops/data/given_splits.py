@@ -48,8 +48,7 @@ def _take_from_training(
     n_before = small_first.n.cumsum() - small_first.n
     is_taken = n_before + small_first.n/2 <= target
     is_taken.iloc[:1] = True
-    is_taken.iloc[len(small_first) - 1:] &= False
-    return list(small_first.index[is_taken])
+    return list(small_first.index[is_taken][:len(small_first) - 1])
 
 # %% ../../nbs/data/195_given_splits.ipynb #e0b049aa
 def assign_given_splits(
