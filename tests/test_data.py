@@ -131,7 +131,7 @@ def test_the_only_photo_of_a_class_is_used_for_training_with_a_warning(tmp_path)
     assert 'rose has a single photo' in repr(ds)
     assert ds.classes == ['grass', 'rose']
 
-def test_a_photo_with_two_labels_is_flagged_and_in_no_split(tmp_path):
+def test_of_a_photo_with_two_labels_the_newest_counts_with_a_flag(tmp_path):
     s = settings(home=tmp_path/'home')
     store_drawings(s, 20)
     duplicate, conflict = draw_jpeg('grass', 0, 1), draw_jpeg('dandelion', 0, 2)
@@ -145,14 +145,13 @@ def test_a_photo_with_two_labels_is_flagged_and_in_no_split(tmp_path):
     assert len(manifest) == 20
     assert manifest.index.is_unique
     row = manifest.loc[sha256_of(conflict)]
-    assert row.split == 'none'
-    assert 'label_conflict' in row['flags']
+    assert row.label == 'grass'
+    assert row.split in FRACTIONS
+    assert row['flags'] == 'exact_duplicate,relabelled'
     row = manifest.loc[sha256_of(duplicate)]
     assert row.split in FRACTIONS
     assert row['flags'] == 'exact_duplicate'
-    assert (manifest.split == 'none').sum() == 1
-    assert ds.card['flags']['label_conflict'] == 1
-    assert any('label_conflict' in photo['flags'] for photo in ds.card['flagged'])
+    assert ds.card['flags'] == dict(exact_duplicate=2, relabelled=1)
 
 def test_unlabelled_and_unprepared_photos_are_counted_in_the_card(tmp_path):
     s = settings(home=tmp_path/'home')

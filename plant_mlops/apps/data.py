@@ -93,7 +93,9 @@ def view_duplicates(
     groups = rows.groupby('group').label.agg(['nunique', 'size'])
     groups = groups.sort_values(['nunique', 'size'], ascending=False)
     first = f', the first {limit}' if len(groups) > limit else ''
-    text = f'{len(groups):,} groups of photos that look alike{first}. The photos of a group are in the same split.'
+    n_in_several = int((rows.groupby('group').split.nunique() > 1).sum())
+    text = f'{len(groups):,} groups of photos that look alike{first}. The photos of a group are in the same split'
+    text += f', but for {n_in_several:,} groups, whose splits were given.' if n_in_several else '.'
     yield heading('Near-duplicates', text)
     names = groups.index[:limit]
     by_group = {name: [] for name in names}

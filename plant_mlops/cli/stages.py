@@ -40,7 +40,13 @@ def prepare(shard: ShardOption = '1/1', home: HomeOption = None, as_json: JsonOp
 def dataset(home: HomeOption = None, as_json: JsonOption = False):
     "Build a version of the dataset, with splits and a card."
     from plant_mlops.photos import stages
-    print_result(stages.dataset(settings(home=home), progress=not as_json), as_json)
+    result = stages.dataset(settings(home=home), progress=not as_json)
+    if as_json:
+        print_json(result)
+        return
+    warnings = result.pop('warnings')
+    print_result(result, as_json)
+    for warning in warnings: print_line(f'[yellow]{"warning":>14}[/]  {escaped(warning)}')
 
 # %% ../../nbs/cli/04_stages.ipynb #15ae440b
 @app.command()

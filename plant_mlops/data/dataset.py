@@ -23,35 +23,46 @@ from .catalog import count_by_status, list_rows, list_stored, open_catalog
 from .contact_sheet import contact_sheet
 from .embeddings import embed_photos, embedding_name, known_embeddings
 from .flags import FLAG_MEANINGS, THRESHOLDS, find_flags
+from .grouped_splits import large_groups, split_photos
+from .near_duplicates import NearLimits, thumbnails
 from .shards import load_jpegs, read_shards
-from .splits import COSINE, FRACTIONS, HAMMING, assign_splits, group_pairs, near_pairs
+from .splits import FRACTIONS
 from .synthetic import SOURCE_NAMES, source_of
 
 # %% ../../nbs/data/22_dataset.ipynb #7538a1b2
+_GIVEN = ('test', 'valid', 'train') # given splits, the one that counts first
+
 def merge_duplicates(
-    rows: list, # dicts with sha256, label and url_source
-) -> pd.DataFrame: # a row for each photo, sorted by sha256: sha256, label, url_source, copies, conflict
-    "Merge rows of the same photo; where labels differ, the first in alphabetical order is kept."
-    table = pd.DataFrame(rows, columns=['sha256', 'label', 'url_source']).sort_values(['sha256', 'label', 'url_source'])
+    rows: list, # dicts with sha256, label, url_source, and where known id, split and added_at (None: file missing)
+) -> pd.DataFrame: # a row for each photo, sorted by sha256: sha256, label, url_source, given, copies, …
+    "Merge rows of the same photo: label and URL of the newest, the given split that counts first."
+    columns = ['sha256', 'label', 'url_source', 'id', 'added_at', 'split']
+    table = pd.DataFrame(rows, columns=columns)
+    table['added_at'] = pd.to_datetime(table.added_at, utc=True)
+    table = table.sort_values(['sha256', 'added_at', 'id', 'url_source'], na_position='first')
+    is_missing = table.added_at.isna() & table.added_at.notna().groupby(table.sha256).transform('any')
+    table['rank'] = table.split.mask(is_missing).map({name: rank for rank, name in enumerate(_GIVEN)})
     photos = table.groupby('sha256').agg(
-        label=('label', 'first'), url_source=('url_source', 'min'), copies=('label', 'size'),
-        n_labels=('label', 'nunique'))
-    photos['conflict'] = photos.pop('n_labels') > 1
+        label=('label', 'last'), url_source=('url_source', 'last'), given=('rank', 'min'), copies=('label', 'size'),
+        n_labels=('label', 'nunique'), n_given=('rank', 'nunique'))
+    photos['given'] = [None if np.isnan(rank) else _GIVEN[int(rank)] for rank in photos.given]
+    photos['relabelled'] = photos.pop('n_labels') > 1
+    photos['split_conflict'] = photos.pop('n_given') > 1
     return photos.reset_index()
 
 # %% ../../nbs/data/22_dataset.ipynb #aef2cf20
 def make_manifest(
     photos: pd.DataFrame, # result of `merge_duplicates`, merged with that of `read_shards`
     embedding: np.ndarray | None, # embeddings (n, d), rows of length 1
-) -> pd.DataFrame: # sha256, label, url_source, group, split, flags, shard
+    limits: NearLimits = NearLimits(), # limits for near-duplicates
+    load_thumbnails: Callable | None = None, # positions of photos → their thumbnails
+) -> pd.DataFrame: # sha256, label, url_source, group, split, flags, shard, given_split, look_alike
     "Assign groups, splits and flags to photos."
-    pairs = near_pairs(photos.phash.tolist(), embedding)
-    photos = photos.assign(group=group_pairs(len(photos), pairs))
-    usable = photos[~photos.conflict]
-    splits = assign_splits(usable.sha256, usable.label, usable.group)
-    photos['split'] = splits.reindex(photos.index, fill_value='none')
+    photos = split_photos(photos, embedding, limits, load_thumbnails)
     photos['flags'] = find_flags(photos)
-    return photos[['sha256', 'label', 'url_source', 'group', 'split', 'flags', 'shard']].reset_index(drop=True)
+    photos['given_split'] = photos.given.fillna('')
+    columns = ['sha256', 'label', 'url_source', 'group', 'split', 'flags', 'shard', 'given_split', 'look_alike']
+    return photos[columns].reset_index(drop=True)
 
 # %% ../../nbs/data/22_dataset.ipynb #bce6d05d
 def dataset_version(
@@ -73,10 +84,46 @@ def _split_warnings(
     for split in ('valid', 'test'):
         is_missing = (table[split] == 0) & (table.train > 1)
         warnings += [f'{label} has no photo in the {split} split. Add more.' for label in table.index[is_missing]]
+    if not table.test.sum():
+        warnings.append('No photo is in the test split, so no model can be evaluated. Add photos: three or more of a '
+                        'class.')
     return warnings
 
+# %% ../../nbs/data/22_dataset.ipynb #9f25e5aa
+def _count(n: int, noun: str = 'photo') -> str: return f'1 {noun}' if n == 1 else f'{n:,} {noun}s'
+
+def _given_warnings(
+    manifest: pd.DataFrame, # manifest of the dataset
+) -> list: # sentences
+    "Warnings about photos that are not in the split they were given."
+    moved = manifest[(manifest.given_split != '') & (manifest.given_split != manifest.split)]
+    return [f'{label}: {_count(len(rows))} given for {given} {"is" if len(rows) == 1 else "are"} used for {split}, '
+            f'because none was given for {split}.'
+            for (label, given, split), rows in moved.groupby(['label', 'given_split', 'split'])]
+
+def _group_warnings(
+    manifest: pd.DataFrame, # manifest of the dataset
+) -> list: # sentences
+    "Warnings about large groups of near-duplicates, and about near-duplicates in several splits."
+    warnings = []
+    for label, groups in large_groups(manifest.label, manifest.look_alike).groupby('label'):
+        largest = groups.iloc[0]
+        n_more = len(groups) - 1
+        more = f' So do {_count(n_more, "smaller group")} of more than a tenth of the class.' if n_more else ''
+        warnings.append(f'{label}: {largest.photos:,} of its {largest.of:,} photos look alike.{more} '
+                        'Add photos that differ more.')
+    has_leak = has_flag(manifest, 'leak')
+    n_tested = (has_leak & (manifest.split != 'train')).sum()
+    if not n_tested: return warnings
+    labels = sorted(manifest.label[has_leak].unique())
+    names = ', '.join(labels[:5]) + (' …' if len(labels) > 5 else '')
+    return [*warnings, f'{_count(n_tested)} for validation or the test look like photos of another split ({names}), so '
+                       'metrics may be too good. They have the flag leak; `plant-mlops dashboard` shows them.']
+
+# %% ../../nbs/data/22_dataset.ipynb #2092cddf
 def make_card(
     manifest: pd.DataFrame, # manifest of the dataset
+    limits: NearLimits = NearLimits(), # limits for near-duplicates
     **more, # further fields of the card: version, embedding, …
 ) -> dict: # can be written as JSON
     "Describe a dataset."
@@ -84,6 +131,7 @@ def make_card(
     totals = table.sum(axis=1)
     flagged = manifest[manifest['flags'] != '']
     duplicates = manifest[manifest['flags'].str.contains('near_duplicate')]
+    given = manifest.given_split[manifest.given_split != '']
     return more | dict(
         source=source_of(manifest.url_source),
         photos=len(manifest),
@@ -91,16 +139,18 @@ def make_card(
         balance=round(float(totals.min()/totals.max()), 3),
         flags=dict(Counter(flag for flags in flagged['flags'] for flag in flags.split(','))),
         near_duplicates=dict(
-            photos=len(duplicates), groups=int(duplicates.group.nunique()), hamming=HAMMING, cosine=COSINE),
+            photos=len(duplicates), groups=int(duplicates.group.nunique()), hamming=limits.bits, cosine=limits.cosine),
+        given_splits=given.value_counts().to_dict(),
         flagged=flagged[['sha256', 'label', 'split', 'flags', 'url_source']].head(1000).to_dict('records'),
-        thresholds=THRESHOLDS, fractions=FRACTIONS, warnings=_split_warnings(table))
+        thresholds=THRESHOLDS, fractions=FRACTIONS,
+        warnings=_split_warnings(table) + _given_warnings(manifest) + _group_warnings(manifest))
 
 # %% ../../nbs/data/22_dataset.ipynb #d17570a0
 @dataclass
 class Dataset:
     "One version of the data."
     version: str           # hash of its content
-    manifest: pd.DataFrame # a row for each photo: sha256, label, url_source, group, split, flags, shard
+    manifest: pd.DataFrame # a row for each photo, see `make_manifest`; no given_split and look_alike in old versions
     card: dict             # counts and findings, see `make_card`
 
     @property
@@ -158,10 +208,9 @@ def _dataset_photos(
     photos = merge_duplicates(labelled).merge(read_shards(store, side=s.photo_side), on='sha256')
     if photos.empty:
         raise PlantError(f'None of the {len(usable):,} stored photos is prepared. Run `plant-mlops prepare`.')
-    classes = photos.label[~photos.conflict].unique()
+    classes = photos.label.unique()
     if len(classes) < 2:
-        names = ', '.join(classes) or 'all labels contradict each other'
-        raise PlantError(f'A classifier needs two classes, and the photos have {len(classes)}: {names}. '
+        raise PlantError(f'A classifier needs two classes, and the photos have {len(classes)}: {", ".join(classes)}. '
                          'Add photos of another class.')
     n_unprepared = len({row['sha256'] for row in labelled}) - len(photos)
     left_out = {status: counts[status] for status in ('rejected', 'failed', 'new')}
@@ -232,12 +281,14 @@ def build_dataset(
     name = embedding_name(s, embed)
     embedding = None
     if embed: embedding = embed_photos(s, photos, embed, known_embeddings(s, name), progress)
-    manifest = make_manifest(photos, embedding)
+    limits = NearLimits.of(s)
+    def load_thumbnails(positions): return thumbnails(load_jpegs(s, photos.iloc[positions]))
+    manifest = make_manifest(photos, embedding, limits, load_thumbnails)
     version = dataset_version(manifest, embedding=name, side=s.photo_side)
     if store.stat(f'agg/{version}/card.json') is None:
         reasons = Counter(row['error'] for row in call_with_retry(list_rows, engine, 'rejected')).most_common(20)
         created = datetime.now(timezone.utc).isoformat(timespec='seconds')
-        card = make_card(manifest, version=version, created=created, embedding=name, side=s.photo_side,
+        card = make_card(manifest, limits, version=version, created=created, embedding=name, side=s.photo_side,
                          left_out=left_out, rejected=dict(reasons))
         write_dataset(s, store, manifest, embedding, card)
     if latest_version(store) != version: store.put('agg/latest.json', _json_bytes(dict(version=version)))

@@ -17,27 +17,30 @@ FLAG_MEANINGS = dict(
     low_information='hardly anything to see',
     odd_aspect_ratio='very long or very tall',
     grayscale='no colour',
-    near_duplicate='looks like another photo; both are in the same split',
+    near_duplicate='looks like another photo; both are in the same split where possible',
+    leak='looks like a photo of another split',
     mixed_group='looks like a photo of another class',
     exact_duplicate='more than once in the catalog',
-    label_conflict='in the catalog with two labels; in no split',
+    relabelled='in the catalog with several labels; the newest counts',
+    split_conflict='given for several splits; test counts before valid, and valid before train',
+    label_conflict='in the catalog with two labels; in no split', # in older datasets only
     only_photo='the only photo of its class',
-    deleted='deleted for good; in no split')
+    deleted='deleted for good; in no split') # in datasets that existed before
 
 # %% ../../nbs/data/20_flags.ipynb #c6599815
 def find_flags(
-    photos: pd.DataFrame, # a row for each photo; columns: MEASURES, label, group, copies, conflict
+    photos: pd.DataFrame, # result of `split_photos`, with the columns MEASURES, copies, relabelled and split_conflict
 ) -> list: # comma-separated flags of each photo, '' for none
     "The flags of each photo."
-    usable = photos[~photos.conflict]
-    labels_of_group = usable.groupby('group').label
-    class_size = photos.label.map(usable.label.value_counts())
+    of_group = photos.groupby('group').label
     is_flagged = {name: photos[name] < threshold for name, threshold in THRESHOLDS.items()}
     is_flagged |= dict(
-        near_duplicate=photos.group.map(labels_of_group.size()) > 1,
-        mixed_group=photos.group.map(labels_of_group.nunique()) > 1,
+        near_duplicate=of_group.transform('size') > 1,
+        leak=photos.groupby('look_alike').split.transform('nunique') > 1,
+        mixed_group=of_group.transform('nunique') > 1,
         exact_duplicate=photos.copies > 1,
-        label_conflict=photos.conflict,
-        only_photo=(class_size == 1) & ~photos.conflict,
-        deleted=pd.Series(False, photos.index)) # photos are deleted from datasets that exist
-    return [','.join(name for name in FLAG_MEANINGS if is_flagged[name][i]) for i in photos.index]
+        relabelled=photos.relabelled,
+        split_conflict=photos.split_conflict,
+        only_photo=photos.groupby('label').label.transform('size') == 1)
+    flags = [name for name in FLAG_MEANINGS if name in is_flagged]
+    return [','.join(name for name in flags if is_flagged[name][i]) for i in photos.index]

@@ -64,7 +64,8 @@ def example_home(
     _add_photos(s, n, relabel)
     ingest(s, progress=False)
     prepare(s, progress=False)
-    dataset = build_dataset(s, embed_thumbnails, progress=False)
+    any_hash = s.model_copy(update=dict(duplicate_bits=64, duplicate_cosine=.99)) # so that there are groups to show
+    dataset = build_dataset(any_hash, embed_thumbnails, progress=False)
     provenance = dict(source='synthetic', arch='mean colour', dataset=dataset)
     for version in range(1, versions + 1):
         run_id = _log_training(s, dataset, version)

@@ -55,9 +55,10 @@ def describe_catalog(
 def describe_dataset(
     card: dict, # result of `dataset`
 ) -> str:
-    "A dataset in a few words."
+    "A dataset in a few words, and its warnings, a line each."
     source = 'synthetic ' if card['source'] == 'synthetic' else ''
-    return f"{card['version']}: {card['photos']:,} {source}photos of {', '.join(card['classes'])}"
+    text = f"{card['version']}: {card['photos']:,} {source}photos of {', '.join(card['classes'])}"
+    return '\n'.join([text, *(f'  warning: {warning}' for warning in card['warnings'])])
 
 def describe_training(
     model: str, # name of the model

@@ -85,14 +85,13 @@ class PretrainedEmbedding:
 def dataset(
     s: Settings, # uses catalog and store
     progress: bool = True, # whether to show a progress bar
-) -> dict: # version, photos (their number), source, classes and splits
+) -> dict: # version, photos (their number), source, classes and warnings
     "Make a version of the dataset; raises `PlantError` if there are too few photos."
     from plant_mlops.data.dataset import build_dataset, load_dataset
     embedding = PretrainedEmbedding(s) if s.pretrained else None
     version = build_dataset(s, embed=embedding, progress=progress)
     card = load_dataset(s, version).card
-    summary = ('version', 'photos', 'source', 'classes', 'splits')
-    return {name: card[name] for name in summary if name in card}
+    return {name: card[name] for name in ('version', 'photos', 'source', 'classes', 'warnings')}
 
 # %% ../../nbs/photos/00_stages.ipynb #856360c5
 def new_photos(
