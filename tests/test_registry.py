@@ -272,14 +272,15 @@ def locations(database) -> set:
 
 @pytest.fixture
 def home(template, tmp_path):
-    "A home of its own with the three versions, the first one promoted and evaluated, as it was made in this place."
+    "A home of its own with the three versions, of which only the first one is promoted and evaluated."
     s = settings(home=tmp_path/'old home')
     shutil.copytree(template.home, s.home)
-    shutil.rmtree(s.home/'store', ignore_errors=True)
+    for folder in (s.home/'store', *s.home.glob('mlartifacts/*/artifacts/evaluation')):
+        shutil.rmtree(folder, ignore_errors=True)
     with mlflow_client(s) as c:
         for v in c.search_model_versions("name = 'plants'"):
             for k in v.tags:
-                if k.startswith('champion/'): c.delete_model_version_tag('plants', v.version, k)
+                if k.startswith('champion/') or k == 'metrics': c.delete_model_version_tag('plants', v.version, k)
         with contextlib.suppress(Exception): c.delete_registered_model_alias('plants', 'champion')
     release.promote(s, 1)
     return s
@@ -453,8 +454,8 @@ def test_a_deleted_or_renamed_registered_model_is_said_and_a_new_version_is_comp
     assert release.promote(s, fine)['promoted']
     assert alias(s) == fine
 
-def test_a_version_whose_logged_model_was_deleted_is_evaluated(deletable):
-    s = deletable
+def test_a_version_whose_logged_model_was_deleted_is_evaluated(home):
+    s = home
     with mlflow_client(s) as c:
         source = c.get_model_version(s.model, '2').source
         c.delete_logged_model(re.search('m-[0-9a-f]{32}', source)[0])

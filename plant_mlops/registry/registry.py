@@ -170,7 +170,7 @@ def _no_version_error(client, s: Settings, version, finished: list) -> PlantErro
     newest = max(int(v.version) for v in all_versions)
     numbers = ', '.join(str(v.version) for v in reversed(finished))
     text = str(version)
-    reason = f'There is no version {version} of {s.model!r}'
+    reason = f'There is no version {version} of {s.model!r}, or it was deleted in MLflow, which cannot restore it'
     if text in {str(v.version) for v in all_versions}:
         reason = f'The registration of version {version} of {s.model!r} never finished, or `plant-mlops` did not do it'
     elif text.isdecimal() and 0 < int(text) < newest:
