@@ -1,8 +1,10 @@
 "The registry against a real MLflow server, a real S3, killed promotions and promotions at the same time."
-import json, multiprocessing, os, random, shutil, signal, subprocess, sys
+import contextlib, json, multiprocessing, os, random, re, shutil, signal, sqlite3, subprocess, sys
+from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, onnx, pandas as pd
 import pytest
-from helpers import free_port, wait_for
+from helpers import free_port, missing, serve_site, wait_for
 from plant_mlops.core.config import PlantError, settings
 from plant_mlops.core.store import FolderStore, open_store
 from plant_mlops.core.workload import Reader, workloads
@@ -37,7 +39,7 @@ def new_run(s):
 def alias(s):
     with mlflow_client(s) as c: return str(c.get_model_version_by_alias(s.model, 'champion').version)
 
-def pointer(s): return json.loads(open_store(s).get(key))
+def pointer(s): return json.loads(open_store(s).get(f'models/{s.model}/champion.json'))
 
 def consistent(s, version):
     "Alias, pointer, file and history all name this version."
@@ -77,6 +79,8 @@ def s(template):
     release.sync_champion(s)
     return s
 
+server_folders = {} # URL of a server → its folder
+
 @pytest.fixture(scope='module')
 def server(tmp_path_factory):
     "A real MLflow server with its own database and artifacts."
@@ -89,6 +93,7 @@ def server(tmp_path_factory):
         p = subprocess.Popen(cmd, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     import httpx
     url = f'http://127.0.0.1:{port}'
+    server_folders[url] = folder
     try:
         wait_for(lambda: httpx.get(f'{url}/health', timeout=2).status_code == 200 and p.poll() is None, 120, 'MLflow')
         yield url
@@ -248,3 +253,258 @@ def test_evaluation_decodes_photos_exactly_as_serving_does(tmp_path):
     spec = dict(kind='image', shape=[None, 96, 96, 3], resize=dict(side=128, size=96))
     x = workloads(s)['photos'].reader.inputs(s, '', ids, spec)
     assert x.dtype == np.uint8 and np.array_equal(x, np.stack([to_pixels(j, 96, side=128) for j in jpegs]))
+
+# -- Homes that were moved, and objects that were deleted in MLflow
+
+def snapshot(folder) -> dict:
+    "Path, time and content of every file and folder."
+    paths = sorted(folder.rglob('*'))
+    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b'') for path in paths}
+
+def locations(database) -> set:
+    "Every location in MLflow's database."
+    columns = dict(experiments='artifact_location', runs='artifact_uri', logged_models='artifact_location',
+                   model_versions='source')
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        rows = [connection.execute(f'SELECT {column} FROM {table}').fetchall() for table, column in columns.items()]
+    found = {location for table in rows for location, in table}
+    return {location for location in found if not location.endswith('/mlruns/0')} # that of MLflow's own experiment
+
+@pytest.fixture
+def home(template, tmp_path):
+    "A home of its own with the three versions, of which only the first one is promoted and evaluated."
+    s = settings(home=tmp_path/'old home')
+    shutil.copytree(template.home, s.home)
+    for folder in (s.home/'store', *s.home.glob('mlartifacts/*/artifacts/evaluation')):
+        shutil.rmtree(folder, ignore_errors=True)
+    with mlflow_client(s) as c:
+        for v in c.search_model_versions("name = 'plants'"):
+            for k in v.tags:
+                if k.startswith('champion/') or k == 'metrics': c.delete_model_version_tag('plants', v.version, k)
+        with contextlib.suppress(Exception): c.delete_registered_model_alias('plants', 'champion')
+    release.promote(s, 1)
+    return s
+
+def work(s, path):
+    "Evaluate, gate, promote and roll back; a new run with files, and a new version."
+    evaluate.evaluate(s, 1)
+    assert release.promote(s, 2)['promoted'] and not release.promote(s, 3)['promoted']
+    consistent(s, '2')
+    assert release.rollback(s)['version'] == '1'
+    run = new_run(s)
+    with mlflow_client(s) as c: c.log_text(run, 'hello', 'notes/a.txt')
+    assert (s.home/f'mlartifacts/{run}/artifacts/notes/a.txt').read_text() == 'hello'
+    version = registry.register(s, run, model_file(path/'m.onnx'))
+    assert registry.model_bytes(s, version)
+
+@pytest.mark.parametrize('way', ['moved', 'copied'])
+def test_a_home_that_was_moved_or_copied_finds_and_writes_its_files_below_itself(home, tmp_path, way, caplog):
+    "Also where the old folder is still there: nothing is read from it, and nothing is written to it."
+    new = settings(home=tmp_path/'Gärten #2'/'home')
+    new.home.parent.mkdir()
+    if way == 'moved': home.home.rename(new.home)
+    else:
+        shutil.copytree(home.home, new.home)
+        for file in home.home.rglob('*.onnx'): file.write_bytes(b'old') # reading it would fail
+        before = snapshot(home.home)
+    work(new, tmp_path)
+    assert all(location.startswith(new.home.as_uri()) for location in locations(new.home/'mlflow.db')), locations(new.home/'mlflow.db')
+    assert len([r for r in caplog.records if 'was moved, copied or mounted elsewhere' in r.message]) == 1
+    if way == 'moved': assert not home.home.exists()
+    else:
+        assert snapshot(home.home) == before
+        release.history(home) # the old home opens its own files again
+        assert all(location.startswith(home.home.as_uri()) for location in locations(home.home/'mlflow.db'))
+
+def test_a_database_that_two_homes_share_keeps_their_files_where_they_are_until_one_is_moved(home, tmp_path):
+    shared = f'sqlite:///{tmp_path}/shared.db'
+    shutil.copy(home.home/'mlflow.db', tmp_path/'shared.db')
+    other = settings(home=tmp_path/'other', tracking_uri=shared)
+    (other.home/'mlartifacts').mkdir(parents=True)
+    assert registry.model_bytes(other, 2)
+    assert all(location.startswith(home.home.as_uri()) for location in locations(tmp_path/'shared.db'))
+    moved = settings(home=home.home.rename(tmp_path/'moved'), tracking_uri=shared)
+    assert registry.model_bytes(moved, 2)
+    assert all(location.startswith(moved.home.as_uri()) for location in locations(tmp_path/'shared.db'))
+
+def test_mlflow_itself_finds_the_files_of_a_moved_home(home, tmp_path):
+    "As its page does, which knows nothing of this package."
+    new = settings(home=tmp_path/'new')
+    home.home.rename(new.home)
+    release.history(new)
+    code = ('import mlflow, sys; mlflow.set_tracking_uri(sys.argv[1]); '
+            'print(mlflow.artifacts.download_artifacts("models:/plants/1"))')
+    result = subprocess.run([sys.executable, '-c', code, new.tracking_uri], capture_output=True, text=True, cwd=tmp_path)
+    folder = Path(result.stdout.strip())
+    assert folder.is_relative_to(new.home) and (folder/'model.onnx').exists(), result.stderr
+
+def test_a_home_that_another_process_opened_at_another_path_is_not_written_to_there(home, tmp_path):
+    "A container relocates the database while a run on the host goes on: its files stay in the host's home."
+    run = new_run(home)
+    with mlflow_client(home) as c:
+        with contextlib.closing(sqlite3.connect(home.home/'mlflow.db')) as connection, connection:
+            for table, column in (('experiments', 'artifact_location'), ('runs', 'artifact_uri')):
+                connection.execute(f'UPDATE {table} SET {column} = replace({column}, ?, ?)',
+                                   (home.home.as_uri(), (tmp_path/'container').as_uri()))
+        c.log_text(run, 'hello', 'a.txt')
+    assert (home.home/f'mlartifacts/{run}/artifacts/a.txt').exists() and not (tmp_path/'container').exists()
+
+def test_a_moved_home_that_is_read_only_can_be_evaluated_and_read(home, tmp_path):
+    metrics = evaluate.evaluate(home, 1)
+    mounted = tmp_path/'mounted'
+    mounted.mkdir()
+    bind = subprocess.run(['mount', '--bind', home.home, mounted], capture_output=True)
+    if bind.returncode: missing('root', 'to mount a folder read-only')
+    try:
+        subprocess.run(['mount', '-o', 'remount,ro,bind', mounted], check=True)
+        hidden = home.home.rename(tmp_path/'hidden')
+        s = settings(home=mounted)
+        assert evaluate.evaluate(s, 1) == metrics
+        assert registry.model_bytes(s, 2) and release.history(s)[0]['version'] == '1'
+        with pytest.raises(PlantError, match='write permission|[Rr]ead-only'): release.promote(s, 2, force=True)
+        hidden.rename(home.home)
+    finally: subprocess.run(['umount', '-l', mounted], check=True)
+
+@pytest.fixture(params=['local', 'server'])
+def deletable(request, home, tmp_path):
+    "Three versions, the first one in production, in SQLite or with a real MLflow server."
+    if request.param == 'local': return home
+    s = settings(home=tmp_path/'remote', tracking_uri=request.getfixturevalue('server'), model=f'm{os.urandom(4).hex()}')
+    s.home.mkdir()
+    run = new_run(s)
+    for w in (good, good*1.1, -good): registry.register(s, run, model_file(s.home/'m.onnx', w))
+    release.promote(s, 1)
+    return s
+
+def run_mlflow(s, message) -> subprocess.CompletedProcess:
+    "Run the command of MLflow that a message gives in backticks."
+    command = re.search('`(MLFLOW_TRACKING_URI=[^`]+)`', message)[1]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
+    return subprocess.run(['bash', '-c', command], capture_output=True, text=True, env=os.environ | dict(PATH=path))
+
+def test_the_error_of_a_deleted_experiment_names_the_command_that_restores_it(deletable):
+    s = deletable
+    with mlflow_client(s) as c:
+        deleted = experiment_id(c, s)
+        c.delete_experiment(deleted)
+    with pytest.raises(PlantError, match='deleted') as e: new_run(s)
+    assert 'again' not in str(e.value) and f'MLFLOW_TRACKING_URI={s.tracking_uri}' in str(e.value).replace("'", '')
+    assert release.promote(s, 2)['promoted'] # it needs no new run
+    assert [v['version'] for v in registry.versions(s)] == ['3', '2', '1']
+    if s.tracking_uri.startswith('sqlite:'): assert run_mlflow(s, str(e.value)).returncode == 0
+    else:
+        assert f'restore --experiment-id {deleted}`' in str(e.value)
+        with mlflow_client(s) as c: c.restore_experiment(deleted)
+    assert new_run(s)
+
+def test_a_version_whose_run_was_deleted_is_evaluated_and_promoted(home, caplog):
+    s = home
+    with mlflow_client(s) as c: c.delete_run(registry.versions(s)[0]['run_id'])
+    assert release.promote(s, 2)['promoted']
+    consistent(s, '2')
+    assert 'run of version 2 was deleted' in caplog.text and 'mlflow runs restore --run-id' in caplog.text
+    with mlflow_client(s) as c: c.restore_run(registry.versions(s)[0]['run_id'])
+    evaluate.evaluate(s, 3)
+    with mlflow_client(s) as c: assert 'test_accuracy' in c.get_run(registry.versions(s)[0]['run_id']).data.metrics
+
+def test_a_version_whose_run_was_deleted_for_good_is_evaluated_and_promoted(home, caplog):
+    "By `mlflow gc`."
+    run_id = registry.versions(home)[0]['run_id']
+    with mlflow_client(home) as c:
+        c.delete_run(run_id)
+        c._tracking_client.store._hard_delete_run(run_id)
+    assert release.promote(home, 2)['promoted'] and registry.find_trained(home, 'd', {}) is None
+    consistent(home, '2')
+
+def test_a_deleted_alias_is_said_and_does_not_weaken_the_gate(home, caplog):
+    "The candidate is compared with what is in production, and `promote` puts the alias back."
+    s = home
+    with mlflow_client(s) as c: c.delete_registered_model_alias(s.model, 'champion')
+    outcome = release.promote(s, 3)
+    assert not outcome['promoted'] and outcome['gate']['champion'] == outcome['previous'] == '1'
+    assert 'plant-mlops promote --version 1' in caplog.text
+    with pytest.raises(PlantError, match='alias'): release.challenge(s, 2)
+    assert release.promote(s, 1)['promoted']
+    assert alias(s) == '1'
+
+def test_a_champion_whose_version_was_deleted_stays_what_candidates_are_compared_with(home, caplog):
+    s = home
+    release.promote(s, 2)
+    with mlflow_client(s) as c: c.delete_model_version(s.model, '2')
+    outcome = release.promote(s, 3)
+    assert not outcome['promoted'] and outcome['gate']['champion'] == '2' and 'deleted in MLflow' in caplog.text
+    with pytest.raises(PlantError, match='Version 2 .* was deleted in MLflow'): evaluate.evaluate(s, 2)
+    assert release.rollback(s) == dict(version='1', previous='2', reason='rolled back from version 2')
+    consistent(s, '1')
+
+def test_a_rollback_says_that_the_previous_champion_was_deleted(home):
+    release.promote(home, 2, force=True)
+    release.promote(home, 3, force=True)
+    with mlflow_client(home) as c: c.delete_model_version('plants', '2')
+    result = release.rollback(home)
+    assert result['version'] == '1' and 'version 2, the champion before, was deleted' in result['reason']
+    consistent(home, '1')
+
+def test_a_deleted_or_renamed_registered_model_is_said_and_a_new_version_is_compared_with_production(home, tmp_path):
+    s = home
+    with mlflow_client(s) as c: c.rename_registered_model(s.model, f'{s.model}-old')
+    for f in (evaluate.evaluate, release.promote):
+        with pytest.raises(PlantError, match=f'renamed to .*PLANT_MODEL={s.model}-old'): f(s)
+    with mlflow_client(s) as c: c.delete_registered_model(f'{s.model}-old')
+    with pytest.raises(PlantError, match='version 1 is in production.*deleted'): release.promote(s)
+    assert 'MLflow has no history' in release.describe_no_history(s)
+    bad, fine = (registry.register(s, new_run(s), model_file(tmp_path/'m.onnx', w)) for w in (-good, good*1.2))
+    outcome = release.promote(s, bad)
+    assert not outcome['promoted'] and 'worse than the champion' in outcome['reason']
+    assert release.promote(s, fine)['promoted']
+    assert alias(s) == fine
+
+def test_a_version_whose_logged_model_was_deleted_is_evaluated(home):
+    s = home
+    with mlflow_client(s) as c:
+        source = c.get_model_version(s.model, '2').source
+        c.delete_logged_model(re.search('m-[0-9a-f]{32}', source)[0])
+    assert evaluate.evaluate(s, 2)['n'] == 40 and release.promote(s, 2)['promoted']
+
+def test_an_archived_version_is_not_the_newest(home):
+    import warnings
+    with mlflow_client(home) as c, warnings.catch_warnings(action='ignore'):
+        c.transition_model_version_stage('plants', '3', 'Archived')
+    assert evaluate.evaluate(home)['version'] == '2' and evaluate.evaluate(home, 3)['version'] == '3'
+
+def test_a_model_file_that_was_deleted_is_taken_from_the_store_or_said(deletable, caplog, server):
+    s = deletable
+    folder = s.home/'mlartifacts'
+    if s.tracking_uri == server:
+        with mlflow_client(s) as c: source = c.get_model_version(s.model, '1').source
+        folder = server_folders[server]/'artifacts'/source.removeprefix('mlflow-artifacts:/').split('/')[0]
+    for file in folder.rglob('model.onnx'): file.unlink()
+    assert registry.model_bytes(s, 1) == open_store(s).get(pointer(s)['key'])
+    assert 'version 1' in caplog.text and 'The copy in the store is used' in caplog.text
+    with pytest.raises(PlantError, match='file of version 2 .* was deleted from MLflow'): evaluate.evaluate(s, 2)
+    shutil.rmtree(folder)
+    evaluate.evaluate(s, 1) # its predictions are computed again
+
+def test_the_dashboard_lists_versions_whose_runs_were_deleted(home):
+    from plant_mlops.apps.models import list_training_runs, view_models
+    with mlflow_client(home) as c: c.delete_experiment(experiment_id(c, home))
+    assert {run.version for run in list_training_runs(home)} == {'3', '2', '1'}
+    assert len(list(view_models(home))) > 2
+    with mlflow_client(home) as c: c.delete_registered_model('plants')
+    with pytest.raises(PlantError, match='mlflow experiments restore --experiment-id'): list_training_runs(home)
+
+def test_the_advice_of_an_error_of_mlflow_fits_its_cause(tmp_path, monkeypatch):
+    "Only where MLflow cannot be reached does it help to run the same command again."
+    monkeypatch.setenv('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')
+    def error(**kw) -> str:
+        with pytest.raises(PlantError) as e: registry.versions(settings(home=tmp_path, **kw))
+        return str(e.value)
+    assert 'run again' in error(tracking_uri=f'http://127.0.0.1:{free_port()}')
+    for status, advice in ((401, 'MLFLOW_TRACKING_USERNAME'), (403, 'MLFLOW_TRACKING_USERNAME'), (503, 'run again')):
+        with serve_site() as site: # as a proxy in front of MLflow
+            site.pages = SimpleNamespace(get=lambda path, missing: (status, {}, b''))
+            message = error(tracking_uri='http://{}:{}'.format(*site.server_address))
+        assert advice in message and ('run again' in message) == (status == 503), message
+    (tmp_path/'mlflow.db').write_bytes(b'no database ' * 1000)
+    message = error()
+    assert 'back-up' in message and 'again' not in message

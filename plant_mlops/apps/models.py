@@ -17,7 +17,7 @@ import fastcore.xml as X
 from .parts import EMPTY_HOME, GREEN, PALETTE, format_share, heading, html_table, new_axes, svg_figure
 from ..core.config import PlantError, Settings
 from ..core.store import open_store
-from ..registry.tracking import mlflow_client
+from ..registry.tracking import find_experiment, find_run, mlflow_client
 
 # %% ../../nbs/apps/02_models.ipynb #0622b732
 @dataclass
@@ -36,6 +36,13 @@ def _format_time(milliseconds: int | None) -> str:
     if not milliseconds: return ''
     return f'{datetime.fromtimestamp(milliseconds/1000, timezone.utc):%Y-%m-%d %H:%M}'
 
+def _deleted_run(version) -> TrainingRun:
+    "A `TrainingRun` from a model version of MLflow whose run was deleted for good."
+    return TrainingRun(
+        version=str(version.version), run_id=version.run_id, started=_format_time(version.creation_timestamp),
+        dataset=version.tags.get('dataset', ''), params={}, metrics=json.loads(version.tags.get('metrics', '{}')),
+        state='deleted')
+
 def _training_run(run, version=None) -> TrainingRun:
     "A `TrainingRun` from a run and a model version of MLflow."
     return TrainingRun(
@@ -53,24 +60,40 @@ def _has_tracking(s: Settings) -> bool:
     prefix = 'sqlite:///'
     return not s.tracking_uri.startswith(prefix) or Path(s.tracking_uri.removeprefix(prefix)).exists()
 
+def _active_runs(client, s: Settings, limit: int) -> list:
+    "The newest runs of the model's experiment; none where it was deleted."
+    experiment = client.get_experiment_by_name(s.model)
+    if not experiment: return []
+    newest_first = ['attributes.start_time DESC']
+    return list(client.search_runs([experiment.experiment_id], order_by=newest_first, max_results=limit))
+
+def _versions_without_runs(client, finished: list, run_ids: set) -> list[TrainingRun]:
+    "The versions whose run was deleted in MLflow."
+    deleted = []
+    for version in finished:
+        if version.run_id in run_ids: continue
+        run = find_run(client, version.run_id)
+        if not run: deleted.append(_deleted_run(version))
+        elif run.info.lifecycle_stage != 'active': deleted.append(_training_run(run, version))
+    return deleted
+
 def list_training_runs(
     s: Settings, # settings
     limit: int = 20, # maximum number of runs
 ) -> list[TrainingRun]: # newest first; a run with several versions appears once for each
-    "The runs in MLflow and the versions they registered; raises `PlantError` if there are none."
+    "The runs in MLflow, and the versions they registered, also of deleted runs; raises `PlantError` if there are none."
     from plant_mlops.registry.registry import finished_versions
     if not _has_tracking(s): raise PlantError(EMPTY_HOME)
     with mlflow_client(s) as client:
-        experiment = client.get_experiment_by_name(s.model)
-        if not experiment: raise PlantError(EMPTY_HOME)
-        newest_first = ['attributes.start_time DESC']
-        runs = client.search_runs([experiment.experiment_id], order_by=newest_first, max_results=limit)
-        if not runs: raise PlantError(EMPTY_HOME)
+        runs = _active_runs(client, s, limit)
         finished = finished_versions(client, s)
-    training_runs = []
-    for run in runs:
-        registered = [version for version in finished if version.run_id == run.info.run_id]
-        training_runs += [_training_run(run, version) for version in registered or [None]]
+        training_runs = []
+        for run in runs:
+            registered = [version for version in finished if version.run_id == run.info.run_id]
+            training_runs += [_training_run(run, version) for version in registered or [None]]
+        training_runs += _versions_without_runs(client, finished[:limit], {run.info.run_id for run in runs})
+        if not training_runs and not find_experiment(client, s): raise PlantError(EMPTY_HOME)
+    if not training_runs: raise PlantError(EMPTY_HOME)
     return training_runs
 
 # %% ../../nbs/apps/02_models.ipynb #b705826b
@@ -148,6 +171,7 @@ def load_curves(
     curves = {}
     with mlflow_client(s) as client:
         for run in registered[:limit]:
+            if run.state == 'deleted': continue
             histories = {name: client.get_metric_history(run.run_id, name) for name in _CURVES}
             points = {name: sorted((m.step, m.value) for m in history) for name, history in histories.items()}
             metrics = {name: tuple(zip(*pairs)) for name, pairs in points.items() if pairs}
@@ -200,14 +224,14 @@ def view_models(
     "The training runs, and the history of the model in production."
     runs = list_training_runs(s)
     from plant_mlops.registry.registry import champion
-    from plant_mlops.registry.release import history
+    from plant_mlops.registry.release import describe_no_history, history
     pointer = champion(s)
     version = pointer['version'] if pointer else None
     yield from runs_table(runs, version)
     plots = _model_plots(s, runs, version)
     if plots: yield X.Div(*plots, cls='pm-plots')
     events = history(s)
-    yield heading('In production', None if events else 'Nothing yet: `plant-mlops promote`.')
+    yield heading('In production', None if events else describe_no_history(s))
     if events: yield html_table([_promotion_row(event) for event in events])
 
 # %% ../../nbs/apps/02_models.ipynb #b364789b

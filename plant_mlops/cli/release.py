@@ -38,10 +38,12 @@ def rollback(home: HomeOption = None, as_json: JsonOption = False):
 @app.command()
 def history(home: HomeOption = None, as_json: JsonOption = False):
     "List the versions that were in production, and when."
+    from plant_mlops.registry.release import describe_no_history
     from plant_mlops.registry.release import history as read_history
-    events = read_history(settings(home=home))
+    s = settings(home=home)
+    events = read_history(s)
     if as_json: print_json(events)
-    else: print_table(events, 'Nothing has been promoted yet.')
+    else: print_table(events, '' if events else describe_no_history(s))
 
 # %% ../../nbs/cli/05_release.ipynb #aec0b897
 ab_app = new_app('Compare two versions on live traffic (an A/B test).')

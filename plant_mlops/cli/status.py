@@ -8,7 +8,8 @@ __all__ = ['app', 'status', 'config']
 # %% ../../nbs/cli/09_status.ipynb #dbfc8df7
 from .options import HomeOption, JsonOption, new_app
 from .output import console, escaped, new_table, print_json, print_line, print_result
-from ..core.config import describe_settings, find_unknown_variables, settings
+from ..core.config import settings
+from ..core.setting_sources import describe_settings, find_unknown_variables
 from ..monitor.status import status as read_status
 
 # %% ../../nbs/cli/09_status.ipynb #e04ac8bf

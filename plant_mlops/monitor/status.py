@@ -6,7 +6,7 @@
 __all__ = ['status']
 
 # %% ../../nbs/monitor/06_status.ipynb #98d15a46
-from ..core.config import Settings
+from ..core.config import PlantError, Settings
 from ..core.store import open_store
 from ..core.workload import configured_workload
 from ..serve.champion import NoModelError, champion_pointer
@@ -15,7 +15,7 @@ from ..serve.champion import NoModelError, champion_pointer
 def status(
     s: Settings, # uses `model`
 ) -> dict: # model, version, accuracy, interval, test_photos, source, dataset, run, published, store, catalog, note
-    """The model in production. If there is none, `note` says what to do.
+    """The model in production. If there is none, or the catalog cannot be read, `note` says what to do.
 
     accuracy, interval and test_photos are missing if the version was not evaluated; test_photos is test_examples for a
     model whose examples are not photos."""
@@ -31,7 +31,10 @@ def status(
         scores['accuracy'] = metrics.get('accuracy')
         scores['interval'] = [metrics.get('accuracy_low'), metrics.get('accuracy_high')]
         scores[f'test_{workload.examples}'] = metrics.get('n')
-    catalog = workload.catalog(s) if workload.catalog else None
+    catalog = None
+    if workload.catalog:
+        try: catalog = workload.catalog(s)
+        except PlantError as e: note = f'{note} {e}' if note else str(e)
     return dict(
         model=s.model, version=pointer.get('version'), **scores,
         source=pointer.get('source'), dataset=pointer.get('dataset'), run=pointer.get('run_id'),

@@ -12,10 +12,11 @@ import numpy as np
 from scipy.stats import binomtest, ttest_1samp
 from ..core.config import Settings
 from ..core.workload import Reader
-from .evaluate import Predictions, evaluate, predict_test_split, reader_for
+from .evaluate import (
+    Predictions, evaluate, predict_published, predict_test_split, reader_for)
 from .metrics import as_arrays, brier_scores, confusion_matrix
 from .model_file import read_metadata
-from .registry import champion, model_bytes
+from .registry import champion, model_bytes, published_champion
 
 # %% ../../nbs/registry/06_gate.ipynb #89a93981
 @dataclass
@@ -216,12 +217,12 @@ def _gate_challenger(
     s: Settings, # settings with the store
     reader: Reader, # reader of the examples
     candidate: Predictions, # test predictions of the challenger
-    champion_record: dict, # version and dataset of the champion
+    champion_predictions: Predictions, # predictions of the champion for the same examples
+    champion_dataset: str, # dataset that the champion was trained on; '' if that is unknown
 ) -> GateResult:
     "The gate where there is a champion."
-    champion_version = champion_record['version']
-    champion_predictions = predict_test_split(s, champion_version, candidate.dataset)
-    unseen = _unseen_ids(s, reader, candidate.dataset, champion_record['dataset'])
+    champion_version = champion_predictions.version
+    unseen = _unseen_ids(s, reader, candidate.dataset, champion_dataset)
     ids = [i for i in candidate.ids if i in unseen]
     left_out = len(candidate.ids) - len(ids)
     if not ids:
@@ -246,5 +247,9 @@ def gate(
     reader = reader_for(s, read_metadata(model_bytes(s, version)))
     candidate = predict_test_split(s, version)
     champion_record = champion(s)
-    if champion_record is None: return _gate_first(s, reader, candidate, metrics)
-    return _gate_challenger(s, reader, candidate, champion_record)
+    if champion_record: predicted = predict_test_split(s, champion_record['version'], candidate.dataset)
+    else:
+        champion_record = published_champion(s) # MLflow's alias or version may have been deleted
+        if champion_record is None: return _gate_first(s, reader, candidate, metrics)
+        predicted = predict_published(s, champion_record, candidate.dataset)
+    return _gate_challenger(s, reader, candidate, predicted, champion_record.get('dataset') or '')

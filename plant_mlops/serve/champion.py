@@ -18,6 +18,10 @@ log = logging.getLogger(__name__)
 class NoModelError(PlantError): "No model has been promoted yet."
 
 # %% ../../nbs/serve/01_champion.ipynb #00f70fa2
+_REPAIR = dict( # alias → how to write a damaged pointer again
+    champion='`plant-mlops evaluate` writes it again, from MLflow.',
+    challenger='End the A/B test with `plant-mlops ab stop`, then start it again.')
+
 def read_pointer(
     store, # where models are published
     name: str, # of the model
@@ -27,9 +31,9 @@ def read_pointer(
     key = f'models/{name}/{alias}.json'
     try: pointer = json.loads(store.get(key))
     except NotFound: return None
-    except ValueError: raise StoreError(f'{key} in {store} is not JSON. Publish the {alias} again.') from None
+    except ValueError: raise StoreError(f'{key} in {store} is not JSON. {_REPAIR[alias]}') from None
     if isinstance(pointer, dict) and {'version', 'key', 'sha256'} <= set(pointer): return pointer
-    raise StoreError(f'{key} in {store} is incomplete. Publish the {alias} again.')
+    raise StoreError(f'{key} in {store} is incomplete. {_REPAIR[alias]}')
 
 # %% ../../nbs/serve/01_champion.ipynb #200202f1
 def champion_pointer(

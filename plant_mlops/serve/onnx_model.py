@@ -61,10 +61,10 @@ def session_metadata(
     texts = session.get_modelmeta().custom_metadata_map
     metadata = {key: _metadata_value(text) for key, text in sorted(texts.items())}
     missing = [key for key in ('classes', 'input') if key not in metadata]
-    if missing: raise PlantError(f'The model file does not say its {" and ".join(missing)}. Export it again.')
+    if missing: raise PlantError(f'The model file does not say its {" and ".join(missing)}. Write them with `stamp`.')
     spec = metadata['input']
     if not isinstance(spec, dict) or not {'kind', 'shape'} <= set(spec):
-        raise PlantError('The model file does not say of what kind and shape its input is. Export it again.')
+        raise PlantError('The model file does not say of what kind and shape its input is. Write them with `stamp`.')
     return metadata | dict(version=str(metadata.get('version', '')))
 
 # %% ../../nbs/serve/00_onnx_model.ipynb #1fe3af44
@@ -245,9 +245,9 @@ def _check_probabilities(model: Model, n: int):
     except Exception as e:
         raise PlantError(f'{model} fails on the golden input ({e}). Promote another version.') from e
     if probabilities.shape != (n, len(model.classes)):
-        raise PlantError(f'{model} answers in shape {probabilities.shape}. Export it again.')
+        raise PlantError(f'{model} answers in shape {probabilities.shape}. Promote another version.')
     if not np.isfinite(probabilities).all() or not np.allclose(probabilities.sum(1), 1, atol=1e-3):
-        raise PlantError(f'{model}: its probabilities do not sum to 1. Export it again.')
+        raise PlantError(f'{model}: its probabilities do not sum to 1. Promote another version.')
 
 def check_model(
     model: Model, # model that is to serve

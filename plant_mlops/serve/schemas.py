@@ -117,7 +117,8 @@ async def _on_disconnect(request, error): return Response(status_code=499)
 
 async def _on_failure(request, error):
     headers = {'X-Request-ID': request.scope.get('request_id', '')} | SECURITY_HEADERS
-    return problem_response(500, 'The server failed; its log says why. Nothing was recorded: try again.', **headers)
+    message = 'The server failed, and nothing was recorded. The line of its log with this X-Request-ID says why.'
+    return problem_response(500, message, **headers)
 
 def add_error_handlers(
     app: FastAPI, # changed in place

@@ -15,7 +15,7 @@ from sklearn.pipeline import Pipeline
 from ..core.config import PlantError, Settings
 from ..registry.evaluate import evaluate
 from ..registry.model_file import compare_with_sklearn, from_sklearn
-from ..registry.registry import register
+from ..registry.registry import download_file, register
 from ..registry.tracking import mlflow_client, new_run
 from .dataset import load_stock_dataset
 from .features import FEATURES
@@ -108,9 +108,11 @@ def load_walk(
     run: str, # ID of the training run
 ) -> pd.DataFrame: # result of `walk_forward`
     "Metrics of a model in consecutive periods, as recorded during training."
-    with mlflow_client(s) as client, tempfile.TemporaryDirectory() as folder:
-        text = Path(client.download_artifacts(run, 'walk_forward.json', folder)).read_text()
-    return pd.read_json(io.StringIO(text), convert_dates=False)
+    with mlflow_client(s): content = download_file(s, f'runs:/{run}/walk_forward.json')
+    if content is None:
+        raise PlantError(f'The run {run} or its file walk_forward.json was deleted in MLflow. Train a new version: '
+                         '`plant-mlops job run stocks-train`.')
+    return pd.read_json(io.StringIO(content.decode()), convert_dates=False)
 
 # %% ../../nbs/stocks/04_train.ipynb #ad207ca4
 def evaluate_with_baselines(
