@@ -15,8 +15,8 @@ help:                 ## this list
 run: install          ## ingest, train, evaluate and promote, on drawn photos, offline
 	@plant-mlops run
 
-# Two processes, each with a core.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# Three processes on two cores: tests wait for servers, alerts and timeouts a third of their time.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 test: install         ## every test; those that lack a program are skipped, and a table at the end says why
 	@$(PYTEST)
