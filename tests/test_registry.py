@@ -508,3 +508,19 @@ def test_the_advice_of_an_error_of_mlflow_fits_its_cause(tmp_path, monkeypatch):
     (tmp_path/'mlflow.db').write_bytes(b'no database ' * 1000)
     message = error()
     assert 'back-up' in message and 'again' not in message
+
+# -- A database of MLflow that is created
+
+def test_a_process_that_is_killed_while_it_creates_the_database_leaves_none_that_cannot_be_used(tmp_path):
+    code = ('import sys; from plant_mlops.core.config import settings; '
+            'from plant_mlops.registry.tracking import mlflow_client\n'
+            'with mlflow_client(settings(home=sys.argv[1])) as client: client.search_experiments()')
+    command = [sys.executable, '-c', code, tmp_path]
+    process = subprocess.Popen(command, cwd=tmp_path)
+    wait_for(lambda: (tmp_path/'mlflow.db.unfinished').exists() and (tmp_path/'mlflow.db.unfinished').stat().st_size > 50_000,
+             what='the tables', every=.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path/'mlflow.db').exists()
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
+    assert (tmp_path/'mlflow.db').exists() and not (tmp_path/'mlflow.db.unfinished').exists()

@@ -17,7 +17,7 @@ import fastcore.xml as X
 from .parts import EMPTY_HOME, GREEN, PALETTE, format_share, heading, html_table, new_axes, svg_figure
 from ..core.config import PlantError, Settings
 from ..core.store import open_store
-from ..registry.tracking import find_experiment, find_run, mlflow_client
+from ..registry.tracking import find_experiment, find_mlflow_run, mlflow_client
 
 # %% ../../nbs/apps/02_models.ipynb #0622b732
 @dataclass
@@ -72,7 +72,7 @@ def _versions_without_runs(client, finished: list, run_ids: set) -> list[Trainin
     deleted = []
     for version in finished:
         if version.run_id in run_ids: continue
-        run = find_run(client, version.run_id)
+        run = find_mlflow_run(client, version.run_id)
         if not run: deleted.append(_deleted_run(version))
         elif run.info.lifecycle_stage != 'active': deleted.append(_training_run(run, version))
     return deleted

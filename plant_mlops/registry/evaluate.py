@@ -17,7 +17,7 @@ from ..core.workload import Reader, workloads
 from .metrics import compute_metrics, confusion_matrix, plot_confusion, plot_reliability
 from .model_file import check_model_file, open_session, read_metadata, run_model
 from .registry import download_file, download_model, get_version
-from .tracking import find_run, mlflow_client, restore_command
+from .tracking import find_mlflow_run, mlflow_client, restore_command
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def _artifact_folder(model_version) -> str: return f'evaluation/version-{model_v
 
 def _load_predictions(s, client, model_version, dataset) -> Predictions | None:
     "The predictions saved in MLflow for a version and a dataset, or None."
-    if not find_run(client, model_version.run_id): return None
+    if not find_mlflow_run(client, model_version.run_id): return None
     artifact_folder = _artifact_folder(model_version)
     path = f'{artifact_folder}/{dataset}.json'
     saved_paths = [f.path for f in client.list_artifacts(model_version.run_id, artifact_folder)]
@@ -124,7 +124,7 @@ def _load_predictions(s, client, model_version, dataset) -> Predictions | None:
     except (ValueError, TypeError): return None # partly written, or written by another version of this package
 
 def _save_predictions(client, model_version, predictions: Predictions):
-    if not find_run(client, model_version.run_id): return
+    if not find_mlflow_run(client, model_version.run_id): return
     content = {key: value for key, value in asdict(predictions).items() if value is not None}
     path = f'{_artifact_folder(model_version)}/{predictions.dataset}.json'
     client.log_text(model_version.run_id, json.dumps(content), path)
@@ -202,7 +202,7 @@ def _plot_predictions(
 # %% ../../nbs/registry/05_evaluate.ipynb #561fa465
 def _log_evaluation(s, client, model_version, predicted: Predictions, numbers: dict, source: str):
     "Record the metrics of a version with its run, if the run was not deleted, and with the version."
-    run = find_run(client, model_version.run_id)
+    run = find_mlflow_run(client, model_version.run_id)
     if run and run.info.lifecycle_stage == 'active':
         for name, value in numbers.items(): client.log_metric(model_version.run_id, f'test_{name}', value)
         plot_path = f'{_artifact_folder(model_version)}/test.png'

@@ -16,7 +16,7 @@ from ..core.config import PlantError, Settings
 from ..core.store import Corrupt, NotFound, StoreError, open_store, sha256_of
 from ..core.workload import configured_workload, workloads
 from .model_file import check_model_file, load_model_file, open_session, stamp
-from .tracking import find_run, mlflow_client
+from .tracking import find_mlflow_run, mlflow_client
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +220,7 @@ def find_trained(
     with mlflow_client(s) as client:
         for record in versions(s):
             if record['dataset'] != dataset: continue
-            run = find_run(client, record['run_id'])
+            run = find_mlflow_run(client, record['run_id'])
             if run and expected.items() <= run.data.params.items(): return record['version']
     return None
 
