@@ -68,7 +68,7 @@ def _client_config(
     if style: options['s3'] = dict(addressing_style=style)
     if access.proxy: options['proxies'] = dict(http=access.proxy, https=access.proxy)
     if _is_amazon(access): options['ignore_configured_endpoint_urls'] = True
-    if not _is_configured(session, 'max_attempts'): options['retries']['max_attempts'] = tries
+    if not _is_configured(session, 'max_attempts'): options['retries']['total_max_attempts'] = tries
     if not _is_configured(session, 'retry_mode'): options['retries']['mode'] = 'standard'
     for checksum in ('request_checksum_calculation', 'response_checksum_validation'):
         if not _is_configured(session, checksum): options[checksum] = 'when_required'
@@ -208,7 +208,7 @@ def _raise_setting_errors(
 # %% ../../nbs/core/06_s3_client.ipynb #0edc5594
 def open_s3_client(
     access: S3Access, # how the S3 is reached
-    tries: int = 8, # number of tries of a request: half a minute, in which a server may be restarted
+    tries: int = 9, # number of tries of a request: half a minute, in which a server may be restarted
 ): # boto3 client
     "A client, which retries with backoff; raises `StoreError` if a setting is not usable."
     with _raise_setting_errors(access), _lock: return _create_client(access, tries, _boto3_variables())

@@ -76,7 +76,7 @@ class S3Bucket:
         self.access = store_access(s)
         self.where = f'{s.s3_endpoint_url or "S3"} (bucket {self.bucket})'
         self.client = open_s3_client(self.access)
-        self._impatient_client = open_s3_client(self.access, tries=4) # fails sooner, in case the address was mistyped
+        self._impatient_client = open_s3_client(self.access, tries=5) # fails sooner, in case the address was mistyped
 
     def __repr__(self): return f's3://{self.bucket}/{self.prefix}'
 

@@ -12,8 +12,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from yarl import URL
 from ..core.config import PlantError, Settings
 from ..core.s3_client import S3Access, has_credentials, open_s3_client, store_access
-from ..core.s3_errors import (
-    FINAL_STATUSES, describe_failure, describe_response, diagnose_failure, diagnose_response)
+from ..core.s3_errors import describe_failure, describe_response, diagnose_failure, diagnose_response
 from .download import (
     Download, PermanentFetchError, SettingFetchError, TransientFetchError, describe_status, read_all)
 from .proxies import Proxies, read_proxies
@@ -35,9 +34,9 @@ def source_access(
     if endpoint or any(keys): access = replace(access, settings_prefix='PLANT_INGEST_S3')
     if endpoint: access = replace(access, endpoint_setting='PLANT_INGEST_S3_ENDPOINT_URL')
     if endpoint or s.ingest_s3_region: access = replace(access, region_setting='PLANT_INGEST_S3_REGION')
+    if proxies.source != 'setting': return access # boto3 reads the environment itself
     proxy = proxies.proxy_of(URL(access.endpoint or 'https://s3.amazonaws.com'))
-    if proxy is None or proxies.source == 'environment': return access # boto3 reads the environment itself
-    return replace(access, proxy=proxy.url_with_password)
+    return replace(access, proxy=proxy.url_with_password) if proxy else access
 
 # %% ../../nbs/data/11_buckets.ipynb #a57b25ee
 def _advice_for_bucket(access: S3Access) -> str:
@@ -55,7 +54,7 @@ def _response_error(
     status = e.response['ResponseMetadata'].get('HTTPStatusCode', 500)
     message = f'{access.endpoint or "S3"} answered {describe_status(status)}, {describe_response(e)}'
     if problem.kind in ('region', 'key', 'clock', 'proxy'): return SettingFetchError(f'{message} {problem.advice}')
-    if problem.kind == 'server' and status not in FINAL_STATUSES: return TransientFetchError(message)
+    if problem.kind == 'server': return TransientFetchError(message)
     if problem.kind == 'bucket': return PermanentFetchError(f'{message} {_advice_for_bucket(access) or "Correct the URL."}')
     advice = problem.advice
     if problem.kind == 'policy': advice += f' {_advice_for_bucket(access)}' # MinIO denies buckets that do not exist
