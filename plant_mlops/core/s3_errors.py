@@ -85,8 +85,8 @@ def _is_of_proxy(e, status: int) -> bool:
 def _region_problem(e, status: int, access: S3Access) -> S3Problem:
     "What is wrong if S3 says that the region is another one."
     if e.operation_name == 'CreateBucket' and not _find_region(e):
-        return S3Problem('region', f'This S3 creates no bucket in the region. Set {access.region_setting} to the region '
-                         'of the endpoint.')
+        return S3Problem('region', 'This S3 creates no bucket in the region. '
+                         f'Set {access.region_setting} to the region of the endpoint.')
     advice = f'The region is another one. Set {access.region_setting} to {_find_region(e) or "that of the bucket"}.'
     if status in (301, 307) and access.endpoint: advice += f' Set {access.endpoint_setting} to its endpoint, too.'
     return S3Problem('region', advice)
@@ -95,8 +95,8 @@ def _key_problem(code: str, access: S3Access) -> S3Problem:
     "What is wrong if S3 does not accept the keys."
     prefix = access.settings_prefix
     if code in ('InvalidAccessKeyId', 'InvalidToken') and access.access_key.startswith('ASIA'):
-        return S3Problem('key', 'The access key is a temporary one. Write it, its secret key and its session token into '
-                         'AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, and leave '
+        return S3Problem('key', 'The access key is a temporary one. Write it, its secret key and its session token '
+                         'into AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, and leave '
                          f'{prefix}_ACCESS_KEY and {prefix}_SECRET_KEY empty.')
     return S3Problem('key', f'{_KEY_PROBLEMS[code]}. Check the keys: {prefix}_ACCESS_KEY and {prefix}_SECRET_KEY, '
                      'or, if these are empty, those of the variables AWS_… or of ~/.aws.')
@@ -155,7 +155,8 @@ def _connection_advice(
         advice += (f' With {access.settings_prefix}_ADDRESSING_STYLE=virtual, the name of the bucket is part of the '
                    'host name.')
     variable = proxy_variable(access)
-    if variable: advice += f' The requests go through the proxy of {variable}; hosts in NO_PROXY are reached without it.'
+    if variable:
+        advice += f' The requests go through the proxy of {variable}; hosts in NO_PROXY are reached without it.'
     return advice
 
 def _tunnel_problem(e, access: S3Access) -> S3Problem:

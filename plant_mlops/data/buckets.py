@@ -55,8 +55,8 @@ def _response_error(
     message = f'{access.endpoint or "S3"} answered {describe_status(status)}, {describe_response(e)}'
     if problem.kind in ('region', 'key', 'clock', 'proxy'): return SettingFetchError(f'{message} {problem.advice}')
     if problem.kind == 'server': return TransientFetchError(message)
-    if problem.kind == 'bucket': return PermanentFetchError(f'{message} {_advice_for_bucket(access) or "Correct the URL."}')
     advice = problem.advice
+    if problem.kind == 'bucket': advice = _advice_for_bucket(access) or 'Correct the URL.'
     if problem.kind == 'policy': advice += f' {_advice_for_bucket(access)}' # MinIO denies buckets that do not exist
     return PermanentFetchError(f'{message} {advice}'.rstrip())
 

@@ -238,7 +238,8 @@ class Fetcher:
         "Download without a retry."
         scheme = url.partition(':')[0].lower()
         if scheme not in self.schemes:
-            raise PermanentFetchError(f'{mask_login(url)} begins with none of {", ".join(self.schemes)} (PLANT_INGEST_SCHEMES).')
+            raise PermanentFetchError(f'{mask_login(url)} begins with none of {", ".join(self.schemes)} '
+                                      '(PLANT_INGEST_SCHEMES).')
         limit = self.settings.ingest_max_bytes
         with _raise_fetch_errors(url, self.settings.ingest_timeout):
             if scheme in ('http', 'https'): return await fetch_http(self.web, url, limit)
