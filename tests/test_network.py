@@ -340,7 +340,7 @@ def test_the_store_is_reached_directly_if_no_proxy_names_its_network(seaweedfs, 
 @pytest.mark.parametrize('order', [1, -1])
 def test_the_result_for_an_object_does_not_depend_on_those_before_it(open_bucket, monkeypatch, order):
     "Of a public bucket, with keys that its S3 does not know."
-    access = S3Access(open_bucket, 'of-another', 'account', settings_prefix='PLANT_INGEST_S3')
+    access = S3Access(open_bucket, 'of-another', 'account')
     buckets = SourceBuckets(access)
     def outcome(url):
         try: return len(buckets.fetch(url, 10**7).data) > 0
@@ -362,7 +362,7 @@ def test_a_private_object_of_a_public_bucket_is_read_with_the_keys(tmp_path):
         with serve_site(pages) as site:
             buckets = SourceBuckets(S3Access(f'http://127.0.0.1:{site.server_port}', 'a', 'b'))
             for name in names:
-                if name != 'secret': assert buckets.fetch(f'S3://b/{name}', 100).data == b'ok'
+                if name != 'secret': assert buckets.fetch(f's3://b/{name}', 100).data == b'ok'
                 else:
                     with pytest.raises(PlantError, match='Check the keys'): buckets.fetch(f's3://b/{name}', 100)
 
@@ -513,7 +513,7 @@ def test_the_error_of_a_source_names_the_setting_that_applies(tmp_path, monkeypa
             row, = fetch(tmp_path/str(i), 's3://open/1.jpg', **kw, s3_endpoint_url=f'http://127.0.0.1:{site.server_port}')
         assert words in row['error'], row
     with pytest.raises(PlantError, match='Set both'):
-        SourceBuckets(S3Access('http://127.0.0.1:9', '', 'b')).fetch('s3://open/1.jpg', 9)
+        SourceBuckets(S3Access('http://127.0.0.1:9', '', 'b')).fetch('S3://open/1.jpg', 9)
     monkeypatch.setenv('AWS_PROFILE', 'nope')
     with pytest.raises(PlantError, match='configuration cannot be used.*nope'):
         SourceBuckets(S3Access('http://127.0.0.1:9')).fetch('s3://open/1.jpg', 9)
