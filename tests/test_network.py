@@ -5,7 +5,9 @@ import pytest
 from botocore import auth
 from helpers import make_authority, noise_photo, plant, plant_messages, running_proxy, serve_site
 from plant_mlops.core.config import PlantError, settings
+from plant_mlops.core.s3_client import S3Access, open_s3_client
 from plant_mlops.core.store import StoreError, open_store, sha256_of
+from plant_mlops.data.buckets import SourceBuckets
 from plant_mlops.data.catalog import add_rows, list_rows, open_catalog
 from plant_mlops.data.ingest import ingest
 
@@ -171,6 +173,24 @@ def test_an_unusable_proxy_ends_the_run_with_a_message_without_the_password(tmp_
         fetch(tmp_path, 'http://a.test/a.jpg', ingest_proxy=value.format('hush'))
     assert 'hush' not in str(error.value)
 
+def test_a_proxy_that_cannot_be_used_concerns_only_the_urls_that_need_it(tmp_path, site, monkeypatch):
+    monkeypatch.setenv('ALL_PROXY', 'socks5://proxy:1080')
+    with running_proxy({'photos.test': site.server_address[:2]}) as proxy:
+        monkeypatch.setenv('HTTP_PROXY', proxy.url)
+        rows = fetch(tmp_path, 'http://photos.test/a.jpg', 'https://photos.test/a.jpg', ingest_proxy='environment',
+                     ingest_allow_hosts='photos.test')
+    assert [row['status'] for row in rows] == ['stored', 'failed'] and 'socks5' in rows[1]['error'], rows
+
+def test_no_error_shows_the_password_of_a_url(tmp_path):
+    for url in ('http://me:hush@a.test:x/', 'http://me:hush#@a.test/', 'https://me:hu/sh@a.test/', 'http://me:hush@:80/'):
+        row, = fetch(tmp_path/str(len(url)), url)
+        assert row['status'] == 'rejected' and 'hush' not in row['error'] and 'hu/sh' not in row['error'], row
+
+def test_a_photo_that_a_proxy_has_changed_is_stored(tmp_path):
+    with serve_site({'/a.jpg': (203, {}, noise_photo(1))}) as site:
+        row, = fetch(tmp_path, 'http://photos.test/a.jpg', connect_to=site.connect_to)
+        assert row['status'] == 'stored', row
+
 # -- Headers
 
 def require_token(handler):
@@ -267,7 +287,7 @@ def test_public_buckets_are_read_without_keys_from_another_endpoint_than_the_sto
     for row, words in zip(rows[1:], [('403', 'not signed', 'PLANT_INGEST_S3_ACCESS_KEY'), ('40',), ('40',)]):
         for word in words: assert word in row['error'], row
 
-def test_a_public_bucket_is_read_although_its_s3_does_not_know_the_keys(open_bucket, tmp_path, monkeypatch):
+def test_a_public_bucket_is_read_without_keys_if_its_s3_rejects_them(open_bucket, tmp_path, monkeypatch):
     monkeypatch.setenv('AWS_ACCESS_KEY_ID', 'of-another')
     monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'account')
     rows = fetch(tmp_path, 's3://open/a b/1.jpg', 's3://private/a b/1.jpg', ingest_s3_endpoint_url=open_bucket)
@@ -290,6 +310,61 @@ def test_buckets_are_read_through_the_proxy_of_the_settings(open_bucket, tmp_pat
                      ingest_proxy=proxy.url.replace('://', f'://{ENCODED_LOGIN}@'))
         assert row['status'] == 'stored', row
         assert len(proxy.requests) >= 1
+
+@pytest.mark.parametrize('scheme', ['http', 'https'])
+@pytest.mark.parametrize('options, words', [
+    (dict(login=LOGIN), ['407', 'Correct the user or the password in PLANT_INGEST_PROXY']),
+    (dict(status=403), ['403', 'PLANT_INGEST_PROXY', 'allow the host'])])
+def test_a_proxy_that_refuses_requests_to_a_bucket_is_named(tmp_path, scheme, options, words):
+    with running_proxy(**options) as proxy:
+        row, = fetch(tmp_path, 's3://open/1.jpg', ingest_s3_endpoint_url=f'{scheme}://s3.test:9000', ingest_retries=3,
+                     ingest_proxy=proxy.url.replace('://', '://me:wr0ng@'))
+        assert len(proxy.requests) == 1
+    assert row['status'] == 'failed' and 'wr0ng' not in row['error'], row
+    for word in words: assert word in row['error'], row
+
+def test_a_proxy_of_a_bucket_that_does_not_run_is_named(tmp_path):
+    row, = fetch(tmp_path, 's3://open/1.jpg', ingest_s3_endpoint_url='http://s3.test', ingest_proxy='http://127.0.0.1:9')
+    assert 'Is the proxy of PLANT_INGEST_PROXY running' in row['error'], row
+
+@pytest.mark.parametrize('no_proxy', ['127.0.0.0/8', '*.lan, 127.0.0.1/32'])
+def test_the_store_is_reached_directly_if_no_proxy_names_its_network(seaweedfs, monkeypatch, no_proxy):
+    monkeypatch.setenv('NO_PROXY', no_proxy)
+    with running_proxy() as proxy:
+        monkeypatch.setenv('HTTP_PROXY', proxy.url)
+        store = open_store(seaweedfs.settings('direct'))
+        store.put('k', b'1')
+        assert store.get('k') == b'1' and not proxy.requests
+    if 'lan' in no_proxy: assert open_s3_client(S3Access('http://minio.lan:9000')).meta.config.proxies == {}
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_the_result_for_an_object_does_not_depend_on_those_before_it(open_bucket, monkeypatch, order):
+    "Of a public bucket, with keys that its S3 does not know."
+    access = S3Access(open_bucket, 'of-another', 'account')
+    buckets = SourceBuckets(access)
+    def outcome(url):
+        try: return len(buckets.fetch(url, 10**7).data) > 0
+        except PlantError as e: return f'{type(e).__name__}: {e}'
+    urls = ['s3://open/none.jpg', 's3://open/a b/1.jpg', 's3://private/a b/1.jpg']
+    outcomes = {url: outcome(url) for url in urls[::order]}
+    assert outcomes[urls[1]] is True
+    assert outcomes[urls[0]].startswith('PermanentFetchError') and '404' in outcomes[urls[0]]
+    assert outcomes[urls[2]].startswith('SettingFetchError') and 'InvalidAccessKeyId' in outcomes[urls[2]]
+
+def test_a_private_object_of_a_public_bucket_is_read_with_the_keys(tmp_path):
+    "Before and after one that only those without keys may read."
+    def page(signed, unsigned):
+        def answer(handler): handler.respond(*(signed if handler.headers.get('Authorization') else unsigned))
+        return answer
+    denied, photo = amazon_error(403, 'AccessDenied'), (200, {'Content-Length': 2}, b'ok')
+    pages = {'/b/public': page(denied, photo), '/b/private': page(photo, denied), '/b/secret': page(denied, denied)}
+    for names in (['public', 'private', 'secret'], ['secret', 'private', 'public']):
+        with serve_site(pages) as site:
+            buckets = SourceBuckets(S3Access(f'http://127.0.0.1:{site.server_port}', 'a', 'b'))
+            for name in names:
+                if name != 'secret': assert buckets.fetch(f's3://b/{name}', 100).data == b'ok'
+                else:
+                    with pytest.raises(PlantError, match='Check the keys'): buckets.fetch(f's3://b/{name}', 100)
 
 # -- S3 that is not MinIO
 
@@ -325,7 +400,7 @@ def test_what_no_setting_says_is_left_to_boto3(seaweedfs, monkeypatch, tmp_path)
     row, = fetch(tmp_path, store.url('k')) # a photo of the catalog is found in the same way
     assert row['status'] == 'rejected' and 'not a photo' in row['error'], row
 
-def test_the_bucket_can_be_part_of_the_host_name(seaweedfs, monkeypatch):
+def test_virtual_addressing_puts_the_bucket_into_the_host_name(seaweedfs, monkeypatch):
     with running_proxy({'plants.s3.test': ('127.0.0.1', seaweedfs.port)}) as proxy:
         monkeypatch.setenv('HTTP_PROXY', proxy.url)
         s = seaweedfs.settings('plants', s3_addressing_style='virtual')
@@ -380,9 +455,10 @@ MALFORMED = "The authorization header is malformed; the region 'us-east-1' is wr
     (refuse_in_1970, 'clock is .* minutes ahead'),
     (amazon_error(403, 'SignatureDoesNotMatch'), 'secret key'),
     (amazon_error(400, 'ExpiredToken'), 'keys have expired'),
-    (amazon_error(403, 'AccessDenied'), 'policy')])
+    (amazon_error(403, 'AccessDenied'), 'policy.*another account'),
+    (amazon_error(400, 'InvalidRequest', message='No.'), r'InvalidRequest: No\.$')])
 def test_an_error_of_amazon_names_region_key_clock_or_policy(page, words):
-    with serve_site({'/plants': page, '/plants?list-type=2&max-keys=1&encoding-type=url': page}) as site:
+    with serve_site({'/plants': page, '/plants?list-type=2&prefix=&max-keys=1&encoding-type=url': page}) as site:
         s = settings(store_url='s3://plants', s3_endpoint_url=f'http://127.0.0.1:{site.server_port}',
                      s3_access_key='a', s3_secret_key='b')
         with pytest.raises(StoreError, match=words): open_store(s)
@@ -401,3 +477,49 @@ def test_names_that_no_bucket_can_have_and_unknown_regions_are_errors_that_say_s
     with pytest.raises(StoreError, match='lowercase letters'): open_store(settings(store_url='s3://My Plants', **keys))
     unknown_region = settings(store_url='s3://plants', s3_region='eu central', **keys)
     with pytest.raises(StoreError, match='not a region'): open_store(unknown_region)
+
+def test_keys_that_may_list_only_the_prefix_of_the_store_are_enough():
+    listing = b'<ListBucketResult><KeyCount>0</KeyCount></ListBucketResult>'
+    pages = {'/company': amazon_error(403, 'AccessDenied'),
+             '/company?list-type=2&prefix=plants/&max-keys=1&encoding-type=url': listing,
+             '/company?list-type=2&prefix=other/&max-keys=1&encoding-type=url': amazon_error(403, 'AccessDenied')}
+    with serve_site(pages) as site:
+        url = f'http://127.0.0.1:{site.server_port}'
+        open_store(settings(store_url='s3://company/plants', s3_endpoint_url=url, s3_access_key='a', s3_secret_key='b'))
+        with pytest.raises(StoreError, match='AccessDenied'):
+            open_store(settings(store_url='s3://company/other', s3_endpoint_url=url, s3_access_key='a', s3_secret_key='b'))
+
+@pytest.mark.parametrize('status, code, outcome, words', [
+    (403, 'InvalidObjectState', 'rejected', ['archived', 'restore']), (501, 'NotImplemented', 'rejected', ['501']),
+    (507, 'InsufficientStorage', 'rejected', ['507']), (400, 'EntityTooLarge', 'rejected', ['EntityTooLarge'])])
+def test_what_a_new_run_cannot_help_is_not_retried(tmp_path, status, code, outcome, words):
+    with serve_site({'/open/1.jpg': amazon_error(status, code), '/1.jpg': amazon_error(status, code)}) as site:
+        endpoint = f'http://127.0.0.1:{site.server_port}'
+        rows = fetch(tmp_path, 's3://open/1.jpg', 'http://photos.test/1.jpg', connect_to=site.connect_to,
+                     ingest_s3_endpoint_url=endpoint, ingest_retries=3)
+        assert site.requests == {'/open/1.jpg': 1, '/1.jpg': 1}
+    assert [row['status'] for row in rows] == [outcome]*2, rows
+    for word in words: assert word in rows[0]['error'] and 'Run again' not in rows[0]['error'], rows
+
+def test_the_error_of_a_source_names_the_setting_that_applies(tmp_path, monkeypatch):
+    keys = dict(s3_access_key='a', s3_secret_key='b')
+    cases = [ # page, settings, what the error says
+        (amazon_error(403, 'AccessDenied'), keys, 'PLANT_INGEST_S3_ENDPOINT_URL'), # as MinIO, if there is no such bucket
+        (amazon_error(301, 'PermanentRedirect', 'eu-west-3'), keys, 'PLANT_S3_REGION to eu-west-3'),
+        (amazon_error(301, 'PermanentRedirect', 'eu-west-3'), keys | dict(ingest_s3_region='a-b'), 'PLANT_INGEST_S3_REGION'),
+        (amazon_error(403, 'InvalidAccessKeyId'), keys | dict(s3_access_key='ASIA1'), 'AWS_SESSION_TOKEN')]
+    for i, (page, kw, words) in enumerate(cases):
+        with serve_site({'/open/1.jpg': page}) as site:
+            row, = fetch(tmp_path/str(i), 's3://open/1.jpg', **kw, s3_endpoint_url=f'http://127.0.0.1:{site.server_port}')
+        assert words in row['error'], row
+    with pytest.raises(PlantError, match='Set both'):
+        SourceBuckets(S3Access('http://127.0.0.1:9', '', 'b')).fetch('S3://open/1.jpg', 9)
+    monkeypatch.setenv('AWS_PROFILE', 'nope')
+    with pytest.raises(PlantError, match='configuration cannot be used.*nope'):
+        SourceBuckets(S3Access('http://127.0.0.1:9')).fetch('s3://open/1.jpg', 9)
+
+def test_a_bucket_of_the_store_that_was_removed_is_an_error_that_names_the_setting():
+    with serve_site({'/plants': b'', '/plants/k': amazon_error(404, 'NoSuchBucket')}) as site:
+        store = open_store(settings(store_url='s3://plants', s3_endpoint_url=f'http://127.0.0.1:{site.server_port}',
+                                    s3_access_key='a', s3_secret_key='b'))
+        with pytest.raises(StoreError, match='Create it, or correct PLANT_STORE_URL'): store.get('k')

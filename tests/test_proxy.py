@@ -272,7 +272,7 @@ def test_a_request_can_be_tried_on_the_page_of_the_api(name, chromium, sites):
         assert f'{sites[name]}/health' in page.inner_text('.request-url')
 
 @pytest.mark.needs('nginx', 'gradio')
-def test_nginx_is_asked_not_to_hold_back_the_streams_of_the_page(sites):
+def test_event_streams_are_not_buffered_by_nginx(sites):
     with httpx.stream('GET', f'{sites["plain"]}/ui/gradio_api/heartbeat/1') as response:
         assert response.headers['content-type'].startswith('text/event-stream')
         assert response.headers['x-accel-buffering'] == 'no'

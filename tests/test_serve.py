@@ -1,5 +1,5 @@
 "Serving: bad photos, bad requests, a store that cannot be reached, and the cost of one prediction."
-import base64, contextlib, json, os, random, signal, socket, struct, subprocess, sys, threading, time, zlib
+import asyncio, base64, contextlib, json, os, random, signal, socket, struct, subprocess, sys, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import httpx, numpy as np, psutil, pytest
@@ -161,6 +161,27 @@ def test_the_name_of_a_file_is_no_reason_to_refuse_it(client, field, name):
                        headers={'content-type': form_type})
     assert [result.get('file') for result in many.json()['results']] == [name]
 
+def post_in_pieces(app, path, *pieces):
+    "The response to a form that arrives in pieces; a `TestClient` would join them."
+    async def content():
+        for piece in pieces: yield piece
+    async def post():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url='http://testserver') as c:
+            return await c.post(path, content=content(), headers={'content-type': form_type})
+    return asyncio.run(post())
+
+def test_a_value_without_a_name_before_the_file_does_not_shorten_it(client):
+    "Rails puts a hidden field before each file; the file comes in several pieces, also the last of a full batch."
+    expected = client.post('/predict', content=photo_bytes()).json()['probabilities']
+    for path, field, n in (('/predict', 'file', 1), ('/predict/batch', 'files', 64)):
+        head = form_part(f'name="{field}"') + b'\r\n'
+        files = [form_part(f'name="{field}"; filename="{i}.jpg"') + photo_bytes() + b'\r\n' for i in range(n)]
+        body = head + b''.join(files) + b'--x--\r\n'
+        middle = len(body) - len(photo_bytes())//2
+        r = post_in_pieces(client.app, path, body[:middle], body[middle:])
+        results = r.json().get('results', [r.json()])
+        assert [result.get('probabilities') for result in results] == [expected]*n, r.text
+
 # -- Photos in JSON
 
 def in_base64(data=photo_bytes()): return base64.b64encode(data).decode()
@@ -171,7 +192,13 @@ def in_base64(data=photo_bytes()): return base64.b64encode(data).decode()
     dict(Image_Bytes=base64.encodebytes(photo_bytes()).decode()),
     dict(data=[in_base64()]), [in_base64()], in_base64(), dict(image_url=dict(url=f'data:;base64,{in_base64()}')),
     dict(inputs=[dict(name='x', shape=[1], datatype='BYTES', data=[in_base64()])]),
-    dict(image=in_base64(), name='a.jpg'), dict(image=base64.urlsafe_b64encode(photo_bytes()).decode().rstrip('='))],
+    dict(image=in_base64(), name='a.jpg'), dict(file='a.jpg', data=in_base64()),
+    dict(image='a.jpg', image_b64=in_base64()), dict(photo_base64=in_base64()), dict(img_b64=in_base64()),
+    dict(requests=[dict(image=dict(content=in_base64()), features=[dict(type='LABEL_DETECTION')])]),
+    dict(dataframe_split=dict(columns=['image', 'label'], data=[[in_base64(), 'rose']])),
+    dict(messages=[dict(role='system', content='You know plants.'), dict(role='user', content=[
+        dict(type='text', text='Which one?'),
+        dict(type='image_url', image_url=dict(url=f'data:image/jpeg;base64,{in_base64()}'))])]), dict(image=base64.urlsafe_b64encode(photo_bytes()).decode().rstrip('='))],
     ids=lambda content: str(content)[:20])
 def test_a_photo_in_json_gets_the_same_prediction(client, content):
     expected = client.post('/predict', content=photo_bytes()).json()['probabilities']
@@ -191,7 +218,8 @@ def test_json_without_a_photo_is_refused_with_a_way_to_send_one(client, content,
     assert r.status_code == status, r.text
     if status == 422: assert '{"image": "…"}' in r.json()['detail']
 
-@pytest.mark.parametrize('text', [in_base64(), f'data:image/jpeg;base64,{in_base64()}', f' {in_base64()}\n'])
+@pytest.mark.parametrize('text', [in_base64(), f'data:image/jpeg;base64,{in_base64()}', f' {in_base64()}\n', f'\ufeff{in_base64()}',
+                                  in_base64(photo_bytes(format='BMP'))], ids=len)
 def test_a_photo_as_text_gets_a_prediction(client, text):
     "As a body, and in a form as a script of a web page sends the content of a canvas."
     in_form = form_part('name="file"') + text.encode() + b'\r\n--x--\r\n'
@@ -217,8 +245,10 @@ def test_a_photo_in_json_has_the_same_limit_as_any_other(model):
     for limit, status in ((len(photo), 200), (len(photo) - 1, 413), (len(photo)//2, 413)):
         with TestClient(create_app(settings(ingest_max_bytes=limit), model)) as c:
             sent = json.dumps(dict(image=base64.encodebytes(photo).decode()))
-            r = c.post('/predict', content=sent, headers={'content-type': 'application/json'})
-            assert r.status_code == status, r.text
+            for content, content_type in ((sent, 'application/json'), (sent, 'application/x-www-form-urlencoded'),
+                                          (in_base64(photo), 'text/plain'), (photo, 'image/jpeg'), (photo, '')):
+                r = c.post('/predict', content=content, headers={'content-type': content_type})
+                assert r.status_code == status, (content_type, r.text)
 
 def test_a_batch_in_json_is_answered_in_order(client):
     photos = [in_base64(), 'cat.jpg', in_base64(photo_bytes('green'))]
@@ -226,6 +256,8 @@ def test_a_batch_in_json_is_answered_in_order(client):
         results = client.post('/predict/batch', json=content).json()['results']
         outcomes = [result.get('prediction') or result['status'] for result in results]
         assert outcomes == ['dandelion', 422, 'grass']
+        as_text = client.post('/predict/batch', content=json.dumps(content), headers={'content-type': 'text/plain'})
+        assert len(as_text.json()['results']) == 3
     assert client.post('/predict/batch', json=dict(images=[in_base64()]*65)).status_code == 413
     assert client.post('/predict/batch', json=dict(name='x')).status_code == 422
 

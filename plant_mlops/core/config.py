@@ -78,7 +78,7 @@ class IngestSettings(BaseSettings):
     ingest_proxy: SecretStr = _setting(
         SecretStr(''), 'Proxy to the web: its URL, or environment for HTTPS_PROXY, HTTP_PROXY, ALL_PROXY; empty: none')
     ingest_headers: SecretStr = _setting(
-        SecretStr(''), 'Headers for single hosts, as JSON such as {"photos.example.org": {"Authorization": "…"}}')
+        SecretStr(''), 'Headers per host, as JSON such as {"photos.example.org": {"Authorization": "…"}}')
     ingest_user_agent: str = _setting(
         '', 'User-Agent, such as one with your e-mail address; empty: name and version of plant_mlops')
     ingest_s3_endpoint_url: str = _setting('', 'S3 endpoint of photos at s3://…; empty: that of the store')

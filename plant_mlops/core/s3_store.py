@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from .config import Settings
-from .s3_client import (
-    S3Access, describe_response, diagnose_failure, diagnose_response, open_s3_client, store_access)
+from .s3_client import S3Access, open_s3_client, store_access
+from .s3_errors import describe_failure, describe_response, diagnose_failure, diagnose_response
 from .store_protocol import (
     Conflict, NotFound, Stat, StoreError, check_key, checksum_in_key, conflict_error, not_found_error, verify_checksum)
 
 # %% ../../nbs/core/07_s3_store.ipynb #2bf4dcf7
 _NOT_FOUND = {'404', 'NoSuchKey', 'NotFound'}
 _CONFLICT = {'412', 'PreconditionFailed', '409', 'ConditionalRequestConflict'}
+_BUCKET_ADVICE = {'NoSuchBucket': 'Create it, or correct PLANT_STORE_URL.'} # error code → what to do next
 
 def _to_store_error(
     e, # botocore's `ClientError`, raised for an error response
@@ -30,8 +31,10 @@ def _to_store_error(
     code = str(e.response['Error'].get('Code', ''))
     if code in _NOT_FOUND: return not_found_error(key, where)
     if code in _CONFLICT: return conflict_error(key)
-    advice = diagnose_response(e, access).advice
-    return StoreError(f'{key}: {where} answered {describe_response(e)} {advice}')
+    problem = diagnose_response(e, access)
+    advice = problem.advice
+    if problem.kind == 'bucket': advice += f' {_BUCKET_ADVICE.get(code, "Correct PLANT_STORE_URL.")}'
+    return StoreError(f'{key}: {where} answered {describe_response(e)} {advice}'.rstrip())
 
 # %% ../../nbs/core/07_s3_store.ipynb #601808da
 @contextlib.contextmanager
@@ -47,7 +50,7 @@ def _raise_s3_errors(
     except ClientError as e: raise _to_store_error(e, key, where, access) from e
     except (BotoCoreError, Boto3Error) as e:
         advice = diagnose_failure(e, access).advice
-        raise StoreError(f'{key}: {where} cannot be used ({e}). {advice}') from e
+        raise StoreError(f'{key}: {where} cannot be used. {describe_failure(e)} {advice}') from e
 
 # %% ../../nbs/core/07_s3_store.ipynb #ffd4eb7e
 _IS_CREATED = {'BucketAlreadyOwnedByYou', 'BucketAlreadyExists', 'OperationAborted'}
@@ -73,7 +76,7 @@ class S3Bucket:
         self.access = store_access(s)
         self.where = f'{s.s3_endpoint_url or "S3"} (bucket {self.bucket})'
         self.client = open_s3_client(self.access)
-        self._first_client = open_s3_client(self.access, tries=4) # fails sooner, in case the address was mistyped
+        self._impatient_client = open_s3_client(self.access, tries=5) # fails sooner, in case the address was mistyped
 
     def __repr__(self): return f's3://{self.bucket}/{self.prefix}'
 
@@ -86,7 +89,7 @@ class S3Bucket:
         return dict(Bucket=self.bucket, Key=self.prefix + check_key(key))
 
     def _raise_errors(self, key: str):
-        "Convert boto3's errors to the store's."
+        "A context manager that converts boto3's errors to the store's."
         return _raise_s3_errors(key, self.where, self.access)
 
     def ensure_bucket(self):
@@ -97,13 +100,14 @@ class S3Bucket:
     def _has_bucket(self) -> bool:
         "Whether the bucket exists; raises botocore's errors."
         from botocore.exceptions import ClientError
-        try: self._first_client.head_bucket(Bucket=self.bucket)
+        try: self._impatient_client.head_bucket(Bucket=self.bucket)
         except ClientError as e:
             status = e.response['ResponseMetadata'].get('HTTPStatusCode')
             if status == 404: return False
             if status not in (400, 401, 403): raise
             # the response to a HEAD request has no body, and does not say what is wrong; that of this request does
-            self._first_client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)
+            # keys may be allowed to list nothing but the prefix
+            self._impatient_client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
         return True
 
     def _create_bucket(self):
@@ -114,8 +118,9 @@ class S3Bucket:
         except ClientError as e:
             code = e.response['Error'].get('Code')
             if code in _IS_CREATED and self._has_bucket(): return # by another process
-            if code not in _NO_LOCATION or not (options and self.access.endpoint): raise
-            self.client.create_bucket(Bucket=self.bucket) # not Amazon: it has regions of its own
+            has_own_regions = bool(self.access.endpoint) # it is not Amazon
+            if code not in _NO_LOCATION or not options or not has_own_regions: raise
+            self.client.create_bucket(Bucket=self.bucket)
 
 # %% ../../nbs/core/07_s3_store.ipynb #5d0c1a07
 class S3Reader(S3Bucket):

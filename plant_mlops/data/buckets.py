@@ -11,10 +11,10 @@ from functools import cached_property
 from botocore.exceptions import BotoCoreError, ClientError
 from yarl import URL
 from ..core.config import PlantError, Settings
-from ..core.s3_client import (
-    S3Access, describe_response, diagnose_failure, diagnose_response, has_credentials, open_s3_client, store_access)
+from ..core.s3_client import S3Access, has_credentials, open_s3_client, store_access
+from ..core.s3_errors import describe_failure, describe_response, diagnose_failure, diagnose_response
 from .download import (
-    RETRY_STATUSES, Download, PermanentFetchError, SettingFetchError, TransientFetchError, describe_status, read_all)
+    Download, PermanentFetchError, SettingFetchError, TransientFetchError, describe_status, read_all)
 from .proxies import Proxies, read_proxies
 
 # %% ../../nbs/data/11_buckets.ipynb #447d6b77
@@ -31,15 +31,17 @@ def source_access(
                          addressing_style=s.ingest_s3_addressing_style or store.addressing_style)
     else: access = S3Access(endpoint, '', '', s.ingest_s3_region, s.ingest_s3_addressing_style, s.s3_timeout)
     if any(keys): access = replace(access, access_key=keys[0], secret_key=keys[1])
-    if endpoint or any(keys): access = replace(access, prefix='PLANT_INGEST_S3')
+    if endpoint or any(keys): access = replace(access, settings_prefix='PLANT_INGEST_S3')
+    if endpoint: access = replace(access, endpoint_setting='PLANT_INGEST_S3_ENDPOINT_URL')
+    if endpoint or s.ingest_s3_region: access = replace(access, region_setting='PLANT_INGEST_S3_REGION')
+    if proxies.source != 'setting': return access # boto3 reads the environment itself
     proxy = proxies.proxy_of(URL(access.endpoint or 'https://s3.amazonaws.com'))
-    if proxy is None or proxies.setting == 'environment': return access # boto3 reads the environment itself
-    return replace(access, proxy=proxy.url_with_password)
+    return replace(access, proxy=proxy.url_with_password) if proxy else access
 
 # %% ../../nbs/data/11_buckets.ipynb #a57b25ee
 def _advice_for_bucket(access: S3Access) -> str:
-    "What to do if there is no such bucket at an endpoint."
-    if access.prefix != 'PLANT_S3' or not access.endpoint: return 'Correct the URL.'
+    "What to do if a bucket is not at the store's endpoint; '' if the endpoint is another one."
+    if access.endpoint_setting != 'PLANT_S3_ENDPOINT_URL' or not access.endpoint: return ''
     return ('If the bucket is at Amazon or elsewhere, set PLANT_INGEST_S3_ENDPOINT_URL, such as to '
             'https://s3.amazonaws.com, then run `plant-mlops catalog retry`.')
 
@@ -51,10 +53,12 @@ def _response_error(
     problem = diagnose_response(e, access)
     status = e.response['ResponseMetadata'].get('HTTPStatusCode', 500)
     message = f'{access.endpoint or "S3"} answered {describe_status(status)}, {describe_response(e)}'
-    if problem.kind in ('region', 'key', 'clock'): return SettingFetchError(f'{message} {problem.advice}')
-    if status in RETRY_STATUSES or status >= 500: return TransientFetchError(message)
-    if problem.kind == 'bucket': return PermanentFetchError(f'{message} {_advice_for_bucket(access)}')
-    return PermanentFetchError(f'{message} {problem.advice}' if problem.kind == 'policy' else message)
+    if problem.kind in ('region', 'key', 'clock', 'proxy'): return SettingFetchError(f'{message} {problem.advice}')
+    if problem.kind == 'server': return TransientFetchError(message)
+    advice = problem.advice
+    if problem.kind == 'bucket': advice = _advice_for_bucket(access) or 'Correct the URL.'
+    if problem.kind == 'policy': advice += f' {_advice_for_bucket(access)}' # MinIO denies buckets that do not exist
+    return PermanentFetchError(f'{message} {advice}'.rstrip())
 
 def _failure_error(
     e: BotoCoreError, # raised instead of a response
@@ -63,11 +67,20 @@ def _failure_error(
     "The error of ingestion for an error of boto3."
     problem = diagnose_failure(e, access)
     if problem.kind == 'bucket': return PermanentFetchError(f'{problem.advice} Correct the URL.')
-    if problem.kind == 'key': return SettingFetchError(f'{e}. {problem.advice}')
-    return TransientFetchError(f'The bucket does not answer: {e} {problem.advice}')
+    message = f'{describe_failure(e)} {problem.advice}'
+    if problem.kind in ('key', 'proxy', 'certificate'): return SettingFetchError(message)
+    return TransientFetchError(f'The bucket does not answer: {message}')
 
 # %% ../../nbs/data/11_buckets.ipynb #e8008fcd
-_MAY_BE_PUBLIC = (400, 401, 403) # statuses of a refusal; 400 is that of keys that have expired
+_REFUSAL_STATUSES = (400, 401, 403) # 400 is that of keys that have expired
+
+def _status_of(e: ClientError) -> int:
+    "The status of an error response."
+    return e.response['ResponseMetadata'].get('HTTPStatusCode', 500)
+
+def _is_refusal(e: ClientError) -> bool:
+    "Whether another request, with keys or without, may succeed."
+    return _status_of(e) in _REFUSAL_STATUSES
 
 class SourceBuckets:
     "Reads the objects that `s3://` URLs name; threads may share it."
@@ -76,7 +89,7 @@ class SourceBuckets:
     ):
         self.access = access
         self.access_without_keys = replace(access, is_anonymous=True)
-        self.public = set() # buckets that refused the keys, and that are read without
+        self.buckets_without_keys = set() # those that refused the keys and are public; they are first read without
 
     @cached_property
     def _with_keys(self):
@@ -89,23 +102,33 @@ class SourceBuckets:
         return open_s3_client(self.access_without_keys, tries=1)
 
     def _get_object(self, bucket: str, key: str) -> dict:
-        "The response of S3; raises botocore's errors."
-        if bucket in self.public or self._with_keys is None:
-            return self._without_keys.get_object(Bucket=bucket, Key=key)
+        """The response of S3, whose `Body` is still to be read; raises botocore's errors.
+
+        An object that is refused is requested in the other way, too. If both fail, the error is the same in either
+        order: that of the request without keys if there is no such object, else that of the request with keys."""
+        if self._with_keys is None: return self._without_keys.get_object(Bucket=bucket, Key=key)
+        if bucket in self.buckets_without_keys:
+            try: return self._without_keys.get_object(Bucket=bucket, Key=key)
+            except ClientError as e:
+                if not _is_refusal(e): raise
+            return self._with_keys.get_object(Bucket=bucket, Key=key)
         try: return self._with_keys.get_object(Bucket=bucket, Key=key)
-        except ClientError as refusal:
-            if refusal.response['ResponseMetadata'].get('HTTPStatusCode') not in _MAY_BE_PUBLIC: raise
-            try: response = self._without_keys.get_object(Bucket=bucket, Key=key)
-            except ClientError: raise refusal from None
-            self.public.add(bucket)
-            return response
+        except ClientError as e:
+            if not _is_refusal(e): raise
+            refusal = e
+        try: response = self._without_keys.get_object(Bucket=bucket, Key=key)
+        except ClientError as e: raise (e if _status_of(e) == 404 else refusal) from None
+        self.buckets_without_keys.add(bucket)
+        return response
 
     def fetch(self,
         url: str, # URL of an object, s3://bucket/key
         limit: int, # maximum size, in bytes
     ) -> Download:
-        "Read an object; raises `PermanentFetchError` or `TransientFetchError`, and `StoreError` for unusable settings."
-        bucket, _, key = url.removeprefix('s3://').partition('/')
+        """Read an object; raises `PermanentFetchError`, `SettingFetchError` or `TransientFetchError`.
+
+        Raises `StoreError` if boto3 cannot use the settings."""
+        bucket, _, key = url.partition('://')[2].partition('/')
         if not bucket or not key: raise PermanentFetchError(f'{url} is not of the form s3://bucket/key.')
         try:
             response = self._get_object(bucket, key)

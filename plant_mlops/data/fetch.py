@@ -20,12 +20,13 @@ from yarl import URL
 from ..core.config import PlantError, Settings, split_commas
 from .buckets import SourceBuckets, source_access
 from .download import (
-    RETRY_STATUSES, Body, Download, PermanentFetchError, SettingFetchError, TransientFetchError,
-    check_status, describe_status, read_all)
+    OK_STATUSES, RETRY_STATUSES, Body, Download, PermanentFetchError, SettingFetchError,
+    TransientFetchError, check_status, describe_status, read_all)
 from .host_headers import parse_host_headers
-from .proxies import Proxy, read_proxies
-from .safe_urls import (
-    ANY_ADDRESS, CheckedResolver, UnlistedHostError, UnsafeURLError, check_proxied_url, check_url, parse_allowed_hosts)
+from .proxies import Proxy, UnusableProxyError, read_proxies
+from plant_mlops.data.safe_urls import (
+    ANY_ADDRESS, CheckedResolver, UnlistedHostError, UnsafeURLError, check_proxied_url, check_url, mask_login,
+    parse_allowed_hosts)
 
 # %% ../../nbs/data/12_fetch.ipynb #c531acb0
 class WebClient:
@@ -47,7 +48,9 @@ class WebClient:
         proxy: Proxy | None, # proxy of the URL
         headers, # headers for this host
     ): # context manager of aiohttp, which gives the response
-        "Request a URL, without following a redirect; raises `UnsafeURLError` if its host may not be reached."
+        """Request a URL; the context manager gives the response, also if that is a redirect.
+
+        Raises `UnsafeURLError` if the host may not be reached."""
         check_url(url, self.allowed)
         if proxy is None: return self.direct.get(url, allow_redirects=False, headers=headers)
         check_proxied_url(url, self.allowed)
@@ -64,7 +67,7 @@ def _proxy_refusal(
     "The error for the answer of a proxy that refuses an https URL."
     message = f'The proxy {proxy} answered {describe_status(e.status)}.'
     if e.status == 407: return SettingFetchError(message + _login_advice(proxy, e.headers))
-    if e.status in RETRY_STATUSES or e.status >= 500: return TransientFetchError(message)
+    if e.status in RETRY_STATUSES: return TransientFetchError(message)
     return SettingFetchError(f'{message} Ask those who run it to allow the host.')
 
 def _login_advice(
@@ -93,8 +96,10 @@ def _raise_web_errors(
         raise TransientFetchError(message) from None
     except aiohttp.ClientHttpProxyError as e: raise _proxy_refusal(e, proxy) from None
     except aiohttp.ClientConnectorCertificateError as e:
-        raise SettingFetchError(f'The certificate of {e.host} is not valid. If your network has a CA of its own, '
-                                'name the file of its certificate in SSL_CERT_FILE.') from None
+        reason = getattr(e.certificate_error, 'verify_message', '') or e.certificate_error
+        raise SettingFetchError(f'The certificate of {e.host} is not valid: {str(reason).rstrip(".")}. If your network '
+                                'has a CA of its own, name a file with its certificate and the public ones in '
+                                'SSL_CERT_FILE, which replaces the default file.') from None
     except aiohttp.ClientConnectorDNSError as e:
         owner = f' of the proxy ({proxy.variable})' if proxy else ''
         raise TransientFetchError(f'There is no address for the name {e.host}{owner}.{hint()}') from None
@@ -126,8 +131,8 @@ def _check_response(
     headers, # headers that were sent for this host
     proxy: Proxy | None, # proxy of the URL
 ):
-    "Raise an error of a download unless the status is 200."
-    if response.status == 200: return
+    "Raise an error of a download unless the response has the photo."
+    if response.status in OK_STATUSES: return
     advice = _refusal_advice(url, response, headers, proxy)
     who = f'The server, or the proxy {proxy},' if proxy and url.scheme == 'http' else 'The server'
     if who != 'The server' and response.status == 403: # a proxy may allow the host one day
@@ -167,7 +172,7 @@ def fetch_file(
     "Read a file on this machine; raises `PermanentFetchError`."
     parts = urlsplit(url)
     if parts.netloc not in ('', 'localhost'):
-        raise PermanentFetchError(f'{url} names another machine; a file URL begins with file:///.')
+        raise PermanentFetchError(f'{mask_login(url)} names another machine; a file URL begins with file:///.')
     path = Path(url2pathname(parts.path))
     try:
         if not stat.S_ISREG(path.stat().st_mode): raise PermanentFetchError(f'{path} is not a regular file.')
@@ -175,7 +180,7 @@ def fetch_file(
     except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError) as e:
         raise PermanentFetchError(f'{path} cannot be read: {getattr(e, "strerror", None) or e}.') from None
 
-# %% ../../nbs/data/12_fetch.ipynb #5d34ad18
+# %% ../../nbs/data/12_fetch.ipynb #0a402993
 @contextmanager
 def _raise_fetch_errors(
     url: str, # URL, for error messages
@@ -183,11 +188,13 @@ def _raise_fetch_errors(
 ):
     "Convert errors of aiohttp and of the operating system to `PermanentFetchError` and `TransientFetchError`."
     try: yield
-    except UnlistedHostError as e: raise SettingFetchError(str(e)) from None
+    except (UnlistedHostError, UnusableProxyError) as e: raise SettingFetchError(str(e)) from None
     except UnsafeURLError as e: raise PermanentFetchError(str(e)) from None
     except asyncio.TimeoutError:
         raise TransientFetchError(f'No complete answer within {timeout:g} s (PLANT_INGEST_TIMEOUT).') from None
-    except ValueError as e: raise PermanentFetchError(f'{url} is not a usable URL: {e}') from None
+    except ValueError as e:
+        reason = '' if '@' in url else f': {str(e).rstrip(".")}' # it may repeat a part of a password
+        raise PermanentFetchError(f'{mask_login(url)} is not a usable URL{reason}.') from None
     except (aiohttp.ClientError, OSError) as e:
         raise TransientFetchError(f'The connection failed: {e or type(e).__name__}') from None
 
@@ -231,13 +238,14 @@ class Fetcher:
         "Download without a retry."
         scheme = url.partition(':')[0].lower()
         if scheme not in self.schemes:
-            raise PermanentFetchError(f'{url} begins with none of {", ".join(self.schemes)} (PLANT_INGEST_SCHEMES).')
+            raise PermanentFetchError(f'{mask_login(url)} begins with none of {", ".join(self.schemes)} '
+                                      '(PLANT_INGEST_SCHEMES).')
         limit = self.settings.ingest_max_bytes
         with _raise_fetch_errors(url, self.settings.ingest_timeout):
             if scheme in ('http', 'https'): return await fetch_http(self.web, url, limit)
             if scheme == 'file': return await asyncio.to_thread(fetch_file, url, limit)
             if scheme == 's3': return await asyncio.to_thread(self.buckets.fetch, url, limit)
-        raise PermanentFetchError(f'{url} begins with none of http, https, file, s3.')
+        raise PermanentFetchError(f'{mask_login(url)} begins with none of http, https, file, s3.')
 
 # %% ../../nbs/data/12_fetch.ipynb #e0424bd0
 def user_agent(

@@ -41,7 +41,7 @@ def _normalize_key(key: str) -> str:
     return f'{normalize_host(host)}{colon}{port}'
 
 class HostHeaders:
-    "Headers that are sent to single hosts."
+    "Headers per host."
     def __init__(self,
         headers: dict, # host, *.domain or host:port → headers
     ):

@@ -48,7 +48,7 @@ async def _lifespan(
     app: FastAPI, # app of one model, which also starts those of the others
     polls: bool, # whether to poll for another model
 ):
-    "Start the background work of a server, and stop it at the end."
+    "A context manager that starts the background work of a server, and stops it at the end."
     state = app.state
     state.pool = ThreadPoolExecutor(thread_count(state.settings), 'answer')
     state.pending = 0

@@ -15,21 +15,41 @@ from pydantic_core import from_json
 # %% ../../nbs/serve/07_base64_photos.ipynb #a61a11e7
 HOW_TO_SEND = 'Send the photo as the body or in the form field "file", or in base64 as JSON: {"image": "…"}.'
 
+_BASE64_STARTS = ( # a data URL, and in base64: JPEG, PNG, GIF, WebP, HEIC and AVIF, TIFF, BMP
+    'data:', '/9j/', 'iVBORw0KGgo', 'R0lGOD', 'UklGR', 'AAAA', 'SUkqA', 'TU0AK', 'Qk')
+_BLANK = '\ufeff \t\r\n' # what may be before a text
+
 _FIELDS = ( # names of fields with a photo, the most specific ones first; in lowercase and without _ and -
     'image', 'images', 'photo', 'photos', 'file', 'files', 'picture', 'img', 'b64', 'b64json', 'base64', 'bytes',
     'imagebytes', 'imagebase64', 'imageb64', 'imagedata', 'data', 'content', 'body', 'source', 'imageurl', 'input',
     'inputs', 'instances', 'inputdata', 'dataframesplit', 'dataframerecords', 'url')
 
+def _begins_like_photo(text: str) -> bool:
+    return text[:64].lstrip(_BLANK).startswith(_BASE64_STARTS)
+
+def _frame_rows(value: dict) -> list:
+    "The rows of a table that is sent as `columns` and `data`, as objects; empty if it is none."
+    columns, data = value.get('columns'), value.get('data')
+    if not isinstance(columns, list) or not isinstance(data, list): return []
+    return [dict(zip(map(str, columns), row)) for row in data if isinstance(row, list)]
+
+def _find_in_fields(value: dict) -> list[str]:
+    "The texts in the field of an object that most likely has a photo."
+    fields = {re.sub('[_-]', '', name.lower()): content for name, content in value.items()}
+    named = [_find_texts(fields[name]) for name in _FIELDS if name in fields]
+    others = [_find_texts(content) for name, content in fields.items() if name not in _FIELDS]
+    for texts in named + others:
+        if any(map(_begins_like_photo, texts)): return texts
+    is_message = 'role' in fields or fields.get('type') == 'text'
+    return [] if is_message else next(filter(None, named), [])
+
 def _find_texts(value) -> list[str]:
-    "The texts in the fields that may have a photo, in order."
+    "The texts that may be photos, in order."
     if isinstance(value, str): return [value]
     if isinstance(value, list): return [text for item in value for text in _find_texts(item)]
     if not isinstance(value, dict): return []
-    fields = {re.sub('[_-]', '', name.lower()): content for name, content in value.items()}
-    for name in _FIELDS:
-        texts = _find_texts(fields.get(name))
-        if texts: return texts
-    return []
+    rows = _frame_rows(value)
+    return _find_texts(rows) if rows else _find_in_fields(value)
 
 def begins_like_json(
     body: bytes, # body of a request
@@ -53,36 +73,36 @@ def find_photos(
 
 # %% ../../nbs/serve/07_base64_photos.ipynb #9d4b19c5
 _FORM_FIELD = re.compile(rb'[\w.-]{1,40}=[!-~]{8}') # beginning of a body that `curl -d image=…` sends, and no photo has
-_BASE64_STARTS = ( # a data URL, and in base64: JPEG, PNG, GIF, WebP, HEIC and AVIF, TIFF
-    b'data:', b'/9j/', b'iVBORw0KGgo', b'R0lGOD', b'UklGR', b'AAAA', b'SUkqA', b'TU0AK')
 
 def is_base64(
     data: bytes | str, # a photo or a text
 ) -> bool:
-    "Whether a photo is a text, which no photo begins like; raises 422 if it is the fields of a form."
+    "Whether a photo is encoded as text; raises 422 if it is the fields of a form."
     if isinstance(data, bytes) and _FORM_FIELD.match(data):
         raise HTTPException(422, f'The body has the fields of a form, not a photo. {HOW_TO_SEND}')
-    return isinstance(data, str) or data[:64].lstrip().startswith(_BASE64_STARTS)
+    return isinstance(data, str) or _begins_like_photo(data[:64].decode('utf-8', 'ignore'))
 
 def decode_photo(
     text: bytes | str, # base64, or a data URL
 ) -> bytes:
     "The bytes of a photo; raises 422 if the text is not base64."
-    if isinstance(text, bytes): text = text.decode('latin-1')
+    where = 'The text' if isinstance(text, bytes) else 'The text in the JSON'
+    if isinstance(text, bytes): text = text.removeprefix(b'\xef\xbb\xbf').decode('latin-1')
+    if text.startswith('\ufeff'): text = text[1:]
     head = text[:100].lstrip().lower()
     if head.startswith(('http://', 'https://')):
-        raise HTTPException(422, f'The JSON has the address of a photo, and the server fetches none. {HOW_TO_SEND}')
+        raise HTTPException(422, f'{where} is the address of a photo, and the server fetches none. {HOW_TO_SEND}')
     if head.startswith('data:'):
         kind, _, text = text.partition(',')
         if not kind.strip().lower().endswith(';base64'):
-            raise HTTPException(422, f'The data URL in the JSON is not in base64. {HOW_TO_SEND}')
+            raise HTTPException(422, f'{where} is a data URL, but not in base64. {HOW_TO_SEND}')
         if '%' in text: text = unquote(text)
     # a text of many megabytes is copied only where that is necessary
     if any(space in text for space in ' \t\r\n'): text = ''.join(text.split())
     text = text.replace('-', '+').replace('_', '/')
     if len(text) % 4: text += '='*(-len(text) % 4)
     try: return a2b_base64(text, strict_mode=True)
-    except ValueError: raise HTTPException(422, f'The text in the JSON is not base64. {HOW_TO_SEND}') from None
+    except ValueError: raise HTTPException(422, f'{where} is not base64. {HOW_TO_SEND}') from None
 
 def base64_overhead(
     max_bytes: int, # largest size of a photo

@@ -42,7 +42,7 @@ def normalize_root_path(
 # %% ../../nbs/serve/16_proxy_headers.ipynb #9fdc5546
 def configured_root_path(
     s: Settings, # uses root_path
-) -> str: # such as /plants; '': there is none, or the proxy says it
+) -> str: # such as /plants; '': there is none, or the proxy sends it
     "The root path of the settings; raises `PlantError` if it is not usable."
     try: return normalize_root_path(s.root_path.strip())
     except ValueError as e: raise PlantError(f'PLANT_ROOT_PATH = {s.root_path!r} is not usable: {e}.') from None
@@ -51,7 +51,7 @@ def configured_root_path(
 def forwarded_root_path(
     values: list[bytes], # values of the headers X-Forwarded-Prefix of a request
 ) -> str: # such as /plants; '' if the headers are not usable
-    "The root path that the proxies in front of the server say."
+    "The root path that the proxies in front of the server send."
     parts = b','.join(values).decode('latin-1').split(',')
     try: return normalize_root_path(''.join(_normalize_slashes(part.strip()) for part in parts))
     except ValueError: return ''
@@ -92,19 +92,19 @@ def add_root_path(
 _HOST = re.compile(rb'([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?', re.ASCII)
 _PREFIX, _FORWARDED_HOST, _PROTO = b'x-forwarded-prefix', b'x-forwarded-host', b'x-forwarded-proto'
 _GRADIO = b'x-gradio-server'
-_USED_HERE = {_PREFIX, _FORWARDED_HOST, _PROTO, _GRADIO}
-_OF_PROXIES = _USED_HERE | {b'x-forwarded-for'}
+_HEADERS_HANDLED_HERE = {_PREFIX, _FORWARDED_HOST, _PROTO, _GRADIO}
+_PROXY_HEADERS = _HEADERS_HANDLED_HERE | {b'x-forwarded-for'}
 
 def _first_value(values: list[bytes]) -> bytes:
     "The first of several values, which is that of the proxy next to the client."
     return values[0].split(b',')[0].strip()
 
-def _apply_headers(headers: list, is_trusted: bool) -> tuple[list, str]:
-    "The headers that the app gets, and the root path that the proxy says."
+def _split_forwarded_headers(headers: list, is_trusted: bool) -> tuple[list, str]:
+    "The headers that the app gets, and the root path that the proxy sends."
     sent = {}
     for name, value in headers:
-        if name in _USED_HERE: sent.setdefault(name, []).append(value)
-    headers = [(name, value) for name, value in headers if name not in _USED_HERE]
+        if name in _HEADERS_HANDLED_HERE: sent.setdefault(name, []).append(value)
+    headers = [(name, value) for name, value in headers if name not in _HEADERS_HANDLED_HERE]
     if not is_trusted: return headers, ''
     if _PROTO in sent: headers.append((_PROTO, _first_value(sent[_PROTO])))
     host = _first_value(sent[_FORWARDED_HOST]) if _FORWARDED_HOST in sent else b''
@@ -132,17 +132,17 @@ class ProxyHeaders:
         gradio_path: str = '', # path of a Gradio app in this app, such as /ui; '': there is none
     ):
         self.app = app
-        self.uvicorns = ProxyHeadersMiddleware(app, trusted_proxies(s)) # sets scheme and client
+        self.uvicorn_middleware = ProxyHeadersMiddleware(app, trusted_proxies(s)) # sets scheme and client
         self.root_path = configured_root_path(s)
         self.gradio_path = gradio_path
 
     async def __call__(self, scope, receive, send):
         if scope['type'] == 'lifespan': return await self.app(scope, receive, send)
         app, root_path = self.app, self.root_path
-        if not _OF_PROXIES.isdisjoint(dict(scope['headers'])):
-            app = self.uvicorns
+        if not _PROXY_HEADERS.isdisjoint(dict(scope['headers'])):
+            app = self.uvicorn_middleware
             address = (scope.get('client') or [''])[0]
-            scope['headers'], forwarded = _apply_headers(scope['headers'], address in app.trusted_hosts)
+            scope['headers'], forwarded = _split_forwarded_headers(scope['headers'], address in app.trusted_hosts)
             root_path = root_path or forwarded
         if self.gradio_path:
             scope['headers'] = [*scope['headers'], (_GRADIO, f'{root_path}{self.gradio_path}'.encode())]
@@ -156,7 +156,7 @@ class ProxyHeaders:
         await app(scope, receive, send_for_proxy)
 
     def _adapt_response(self, message: dict, scope: dict):
-        "Change the headers of a response: a redirect to a path, and a stream that no proxy holds back."
+        "Change the headers of a response: a redirect to a path, and a stream that no proxy buffers."
         headers = message.get('headers', [])
         if 300 <= message['status'] < 400:
             host = dict(scope['headers']).get(b'host', b'')

@@ -76,13 +76,17 @@ class _FormFile(NamedTuple):
     name: str | None # name of the file
     is_file: bool # whether the part says that it is a file, by a name that may be empty
 
+def _to_form_file(part: MultipartSegment) -> _FormFile:
+    "A part of a form whose content has not been read."
+    return _FormFile([], _file_name(part), 'filename' in part.header('Content-Disposition').lower())
+
 def _is_form(request: Request) -> bool:
     return request.headers.get('content-type', '').lower().startswith('multipart/form-data')
 
 async def read_files(
     request: Request, # request with a form, from `limit_body`
     field: str, # name of the field with the files; other fields are skipped
-    max_files: int, # reading stops after one more than this
+    max_files: int, # reading stops when one more begins; values without a file name do not count
 ) -> list: # (bytes, file name or None) of each file
     """The files in a field of a form; raises 400 if the form is broken or ends too early.
 
@@ -96,10 +100,9 @@ async def read_files(
             for part in parser.parse(chunk):
                 if isinstance(part, MultipartSegment):
                     is_wanted = part.name == field
-                    is_file = 'filename' in part.header('Content-Disposition').lower()
-                    if is_wanted: files.append(_FormFile([], _file_name(part), is_file))
+                    if is_wanted: files.append(_to_form_file(part))
                 elif part and is_wanted: files[-1].pieces.append(part)
-            if parser.closed or len(files) > max_files: break
+            if parser.closed or sum(file.is_file for file in files) > max_files: break
     except MultipartError as e: raise HTTPException(400, f'The form is broken: {e}.') from None
     files = [file for file in files if file.is_file] or files
     return [(b''.join(file.pieces), file.name) for file in files]
@@ -107,8 +110,14 @@ async def read_files(
 # %% ../../nbs/serve/08_request_body.ipynb #2bd57894
 _FORM_OVERHEAD = 64_000 # bytes around the files of a form
 
-def _is_json(request: Request) -> bool:
-    return 'json' in request.headers.get('content-type', '').lower()
+def _text_overhead(
+    request: Request, # request with an input
+    max_bytes: int, # largest size of the input
+    is_photo: bool, # whether the input is a photo
+) -> int: # bytes
+    "How much longer the body may be because the photo may be a text; clients send JSON with any content type."
+    is_binary = request.headers.get('content-type', '').lower().startswith('image/')
+    return base64_overhead(max_bytes) if is_photo and not is_binary else 0
 
 def _photo_in_json(body: bytes) -> str:
     "The one photo in a JSON body, in base64; raises 400 if there are several, 422 if there is none."
@@ -124,8 +133,10 @@ async def read_input(
     is_photo: bool = False, # whether the model takes photos, which may be sent in base64
 ) -> tuple: # the input's bytes, and the file's name or None
     "The one input of a request; raises 400 if there is none, 413 if it is too large, 422 if JSON has no photo."
+    overhead = _text_overhead(request, max_bytes, is_photo)
     if _is_form(request):
-        files = await read_files(limit_body(request, max_bytes, _FORM_OVERHEAD, advice), 'file', 1)
+        limited = limit_body(request, max_bytes, overhead + _FORM_OVERHEAD, advice)
+        files = await read_files(limited, 'file', 1)
         if not files:
             raise HTTPException(400, 'The form has no file in its field "file". '
                                      'Send one, as `curl -F file=@photo.jpg` does.')
@@ -134,10 +145,10 @@ async def read_input(
                                      'Send one, or many to /predict/batch in the field "files".')
         data, name = files[0]
     else:
-        overhead = base64_overhead(max_bytes) if is_photo and _is_json(request) else 0
         data, name = await limit_body(request, max_bytes, overhead, advice).body(), None
         if is_photo and begins_like_json(data): data = await to_thread.run_sync(_photo_in_json, data)
     if is_photo and is_base64(data): data = await to_thread.run_sync(decode_photo, data)
+    if len(data) > max_bytes: raise body_too_large(max_bytes, advice)
     if not data:
         raise HTTPException(400, 'There is nothing in the request. Send a photo as the body or in the form field '
                                  '"file", or numbers as JSON: {"features": [1.5, …]}.')
@@ -153,15 +164,16 @@ async def read_inputs(
     if _is_form(request):
         limited = limit_body(request, s.batch_max_bytes, _FORM_OVERHEAD)
         files = await read_files(limited, 'files', s.batch_files)
-    elif _is_json(request):
+    else:
         body = await limit_body(request, s.batch_max_bytes, base64_overhead(s.batch_max_bytes)).body()
-        if body: files = [(text, None) for text in await to_thread.run_sync(find_photos, body, s.batch_files)]
+        if begins_like_json(body):
+            files = [(text, None) for text in await to_thread.run_sync(find_photos, body, s.batch_files)]
     if len(files) > s.batch_files:
         raise HTTPException(413, f'More than {s.batch_files} in one request (PLANT_BATCH_FILES). Send them in several.')
     if not files:
         raise HTTPException(400, 'There is nothing in the request. Send files in the form field "files", '
                                  'as `curl -F files=@a.jpg -F files=@b.jpg` does, '
-                                 'or in base64 as application/json: {"images": ["…", …]}.')
+                                 'or in base64 as JSON: {"images": ["…", …]}.')
     return files
 
 # %% ../../nbs/serve/08_request_body.ipynb #e738e3ce
