@@ -508,5 +508,5 @@ SLOW_NOTEBOOKS = {
     'stocks/train', 'stocks/workload', 'targets/kubeflow'}
 
 def notebook_name(path) -> str:
-    "A notebook's path in `nbs`, without its number and suffix: core/07_s3_store.ipynb → core/s3_store."
+    "A notebook's path in `nbs`, without its number and suffix: core/08_s3_store.ipynb → core/s3_store."
     return re.sub(r'\b\d+_', '', str(path).removesuffix('.ipynb'))
