@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import NamedTuple
 from urllib.parse import urlsplit
 import sqlalchemy as sa
-from ..core.config import PlantError, Settings
+from ..core.config import PlantError, Settings, mask_secrets
 from ..core.database import database_message, insert_or_ignore, open_database, retry_transaction
 from ..core.text import SPLITS, clean_label, parse_split
 from .catalog_table import MAX_LABEL, complete_rows, hash_url, metadata, plants_data, upgrade_table
@@ -51,7 +51,8 @@ class RefusedRow(NamedTuple):
     reason: str   # what is wrong with it
 
 def _shorten(text: str) -> str:
-    "The beginning of a text, quoted, for a message."
+    "The beginning of a text, quoted and without passwords, for a message."
+    text = mask_secrets(text)
     return repr(text if len(text) <= 80 else text[:79] + '…')
 
 def _check_row(
