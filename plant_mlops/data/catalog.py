@@ -140,8 +140,7 @@ def _update_labels(
         if (label, split, None) == (existing.label, existing.split, existing.gone_at): continue
         changes.append(dict(row_id=existing.id, new_label=label, new_split=split))
     update = sa.update(plants_data).where(t.id == sa.bindparam('row_id')).values(
-        label=sa.bindparam('new_label'), split=sa.bindparam('new_split'), gone_at=None,
-        added_at=added_at)
+        label=sa.bindparam('new_label'), split=sa.bindparam('new_split'), gone_at=None, added_at=added_at)
     if changes: c.execute(update, changes)
     return n_relabelled
 
@@ -156,9 +155,8 @@ def add_checked_rows(
 ) -> dict: # numbers of rows: `new` and `relabelled`
     "Add checked rows in one transaction."
     relabelled = 0
-    insert = insert_or_ignore(engine.dialect.name, plants_data, 'url_hash')
-    added_at = datetime.now(timezone.utc).replace(tzinfo=None) # one time for all rows: none of them is newer
-    insert = insert.values(added_at=added_at)
+    added_at = datetime.now(timezone.utc).replace(tzinfo=None) # the same for all rows: none of them is newer
+    insert = insert_or_ignore(engine.dialect.name, plants_data, 'url_hash').values(added_at=added_at)
     with engine.connect() as c:
         complete_rows(c)
         before = count_rows(c)

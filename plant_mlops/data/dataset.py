@@ -151,7 +151,8 @@ def make_card(
         balance=round(float(totals.min()/totals.max()), 3),
         flags=dict(Counter(flag for flags in flagged['flags'] for flag in flags.split(','))),
         near_duplicates=dict(
-            photos=len(duplicates), groups=int(duplicates.group.nunique()), hamming=limits.max_different, cosine=limits.cosine),
+            photos=len(duplicates), groups=int(duplicates.group.nunique()), hamming=limits.max_different,
+            cosine=limits.cosine),
         given_splits=given.value_counts().to_dict(),
         flagged=flagged[['sha256', 'label', 'split', 'flags', 'url_source']].head(1000).to_dict('records'),
         thresholds=THRESHOLDS, fractions=FRACTIONS,
@@ -162,7 +163,7 @@ def make_card(
 class Dataset:
     "One version of the data."
     version: str           # hash of its content
-    manifest: pd.DataFrame # a row for each photo, see `make_manifest`; no given_split and original_group in old versions
+    manifest: pd.DataFrame # a row for each photo, see `make_manifest`; old versions lack the last columns
     card: dict             # counts and findings, see `make_card`
 
     @property
