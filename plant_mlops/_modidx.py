@@ -1177,6 +1177,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'plant_mlops/data/near_duplicates.py'),
                                                   'plant_mlops.data.near_duplicates._is_near': ( 'data/near_duplicates.html#_is_near',
                                                                                                  'plant_mlops/data/near_duplicates.py'),
+                                                  'plant_mlops.data.near_duplicates._is_only_match': ( 'data/near_duplicates.html#_is_only_match',
+                                                                                                       'plant_mlops/data/near_duplicates.py'),
                                                   'plant_mlops.data.near_duplicates._parse_hashes': ( 'data/near_duplicates.html#_parse_hashes',
                                                                                                       'plant_mlops/data/near_duplicates.py'),
                                                   'plant_mlops.data.near_duplicates._spectra': ( 'data/near_duplicates.html#_spectra',

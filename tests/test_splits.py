@@ -141,6 +141,17 @@ def test_frames_of_a_long_film_are_in_one_split_or_have_the_flag_leak(tmp_path):
     assert not has_flag(manifest.loc[sha256[40:]], 'leak').any()
     assert any('metrics may be too good' in warning for warning in dataset.card['warnings'])
 
+def test_similar_embeddings_of_two_photos_only_are_a_pair_with_three_times_as_many_bits():
+    photos = pd.DataFrame(dict(phash=['0'*16, '0'*10 + 'f'*6, 'f'*8 + '0'*8], low_information=.8)) # 24, 32, 56 bits
+    def pairs(angles, photos=photos):
+        embedding = np.stack([np.cos(angles), np.sin(angles)], 1)
+        return near_pairs(photos, embedding)[['first', 'second']].values.tolist()
+    assert pairs([0, .1, 1.5]) == [[0, 1]]
+    assert pairs([0, 1.5, .1]) == [], 'too many bits'
+    third = photos.assign(phash=[*photos.phash[:2], '0'*7 + 'f'*6 + '000'])
+    assert pairs([0, .1, .05], third) == [], 'neither is the only one'
+    assert pairs([0, .1, 1.5], photos.assign(low_information=.2)) == [], 'flat'
+
 # -- Large groups
 
 def fake_photos(labels, given=None, n_bursts=None):
