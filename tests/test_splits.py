@@ -1,14 +1,15 @@
 "Near-duplicates, given splits, and photos that are in the catalog more than once."
-import io, math
+import io, math, re
 import numpy as np, pandas as pd, pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from plant_mlops.core.config import settings
 from plant_mlops.core.store import open_store, sha256_of
 from plant_mlops.data.catalog import add_rows, list_rows, open_catalog, record_results
 from plant_mlops.data.catalog_files import add_folder
-from plant_mlops.data.dataset import build_dataset, has_flag, load_dataset, make_card, make_manifest, merge_duplicates
+from plant_mlops.data.dataset import (
+    build_dataset, dataset_version, has_flag, load_dataset, make_card, make_manifest, merge_duplicates)
 from plant_mlops.data.given_splits import assign_given_splits
-from plant_mlops.data.near_duplicates import NearLimits, near_pairs
+from plant_mlops.data.near_duplicates import NearLimits, near_pairs, select_pairs
 from plant_mlops.data.prepare import prepare, prepare_photo
 from plant_mlops.data.shards import put_shard
 from plant_mlops.data.splits import FRACTIONS, assign_splits
@@ -106,6 +107,51 @@ def test_without_embeddings_flat_photos_are_no_near_duplicates_but_copies_are(tm
     assert manifest.group[sha256[30]] == manifest.group[sha256[-2]]
     assert manifest.group[sha256[1]] == manifest.group[sha256[-1]]
 
+def test_without_embeddings_the_hash_decides_alone_and_identical_hashes_are_a_pair_under_any_limit():
+    photos = pd.DataFrame(dict(phash=['0'*16, '0'*16, '0'*12 + '7fff'], low_information=.8))
+    pairs = near_pairs(photos)
+    for factor in (1, .5, .25, .1, 0):
+        selected = select_pairs(pairs, NearLimits().scaled(factor))
+        assert selected[['first', 'second']].values.tolist() == [[0, 1]], factor
+    assert len(near_pairs(photos, limits=NearLimits(cosine=1))) == 1
+
+def warp(img, i, amount=.02):
+    "A frame of a film: everything has moved a little, each part in another direction."
+    rng = np.random.default_rng([5, i])
+    def displacement():
+        coarse = Image.fromarray(rng.normal(0, amount*img.width, (4, 4)).astype(np.float32))
+        return np.asarray(coarse.resize(img.size, Image.BICUBIC))
+    y, x = np.mgrid[:img.height, :img.width]
+    y = (y + displacement()).round().astype(int).clip(0, img.height - 1)
+    x = (x + displacement()).round().astype(int).clip(0, img.width - 1)
+    return Image.fromarray(np.asarray(img)[y, x])
+
+def test_frames_of_a_long_film_are_in_one_split_or_have_the_flag_leak(tmp_path):
+    s = settings(home=tmp_path, pretrained=False)
+    film = draw('dandelion', 11)
+    photos = [('film', warp(film, i)) for i in range(40)] + [('film', draw('dandelion', (12, i))) for i in range(40)]
+    sha256 = store_photos(s, photos + [('grass', draw('grass', (12, i))) for i in range(10)])
+    build_dataset(s)
+    dataset = load_dataset(s)
+    manifest = dataset.manifest.set_index('sha256')
+    frames = manifest.loc[sha256[:40]]
+    assert frames.split.nunique() > 1, 'some frames are in another split'
+    is_alone = frames.split != frames.split.mode()[0]
+    assert has_flag(frames, 'leak')[is_alone].all()
+    assert not has_flag(manifest.loc[sha256[40:]], 'leak').any()
+    assert any('metrics may be too good' in warning for warning in dataset.card['warnings'])
+
+def test_similar_embeddings_of_two_photos_only_are_a_pair_with_three_times_as_many_bits():
+    photos = pd.DataFrame(dict(phash=['0'*16, '0'*10 + 'f'*6, 'f'*8 + '0'*8], low_information=.8)) # 24, 32, 56 bits
+    def pairs(angles, photos=photos):
+        embedding = np.stack([np.cos(angles), np.sin(angles)], 1)
+        return near_pairs(photos, embedding)[['first', 'second']].values.tolist()
+    assert pairs([0, .1, 1.5]) == [[0, 1]]
+    assert pairs([0, 1.5, .1]) == [], 'too many bits'
+    third = photos.assign(phash=[*photos.phash[:2], '0'*7 + 'f'*6 + '000'])
+    assert pairs([0, .1, .05], third) == [], 'neither is the only one'
+    assert pairs([0, .1, 1.5], photos.assign(low_information=.2)) == [], 'flat'
+
 # -- Large groups
 
 def fake_photos(labels, given=None, n_bursts=None):
@@ -117,8 +163,8 @@ def fake_photos(labels, given=None, n_bursts=None):
     scores = dict.fromkeys(('dark', 'light', 'blurry', 'low_information', 'odd_aspect_ratio', 'grayscale'), 1.)
     return pd.DataFrame(dict(
         sha256=[sha256_of(f'{i}'.encode()) for i in range(n)], label=labels, url_source='file:///a.jpg',
-        given=pd.Series(given or [None]*n, dtype=object), copies=1, relabelled=False, split_conflict=False,
-        shard='fmt/a',
+        given=pd.Series(given or [None]*n, dtype=object), copies=1, relabelled=False, label_conflict=False,
+        split_conflict=False, shard='fmt/a',
         phash=[hashes[burst] for burst in bursts], **scores))
 
 def counts_of(manifest, label):
@@ -133,7 +179,7 @@ def test_a_class_of_bursts_has_photos_in_every_split_and_a_warning(n, n_bursts):
     assert min(valid, test) >= max(1, math.floor(.15*n/2))
     assert train >= n/3
     is_whole = n_bursts > 2
-    assert (manifest.groupby('look_alike').split.nunique().max() == 1) == is_whole
+    assert (manifest.groupby('original_group').split.nunique().max() == 1) == is_whole
     warnings = make_card(manifest)['warnings']
     is_large = n/n_bursts > n/10
     assert any(f'of its {n} photos look alike' in warning for warning in warnings) == is_large
@@ -164,28 +210,43 @@ def test_a_given_split_is_kept_and_other_photos_are_distributed_as_usual():
                           pd.Series(['fern']*40), pd.Series(range(40)))
     assert split[60:].tolist() == usual.tolist()
 
-def test_without_given_splits_the_dataset_is_the_same_as_before():
+def test_without_given_splits_the_splits_are_as_assign_splits_gives():
     labels, groups = ['fern', 'moss']*30, [i//3 for i in range(60)]
     sha256 = pd.Series([sha256_of(f'{i}'.encode()) for i in range(60)])
-    before = assign_splits(sha256, pd.Series(labels), pd.Series(groups))
-    assert split_of(labels, [None]*60, groups).tolist() == before.tolist()
+    expected = assign_splits(sha256, pd.Series(labels), pd.Series(groups))
+    assert split_of(labels, [None]*60, groups).tolist() == expected.tolist()
 
-@pytest.mark.parametrize('given, expected', [
-    (['train']*80 + ['test']*20, [65, 15, 20]),    # no valid
-    (['train']*80 + ['valid']*20, [65, 20, 15]),   # no test
-    (['train']*100, [70, 15, 15]),                 # neither
-    (['test']*100, [70, 15, 15]),                  # nothing to train on: as if nothing were given
-    (['valid']*50 + ['test']*50, [70, 15, 15])])
-def test_what_given_splits_lack_is_taken_from_the_other_photos_and_said(given, expected):
-    photos = fake_photos(['fern']*100 + ['moss']*20, given + [None]*20)
+@pytest.mark.parametrize('given, expected, lacking', [
+    (dict(train=80, test=20), [66, 14, 20], ['valid']),
+    (dict(train=80, valid=20), [66, 20, 14], ['test']),
+    (dict(train=100), [70, 15, 15], ['test', 'valid']),
+    (dict(train=10, test=50), [8, 2, 50], ['valid']), # few-shot
+    (dict(train=10, test=90), [8, 2, 90], ['valid']),
+    (dict(train=10, valid=50), [8, 50, 2], ['test']),
+    (dict(train=2, test=50), [1, 1, 50], ['valid']),
+    (dict(test=100), [70, 15, 15], ['train', 'train']), # nothing to train on: as if nothing were given
+    (dict(valid=50, test=50), [70, 15, 15], ['train']*4)])
+def test_missing_valid_or_test_is_filled_from_training_with_a_warning(given, expected, lacking):
+    given = [split for split, n in given.items() for _ in range(n)]
+    n = len(given)
+    photos = fake_photos(['fern']*n + ['moss']*20, given + [None]*20)
     manifest = make_manifest(photos, None)
     assert counts_of(manifest, 'fern') == expected
     assert counts_of(manifest, 'moss') == [14, 3, 3]
     card = make_card(manifest)
-    moved = (manifest.given_split != '') & (manifest.given_split != manifest.split)
-    assert len(card['warnings']) == manifest[moved].groupby(['given_split', 'split']).ngroups
-    assert all(warning.startswith('fern: ') and 'none was given for' in warning for warning in card['warnings'])
-    assert sum(card['given_splits'].values()) == 100
+    assert [re.search(r'none was given for (\w+)', warning)[1] for warning in card['warnings']] == lacking
+    assert all(warning.startswith('fern: ') for warning in card['warnings'])
+    assert sum(card['given_splits'].values()) == n
+
+def test_of_large_training_groups_the_smallest_is_used_for_a_missing_split():
+    split = split_of(['fern']*100, ['train']*90 + ['test']*10, [0]*50 + [1]*40 + list(range(2, 12)))
+    assert (set(split[:50]), set(split[50:90])) == ({'train'}, {'valid'})
+
+@pytest.mark.parametrize('given, expected', [(['test']*20 + [None], [1, 0, 20]), (['test']*20 + ['train'], [1, 0, 20])])
+def test_a_class_with_a_single_training_photo_and_none_for_validation_is_warned_of(given, expected):
+    manifest = make_manifest(fake_photos(['fern']*21 + ['moss']*20, given + [None]*20), None)
+    assert counts_of(manifest, 'fern') == expected
+    assert make_card(manifest)['warnings'] == ['fern has no photo in the valid split. Add more.']
 
 def test_photos_with_train_and_test_given_that_look_alike_stay_there_with_a_warning():
     given = ['train']*60 + ['valid']*10 + ['test']*30
@@ -201,7 +262,7 @@ def test_a_class_whose_training_photos_all_look_like_test_photos_has_photos_in_e
     photos = fake_photos(['fern']*10 + ['moss']*20, ['train']*5 + ['test']*5 + [None]*20)
     photos.loc[:9, 'phash'] = photos.phash[0]
     manifest = make_manifest(photos, None)
-    assert counts_of(manifest, 'fern') == [3, 2, 5]
+    assert counts_of(manifest, 'fern') == [4, 1, 5]
     assert set(manifest.split[5:10]) == {'test'}
     assert sum('metrics may be too good' in warning for warning in make_card(manifest)['warnings']) == 1
 
@@ -209,7 +270,7 @@ def test_a_class_whose_training_photos_all_look_like_test_photos_has_photos_in_e
 def test_settings_say_how_similar_near_duplicates_are(setting):
     photos = pd.DataFrame(dict(phash=['0'*16, '0'*15 + '3'], low_information=.8))
     embedding = np.array([[1, 0], [.98, .2]])
-    def n_pairs(s): return len(near_pairs(photos, embedding, NearLimits.of(s)))
+    def n_pairs(s): return len(near_pairs(photos, embedding, NearLimits.from_settings(s)))
     assert (n_pairs(settings()), n_pairs(settings(**setting))) == (1, 0)
 
 def test_a_photo_without_a_given_split_follows_its_near_duplicate():
@@ -266,6 +327,12 @@ def test_a_photo_that_moves_to_another_class_counts_there(tmp_path):
     assert 'relabelled' in manifest['flags']['grass3.jpg']
     assert dataset.card['flags']['relabelled'] == 1
 
+def test_given_splits_are_part_of_the_version_and_without_any_it_is_as_before():
+    manifests = [make_manifest(fake_photos(['fern']*40, given), None) for given in (None, ['train'] + [None]*39)]
+    manifests[1][['group', 'split', 'flags']] = manifests[0][['group', 'split', 'flags']]
+    assert dataset_version(manifests[0], side=256) == '85e6d38da2bd'
+    assert dataset_version(manifests[1], side=256) != dataset_version(manifests[0], side=256)
+
 # -- One photo in several rows
 
 def test_the_newest_row_of_a_photo_gives_its_label_and_url_and_test_counts_before_train():
@@ -285,3 +352,29 @@ def test_the_newest_row_of_a_photo_gives_its_label_and_url_and_test_counts_befor
     assert photos.relabelled.tolist() == [True, True, True, False]
     assert photos.split_conflict.tolist() == [True, False, False, False]
     assert photos.copies.tolist() == [2, 2, 2, 1]
+
+def test_which_of_two_labels_of_the_same_command_is_right_is_unknown():
+    same, later = pd.Timestamp('2026-01-01 10:00:00.1'), pd.Timestamp('2026-01-01 10:00:00.2')
+    def rows(*labels_and_times):
+        return [dict(id=i, sha256='a', label=label, url_source=f'file:///{i}', added_at=time, split=None)
+                for i, (label, time) in enumerate(labels_and_times)]
+    for labels_and_times, expected in (
+            ([('fern', same), ('moss', same)], (True, False)), ([('fern', same), ('moss', later)], (False, True)),
+            ([('fern', same), ('fern', same)], (False, False)), ([('fern', same), ('moss', None)], (False, True)),
+            ([('fern', same), ('moss', same), ('oak', later)], (False, True))):
+        photo = merge_duplicates(rows(*labels_and_times)).iloc[0]
+        assert (photo.label_conflict, photo.relabelled) == expected, labels_and_times
+
+def test_a_photo_in_the_folders_of_two_classes_is_in_no_split_until_a_later_command_decides(tmp_path):
+    s, folder = settings(home=tmp_path/'home'), tmp_path/'photos'
+    drawings = [(label, i, draw(label, (9, i))) for label in ('dandelion', 'grass') for i in range(8)]
+    photos = [(f'{label}/{label}{i}.jpg', img) for label, i, img in drawings]
+    save_folder(folder, [*photos, ('dandelion/grass3.jpg', drawings[11][2])])
+    dataset, manifest = build_from(s, folder)
+    assert len(manifest) == 16
+    assert (manifest.split['grass3.jpg'], manifest['flags']['grass3.jpg']) == ('none', 'exact_duplicate,label_conflict')
+    assert dataset.card['flags'] == dict(exact_duplicate=1, label_conflict=1)
+    assert dataset.card['warnings'] == []
+    (folder/'dandelion/grass3.jpg').unlink()
+    _, manifest = build_from(s, folder)
+    assert (manifest.split['grass3.jpg'] in FRACTIONS, manifest.label['grass3.jpg']) == (True, 'grass')

@@ -12,7 +12,7 @@ __all__ = ['STATUSES', 'MAX_URL', 'BATCH_ROWS', 'open_catalog', 'RefusedRow', 'c
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import NamedTuple
 from urllib.parse import urlsplit
 import sqlalchemy as sa
@@ -125,6 +125,7 @@ def count_rows(
 def _update_labels(
     c: sa.Connection, # connection in a transaction
     rows: list, # checked rows
+    added_at: datetime, # time of the change (UTC)
 ) -> int: # number of labels that changed
     "Update the labels and splits of existing rows; a missing value changes nothing."
     t = plants_data.c
@@ -140,8 +141,7 @@ def _update_labels(
         if (label, split, None) == (existing.label, existing.split, existing.gone_at): continue
         changes.append(dict(row_id=existing.id, new_label=label, new_split=split))
     update = sa.update(plants_data).where(t.id == sa.bindparam('row_id')).values(
-        label=sa.bindparam('new_label'), split=sa.bindparam('new_split'), gone_at=None,
-        added_at=sa.func.current_timestamp())
+        label=sa.bindparam('new_label'), split=sa.bindparam('new_split'), gone_at=None, added_at=added_at)
     if changes: c.execute(update, changes)
     return n_relabelled
 
@@ -156,14 +156,14 @@ def add_checked_rows(
 ) -> dict: # numbers of rows: `new` and `relabelled`
     "Add checked rows in one transaction."
     relabelled = 0
-    insert = insert_or_ignore(engine.dialect.name, plants_data, 'url_hash')
-    insert = insert.values(added_at=sa.func.current_timestamp())
+    added_at = datetime.now(timezone.utc).replace(tzinfo=None) # the same for all rows: none of them is newer
+    insert = insert_or_ignore(engine.dialect.name, plants_data, 'url_hash').values(added_at=added_at)
     with engine.connect() as c:
         complete_rows(c)
         before = count_rows(c)
         for i in range(0, len(rows), BATCH_ROWS):
             batch = rows[i:i + BATCH_ROWS]
-            relabelled += _update_labels(c, batch)
+            relabelled += _update_labels(c, batch, added_at)
             c.execute(insert, batch)
         result = dict(new=count_rows(c) - before, relabelled=relabelled)
         if dry_run: c.rollback()

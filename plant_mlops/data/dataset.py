@@ -30,7 +30,7 @@ from .splits import FRACTIONS
 from .synthetic import SOURCE_NAMES, source_of
 
 # %% ../../nbs/data/29_dataset.ipynb #7538a1b2
-_GIVEN = ('test', 'valid', 'train') # given splits, the one that counts first
+_SPLIT_PRIORITY = ('test', 'valid', 'train') # given splits, the one that counts first
 
 def merge_duplicates(
     rows: list, # dicts with sha256, label, url_source, and where known id, split and added_at (None: file missing)
@@ -41,12 +41,15 @@ def merge_duplicates(
     table['added_at'] = pd.to_datetime(table.added_at, utc=True)
     table = table.sort_values(['sha256', 'added_at', 'id', 'url_source'], na_position='first')
     is_missing = table.added_at.isna() & table.added_at.notna().groupby(table.sha256).transform('any')
-    table['rank'] = table.split.mask(is_missing).map({name: rank for rank, name in enumerate(_GIVEN)})
+    table['rank'] = table.split.mask(is_missing).map({name: rank for rank, name in enumerate(_SPLIT_PRIORITY)})
     photos = table.groupby('sha256').agg(
         label=('label', 'last'), url_source=('url_source', 'last'), given=('rank', 'min'), copies=('label', 'size'),
         n_labels=('label', 'nunique'), n_given=('rank', 'nunique'))
-    photos['given'] = [None if np.isnan(rank) else _GIVEN[int(rank)] for rank in photos.given]
-    photos['relabelled'] = photos.pop('n_labels') > 1
+    photos['given'] = [None if np.isnan(rank) else _SPLIT_PRIORITY[int(rank)] for rank in photos.given]
+    is_newest = table.added_at == table.groupby('sha256').added_at.transform('max')
+    n_newest_labels = table[is_newest].groupby('sha256').label.nunique()
+    photos['label_conflict'] = n_newest_labels.reindex(photos.index, fill_value=0) > 1
+    photos['relabelled'] = (photos.pop('n_labels') > 1) & ~photos.label_conflict
     photos['split_conflict'] = photos.pop('n_given') > 1
     return photos.reset_index()
 
@@ -56,12 +59,12 @@ def make_manifest(
     embedding: np.ndarray | None, # embeddings (n, d), rows of length 1
     limits: NearLimits = NearLimits(), # limits for near-duplicates
     load_thumbnails: Callable | None = None, # positions of photos → their thumbnails
-) -> pd.DataFrame: # sha256, label, url_source, group, split, flags, shard, given_split, look_alike
+) -> pd.DataFrame: # sha256, label, url_source, group, split, flags, shard, given_split, original_group
     "Assign groups, splits and flags to photos."
     photos = split_photos(photos, embedding, limits, load_thumbnails)
     photos['flags'] = find_flags(photos)
     photos['given_split'] = photos.given.fillna('')
-    columns = ['sha256', 'label', 'url_source', 'group', 'split', 'flags', 'shard', 'given_split', 'look_alike']
+    columns = ['sha256', 'label', 'url_source', 'group', 'split', 'flags', 'shard', 'given_split', 'original_group']
     return photos[columns].reset_index(drop=True)
 
 # %% ../../nbs/data/29_dataset.ipynb #bce6d05d
@@ -70,8 +73,11 @@ def dataset_version(
     **parameters, # parameters of the dataset, such as the name of the embedding
 ) -> str: # 12 hexadecimal digits
     "Hash of the content; it is the same on every machine."
-    content = manifest.sort_values('sha256')[['sha256', 'label', 'group', 'split', 'flags']].astype(str).values.tolist()
-    return sha256_of(json.dumps([parameters, content], sort_keys=True).encode())[:12]
+    manifest = manifest.sort_values('sha256')
+    content = [parameters, manifest[['sha256', 'label', 'group', 'split', 'flags']].astype(str).values.tolist()]
+    given = manifest.loc[manifest.given_split != '', ['sha256', 'given_split']]
+    if len(given): content.append(given.values.tolist())
+    return sha256_of(json.dumps(content, sort_keys=True).encode())[:12]
 
 # %% ../../nbs/data/29_dataset.ipynb #e2f27d30
 def _split_warnings(
@@ -82,7 +88,7 @@ def _split_warnings(
     warnings = [f'{label} has a single photo. It is used for training, so the metrics do not include {label}. '
                 'Add more photos of it.' for label in table.index[n_usable == 1]]
     for split in ('valid', 'test'):
-        is_missing = (table[split] == 0) & (table.train > 1)
+        is_missing = (table[split] == 0) & (n_usable > 1)
         warnings += [f'{label} has no photo in the {split} split. Add more.' for label in table.index[is_missing]]
     if not table.test.sum():
         warnings.append('No photo is in the test split, so no model can be evaluated. Add photos: three or more of a '
@@ -95,22 +101,27 @@ def _count(n: int, noun: str = 'photo') -> str: return f'1 {noun}' if n == 1 els
 def _given_warnings(
     manifest: pd.DataFrame, # manifest of the dataset
 ) -> list: # sentences
-    "Warnings about photos that are not in the split they were given."
-    moved = manifest[(manifest.given_split != '') & (manifest.given_split != manifest.split)]
-    return [f'{label}: {_count(len(rows))} given for {given} {"is" if len(rows) == 1 else "are"} used for {split}, '
-            f'because none was given for {split}.'
-            for (label, given, split), rows in moved.groupby(['label', 'given_split', 'split'])]
+    "Warnings about photos that are not in the split they were given, because of a split that lacks photos."
+    given = manifest[manifest.given_split != '']
+    has_training = (given.given_split == 'train').groupby(given.label).any()
+    moved = given[given.given_split != given.split]
+    warnings = []
+    for (label, old, new), rows in moved.groupby(['label', 'given_split', 'split']):
+        lacking = new if has_training[label] else 'train'
+        warnings.append(f'{label}: {_count(len(rows))} given for {old} {"is" if len(rows) == 1 else "are"} used for '
+                        f'{new}, because none was given for {lacking}.')
+    return warnings
 
 def _group_warnings(
     manifest: pd.DataFrame, # manifest of the dataset
 ) -> list: # sentences
     "Warnings about large groups of near-duplicates, and about near-duplicates in several splits."
     warnings = []
-    for label, groups in large_groups(manifest.label, manifest.look_alike).groupby('label'):
+    for label, groups in large_groups(manifest.label, manifest.original_group).groupby('label'):
         largest = groups.iloc[0]
         n_more = len(groups) - 1
         more = f' So do {_count(n_more, "smaller group")} of more than a tenth of the class.' if n_more else ''
-        warnings.append(f'{label}: {largest.photos:,} of its {largest.of:,} photos look alike.{more} '
+        warnings.append(f'{label}: {largest.n_in_group:,} of its {largest.n_in_class:,} photos look alike.{more} '
                         'Add photos that differ more.')
     has_leak = has_flag(manifest, 'leak')
     n_tested = (has_leak & (manifest.split != 'train')).sum()
@@ -130,6 +141,7 @@ def make_card(
     table = pd.crosstab(manifest.label, manifest.split).reindex(columns=[*FRACTIONS, 'none'], fill_value=0)
     totals = table.sum(axis=1)
     flagged = manifest[manifest['flags'] != '']
+    in_split = manifest[manifest.split != 'none']
     duplicates = manifest[manifest['flags'].str.contains('near_duplicate')]
     given = manifest.given_split[manifest.given_split != '']
     return more | dict(
@@ -139,18 +151,19 @@ def make_card(
         balance=round(float(totals.min()/totals.max()), 3),
         flags=dict(Counter(flag for flags in flagged['flags'] for flag in flags.split(','))),
         near_duplicates=dict(
-            photos=len(duplicates), groups=int(duplicates.group.nunique()), hamming=limits.bits, cosine=limits.cosine),
+            photos=len(duplicates), groups=int(duplicates.group.nunique()), hamming=limits.max_different,
+            cosine=limits.cosine),
         given_splits=given.value_counts().to_dict(),
         flagged=flagged[['sha256', 'label', 'split', 'flags', 'url_source']].head(1000).to_dict('records'),
         thresholds=THRESHOLDS, fractions=FRACTIONS,
-        warnings=_split_warnings(table) + _given_warnings(manifest) + _group_warnings(manifest))
+        warnings=_split_warnings(table) + _given_warnings(in_split) + _group_warnings(in_split))
 
 # %% ../../nbs/data/29_dataset.ipynb #d17570a0
 @dataclass
 class Dataset:
     "One version of the data."
     version: str           # hash of its content
-    manifest: pd.DataFrame # a row for each photo, see `make_manifest`; no given_split and look_alike in old versions
+    manifest: pd.DataFrame # a row for each photo, see `make_manifest`; old versions lack the last columns
     card: dict             # counts and findings, see `make_card`
 
     @property
@@ -165,14 +178,14 @@ class Dataset:
         columns = (*FRACTIONS, 'total')
         for label, counts in card['classes'].items(): table.add_row(label, *(f'{counts[name]:,}' for name in columns))
         title = f'dataset {self.version}: {card["photos"]:,} {SOURCE_NAMES[card["source"]]}'
-        return Group(title, table, *_findings(card))
+        return Group(title, table, *_card_lines(card))
 
     def __repr__(self):
         console = Console(file=io.StringIO(), width=100)
         console.print(self)
         return console.file.getvalue().strip()
 
-def _findings(card: dict) -> list:
+def _card_lines(card: dict) -> list:
     "Flags, photos left out and warnings, a line each."
     by_count = sorted(card['flags'].items(), key=lambda item: -item[1])
     lines = [f'{n} {flag}: {FLAG_MEANINGS[flag]}' for flag, n in by_count]
@@ -208,7 +221,7 @@ def _dataset_photos(
     photos = merge_duplicates(labelled).merge(read_shards(store, side=s.photo_side), on='sha256')
     if photos.empty:
         raise PlantError(f'None of the {len(usable):,} stored photos is prepared. Run `plant-mlops prepare`.')
-    classes = photos.label.unique()
+    classes = photos.label[~photos.label_conflict].unique()
     if len(classes) < 2:
         raise PlantError(f'A classifier needs two classes, and the photos have {len(classes)}: {", ".join(classes)}. '
                          'Add photos of another class.')
@@ -230,15 +243,15 @@ def _dataset_sheet(
     s: Settings, # settings
     manifest: pd.DataFrame, # manifest of the dataset
     title: str, # title of the sheet
-    most: int = 20, # maximum number of photos of each class
+    max_per_class: int = 20, # maximum number of photos of each class
 ) -> bytes: # JPEG
     "The contact sheet of a dataset: some photos of each class, for at most twelve classes, then flagged ones."
     manifest = manifest[~has_flag(manifest, 'deleted')]
     def strip(heading, photos, caption): return heading, list(zip(load_jpegs(s, photos), photos[caption]))
     classes = list(manifest.groupby('label'))[:12]
-    strips = [strip(f'{label}: {len(photos)} photos', photos.head(most), 'split') for label, photos in classes]
+    strips = [strip(f'{label}: {len(photos)} photos', photos.head(max_per_class), 'split') for label, photos in classes]
     flagged = manifest[manifest['flags'] != ''].sort_values(['flags', 'group'])
-    if len(flagged): strips.append(strip(f'flagged: {len(flagged)} photos', flagged.head(2*most), 'flags'))
+    if len(flagged): strips.append(strip(f'flagged: {len(flagged)} photos', flagged.head(2*max_per_class), 'flags'))
     return contact_sheet(strips, title)
 
 # %% ../../nbs/data/29_dataset.ipynb #d02f9aed
@@ -281,7 +294,7 @@ def build_dataset(
     name = embedding_name(s, embed)
     embedding = None
     if embed: embedding = embed_photos(s, photos, embed, known_embeddings(s, name), progress)
-    limits = NearLimits.of(s)
+    limits = NearLimits.from_settings(s)
     def load_thumbnails(positions): return thumbnails(load_jpegs(s, photos.iloc[positions]))
     manifest = make_manifest(photos, embedding, limits, load_thumbnails)
     version = dataset_version(manifest, embedding=name, side=s.photo_side)

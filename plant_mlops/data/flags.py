@@ -23,24 +23,27 @@ FLAG_MEANINGS = dict(
     exact_duplicate='more than once in the catalog',
     relabelled='in the catalog with several labels; the newest counts',
     split_conflict='given for several splits; test counts before valid, and valid before train',
-    label_conflict='in the catalog with two labels; in no split', # in older datasets only
+    label_conflict='in the catalog with two labels, and none is newer; in no split',
     only_photo='the only photo of its class',
     deleted='deleted for good; in no split') # in datasets that existed before
 
 # %% ../../nbs/data/27_flags.ipynb #c6599815
 def find_flags(
-    photos: pd.DataFrame, # result of `split_photos`, with the columns MEASURES, copies, relabelled and split_conflict
+    photos: pd.DataFrame, # result of `split_photos`, with MEASURES, copies, relabelled, label_conflict, split_conflict
 ) -> list: # comma-separated flags of each photo, '' for none
-    "The flags of each photo."
-    of_group = photos.groupby('group').label
+    "The flags of each photo; photos with conflicting labels do not count for the flags of others."
+    known = photos[~photos.label_conflict]
+    of_group = known.groupby('group').label
+    class_size = photos.label.map(known.label.value_counts())
     is_flagged = {name: photos[name] < threshold for name, threshold in THRESHOLDS.items()}
     is_flagged |= dict(
-        near_duplicate=of_group.transform('size') > 1,
-        leak=photos.groupby('look_alike').split.transform('nunique') > 1,
-        mixed_group=of_group.transform('nunique') > 1,
+        near_duplicate=photos.group.map(of_group.size()) > 1,
+        leak=photos.is_leaked,
+        mixed_group=photos.group.map(of_group.nunique()) > 1,
         exact_duplicate=photos.copies > 1,
         relabelled=photos.relabelled,
         split_conflict=photos.split_conflict,
-        only_photo=photos.groupby('label').label.transform('size') == 1)
+        label_conflict=photos.label_conflict,
+        only_photo=(class_size == 1) & ~photos.label_conflict)
     flags = [name for name in FLAG_MEANINGS if name in is_flagged]
     return [','.join(name for name in flags if is_flagged[name][i]) for i in photos.index]

@@ -16,10 +16,13 @@ def _follow_given(
     given: pd.Series, # given split of each photo, or None
 ) -> pd.Series: # split of each photo: its own given one or that of its group; None where there is none
     "The given splits, also for photos of the same group; training, if the group has several."
-    by_priority = given.dropna().map(list(FRACTIONS).index) # train before valid before test
-    of_group = by_priority.groupby(group[by_priority.index]).min()
-    followed = group.map(of_group).map(dict(enumerate(FRACTIONS)))
-    return given.where(given.notna(), followed.astype(object).where(followed.notna(), None))
+    priority = given.dropna().map(list(FRACTIONS).index) # train before valid before test
+    priority_of_group = priority.groupby(group[priority.index]).min()
+    split_of_group = priority_of_group.map(dict(enumerate(FRACTIONS)))
+    follows = given.isna() & group.isin(split_of_group.index)
+    split = given.copy()
+    split[follows] = group[follows].map(split_of_group)
+    return split
 
 # %% ../../nbs/data/25_given_splits.ipynb #89ead317
 def _training_groups(
@@ -38,17 +41,29 @@ def _training_groups(
 def _take_from_training(
     photos: pd.DataFrame, # all photos; columns: sha256, label, group, split
     label: str, # a class
-    name: str, # the split that this class lacks
+    target: float, # number of photos to take
 ) -> list: # groups
-    "Groups of training photos that are used for another split instead; one group stays."
-    n_photos = (photos.label == label).sum()
-    target = FRACTIONS[name]*n_photos
+    "Groups of training photos that are used for another split instead, at least one; one group stays."
     groups = _training_groups(photos, label)
-    small_first = groups.assign(is_large=groups.n > 2*target).sort_values(['is_large', 'key'])
+    size_if_large = groups.n.where(groups.n > 2*target, 0)
+    small_first = groups.assign(size_if_large=size_if_large).sort_values(['size_if_large', 'key'])
     n_before = small_first.n.cumsum() - small_first.n
     is_taken = n_before + small_first.n/2 <= target
     is_taken.iloc[:1] = True
     return list(small_first.index[is_taken][:len(small_first) - 1])
+
+# %% ../../nbs/data/25_given_splits.ipynb #4b4e39d3
+def _fill_missing_splits(
+    photos: pd.DataFrame, # all photos; columns: sha256, label, group, split; changed in place
+    label: str, # a class
+):
+    "Use training photos of a class for validation and the test, if it has none for them."
+    n_photos = photos.split[photos.label == label].value_counts()
+    missing = [split for split in ('valid', 'test') if split not in n_photos]
+    share = FRACTIONS['train'] + sum(FRACTIONS[split] for split in missing)
+    for split in missing:
+        groups = _take_from_training(photos, label, n_photos.get('train', 0)*FRACTIONS[split]/share)
+        photos.loc[photos.group.isin(groups), 'split'] = split
 
 # %% ../../nbs/data/25_given_splits.ipynb #e0b049aa
 def assign_given_splits(
@@ -61,13 +76,11 @@ def assign_given_splits(
     if given.isna().all(): return assign_splits(sha256, label, group)
     photos = pd.DataFrame(dict(sha256=sha256, label=label, group=group, given=given))
     photos['split'] = _follow_given(group, given)
-    free = photos[photos.split.isna()]
-    photos.loc[free.index, 'split'] = assign_splits(free.sha256, free.label, free.group)
-    for name, of_class in photos.groupby('label'):
+    without_split = photos[photos.split.isna()]
+    usual = assign_splits(without_split.sha256, without_split.label, without_split.group)
+    photos.loc[without_split.index, 'split'] = usual
+    for label, of_class in photos.groupby('label'):
         if 'train' not in set(of_class.split):
             photos.loc[of_class.index, 'split'] = assign_splits(of_class.sha256, of_class.label, of_class.group)
-        if of_class.given.isna().all(): continue
-        for missing in ('valid', 'test'):
-            if missing in set(photos.split[of_class.index]): continue
-            photos.loc[photos.group.isin(_take_from_training(photos, name, missing)), 'split'] = missing
+        if of_class.given.notna().any(): _fill_missing_splits(photos, label)
     return photos.split

@@ -12,13 +12,13 @@ from ..core.store import sha256_of
 # %% ../../nbs/data/24_splits.ipynb #4ed6e12a
 FRACTIONS = dict(train=.70, valid=.15, test=.15)
 
-def _split_at_middle(
+def _split_by_midpoints(
     sizes: np.ndarray, # number of photos in each group
 ) -> np.ndarray: # split of each group
-    "Cut a sequence of groups into splits; the middle of a group decides."
-    middle = (np.cumsum(sizes) - sizes/2) / sizes.sum()
+    "Cut a sequence of groups into splits; the midpoint of each group decides."
+    midpoints = (np.cumsum(sizes) - sizes/2) / sizes.sum()
     borders = np.cumsum(list(FRACTIONS.values()))[:-1]
-    return np.array(list(FRACTIONS))[np.searchsorted(borders, middle, side='right')]
+    return np.array(list(FRACTIONS))[np.searchsorted(borders, midpoints, side='right')]
 
 def _fill_small_splits(
     sizes: np.ndarray, # number of photos in each group
@@ -34,17 +34,26 @@ def _fill_small_splits(
         last_of_smallest = max(training, key=lambda i: (-sizes[i], i))
         split[last_of_smallest] = smallest_split
 
+def _fill_empty_split(
+    split: np.ndarray, # split of each group; changed in place
+    empty: str, # valid or test
+    other: str, # test or valid
+):
+    "Move one group of another split, if that has several, into a split that is empty."
+    of_other = np.flatnonzero(split == other)
+    if empty not in split and len(of_other) > 1: split[of_other[0]] = empty
+
 def _split_groups(
     sizes: np.ndarray, # number of photos in each group of one class, in the order of their hash
 ) -> np.ndarray: # split of each group
     "Assign the groups of one class to splits; a group that is far too large for validation or test is for training."
-    split = _split_at_middle(sizes)
+    split = _split_by_midpoints(sizes)
     if len(sizes) < 3: return split
     too_large = 2*FRACTIONS['test']*sizes.sum()
     split[(sizes > too_large) & (sizes > 1)] = 'train'
     _fill_small_splits(sizes, split)
-    for name, other in (('valid', 'test'), ('test', 'valid')):
-        if name not in split and (split == other).sum() > 1: split[np.argmax(split == other)] = name
+    _fill_empty_split(split, 'valid', 'test')
+    _fill_empty_split(split, 'test', 'valid')
     return split
 
 # %% ../../nbs/data/24_splits.ipynb #f8b32840
