@@ -575,6 +575,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'plant_mlops/core/photo_file.py'),
                                              'plant_mlops.core.photo_file._find_cicp': ( 'core/photo_file.html#_find_cicp',
                                                                                          'plant_mlops/core/photo_file.py'),
+                                             'plant_mlops.core.photo_file._find_exif': ( 'core/photo_file.html#_find_exif',
+                                                                                         'plant_mlops/core/photo_file.py'),
                                              'plant_mlops.core.photo_file._is_adobe_rgb': ( 'core/photo_file.html#_is_adobe_rgb',
                                                                                             'plant_mlops/core/photo_file.py'),
                                              'plant_mlops.core.photo_file._is_larger_copy': ( 'core/photo_file.html#_is_larger_copy',

@@ -245,14 +245,24 @@ def _find_cicp(
 _EXIF_IFD, _INTEROP_IFD = 0x8769, 0xa005 # tags that point to further tags
 _COLOUR_SPACE, _INTEROP_INDEX = 0xa001, 1 # tags
 
+def _find_exif(
+    img: Image.Image, # decoded photo, from `open_image`
+    data: bytes, # content of its file
+) -> bytes: # empty if there is none
+    "The EXIF of a photo of a camera; a TIFF is EXIF itself."
+    if img.format == 'TIFF': return data if _EXIF_IFD in img.tag_v2 else b''
+    return img.info.get('exif', b'') if img.format in ('JPEG', 'MPO') else b''
+
 def _is_adobe_rgb(
     img: Image.Image, # decoded photo, from `open_image`
+    data: bytes, # content of its file
 ) -> bool:
     "Whether EXIF says that a photo of a camera is in Adobe RGB."
-    is_possible = img.format == 'TIFF' or img.format in ('JPEG', 'MPO') and b'R03' in img.info.get('exif', b'')
-    if not is_possible: return False
+    content = _find_exif(img, data)
+    if b'R03' not in content: return False
     try:
-        exif = img.getexif()
+        exif = Image.Exif()
+        exif.load(content)
         colour_space = exif.get_ifd(_EXIF_IFD).get(_COLOUR_SPACE)
         interop_index = exif.get_ifd(_INTEROP_IFD).get(_INTEROP_INDEX)
     except Exception: return False # EXIF is damaged
@@ -270,4 +280,4 @@ def read_profile(
     nclx = img.info.get('nclx_profile') # of a HEIC
     if nclx: cicp = nclx['color_primaries'], nclx['transfer_characteristics']
     if cicp: return cicp_profile(*cicp)
-    return adobe_rgb_profile() if _is_adobe_rgb(img) else None
+    return adobe_rgb_profile() if _is_adobe_rgb(img, data) else None

@@ -122,7 +122,7 @@ def _check_frames(
     n_frames = getattr(img, 'n_frames', 1)
     if n_frames > limits.max_frames:
         raise PhotoError(f'{n_frames:,} frames are more than the {limits.max_frames:,} that are accepted')
-    if img.format not in ('HEIF', 'TIFF'): img.seek(0) # these are at their main picture, which need not be the first
+    if img.format not in ('HEIF', 'TIFF'): img.seek(0) # these are at their main picture already
 
 @contextmanager
 def _decode(
@@ -237,7 +237,8 @@ def _resize(
 ) -> Image.Image: # RGB
     "Resize with a cubic filter."
     left, top, right, bottom = box or (0, 0, *img.size)
-    if not cykooz_resizer: return img.resize(size, Image.Resampling.BICUBIC, (left, top, right, bottom), reducing_gap=3.)
+    if not cykooz_resizer:
+        return img.resize(size, Image.Resampling.BICUBIC, (left, top, right, bottom), reducing_gap=3.)
     if not hasattr(_thread, 'resizer'): _thread.resizer = cykooz_resizer.Resizer()
     cubic = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom)
     crop = cykooz_resizer.CropBox(left, top, right - left, bottom - top)
