@@ -569,6 +569,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'plant_mlops/core/photo_file.py'),
                                              'plant_mlops.core.photo_file.MissingDecoderError.__init__': ( 'core/photo_file.html#missingdecodererror.__init__',
                                                                                                            'plant_mlops/core/photo_file.py'),
+                                             'plant_mlops.core.photo_file.MissingDecoderError.__str__': ( 'core/photo_file.html#missingdecodererror.__str__',
+                                                                                                          'plant_mlops/core/photo_file.py'),
                                              'plant_mlops.core.photo_file.PhotoError': ( 'core/photo_file.html#photoerror',
                                                                                          'plant_mlops/core/photo_file.py'),
                                              'plant_mlops.core.photo_file._compressed_part': ( 'core/photo_file.html#_compressed_part',

@@ -49,6 +49,8 @@ def make_photos() -> list:
             more, dict(compression='tiff_lzw'), dict(compression='jpeg'), dict(compression='tiff_adobe_deflate'),
             dict(big_tiff=True))],
         ('TIFF', encode(img.convert('1'), 'TIFF', compression='group4')),
+        ('TIFF', encode(img.convert('F'), 'TIFF')),
+        ('TIFF', encode(img.resize((40, 30)), 'TIFF', tiffinfo={254: 1}, save_all=True, append_images=[img])),
         *[('GIF', encode(small, 'GIF', **options)) for options in (frames, {})],
         *[('AVIF', encode(small, 'AVIF', **options)) for options in (more, frames, dict(quality=20))],
         *[('HEIC', heic(small, **options)) for options in (more, dict(tile_size=32), {})],

@@ -92,7 +92,8 @@ def is_thumbnail(
 # %% ../../nbs/core/14_file_kind.ipynb #2bd9301c
 _SUB_IFDS, _DNG_VERSION = 330, 50706 # tags
 _RAW_OF_MAKE = { # first bytes of the name of a maker of cameras → its raw format
-    b'NIKON CORP': 'NEF', b'SONY': 'ARW', b'PENTAX': 'PEF', b'RICOH': 'PEF', b'SAMSUNG': 'SRW', b'Hasselblad': '3FR'}
+    b'NIKON CORP': 'NEF', b'SONY': 'ARW', b'PENTAX': 'PEF', b'RICOH IMAGING': 'PEF', b'SAMSUNG': 'SRW',
+    b'Hasselblad': '3FR'}
 _RAW_COMPRESSIONS = (32767, 32769, 32770, 34713, 65535) # Sony, Epson, Samsung, Nikon, Pentax
 _RAW_PIXELS = (32803, 34892) # numbers of a colour filter array, or of the sensor
 
@@ -127,7 +128,7 @@ def _is_bmp(head: bytes) -> bool:
 def photo_format(
     head: bytes, # first bytes of a file, at least `HEAD_SIZE` of them, or all
 ) -> str | None: # one of `PHOTO_FORMATS`; None: not a photo
-    "The format of a photo, by its first bytes; only with all bytes is each raw photo told from a TIFF."
+    "The format of a photo, by its first bytes. Some raw photos are told from a TIFF only by all bytes."
     for name, signatures in _PHOTO_SIGNATURES.items():
         if head.startswith(signatures): return None if name == 'TIFF' and _raw_kind(head) else name
     if _is_bmp(head): return 'BMP'

@@ -28,8 +28,10 @@ class MissingDecoderError(PhotoError):
         format: str, # format of the photo
         pip_arguments: str, # of the command that installs a decoder
     ):
-        self.format = format
-        super().__init__(f'a decoder of {format} is not installed: `pip install {pip_arguments}`')
+        super().__init__(format, pip_arguments) # both, so that the error can be pickled
+        self.format, self.pip_arguments = format, pip_arguments
+
+    def __str__(self): return f'a decoder of {self.format} is not installed: `pip install {self.pip_arguments}`'
 
 def _open_jpeg(file: io.BytesIO) -> Image.Image:
     "A JPEG, or an MPO, which is a JPEG with further pictures."
