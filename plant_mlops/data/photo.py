@@ -44,7 +44,8 @@ def _explain_rejection(
     kind = file_kind(data)
     if kind in ('web page', 'XML'): return 'this is a web page or XML, not a photo'
     if kind == 'unknown': return f'this is not a photo in a known format ({", ".join(limits.formats)})'
-    return f'this is not a photo, but a file of the kind "{kind}"'
+    advice = ': export it as a JPEG' if kind.startswith('raw photo') else ''
+    return f'this is not a photo, but a file of the kind "{kind}"{advice}'
 
 def _describe_damage(
     e: Exception, # of a decoder
