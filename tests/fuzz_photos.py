@@ -6,7 +6,7 @@ import argparse, collections, gc, io, json, os, random, select, subprocess, sys,
 import numpy as np
 from PIL import Image
 import pillow_heif
-from plant_mlops.core.colour_profile import profile_of_code
+from plant_mlops.core.colour_profile import cicp_profile
 from plant_mlops.data.photo import PhotoError, check_photo, open_photo
 
 SECONDS = 5 # longest time for a photo
@@ -34,7 +34,7 @@ def make_photos() -> list:
     exif = Image.Exif()
     exif.update({0x0112: 6, 0x010f: 'Maker'})
     exif.get_ifd(0x8769)[0x9003] = '2024:05:01 12:00:00'
-    more = dict(exif=exif.tobytes(), icc_profile=profile_of_code(12, 13))
+    more = dict(exif=exif.tobytes(), icc_profile=cicp_profile(12, 13))
     frames = dict(save_all=True, append_images=[small, small.rotate(90)])
     return [
         *[('JPEG', encode(img, 'JPEG', **options)) for options in (more, dict(progressive=True), dict(quality=20))],
@@ -49,6 +49,8 @@ def make_photos() -> list:
             more, dict(compression='tiff_lzw'), dict(compression='jpeg'), dict(compression='tiff_adobe_deflate'),
             dict(big_tiff=True))],
         ('TIFF', encode(img.convert('1'), 'TIFF', compression='group4')),
+        ('TIFF', encode(img.convert('F'), 'TIFF')),
+        ('TIFF', encode(img.resize((40, 30)), 'TIFF', tiffinfo={254: 1}, save_all=True, append_images=[img])),
         *[('GIF', encode(small, 'GIF', **options)) for options in (frames, {})],
         *[('AVIF', encode(small, 'AVIF', **options)) for options in (more, frames, dict(quality=20))],
         *[('HEIC', heic(small, **options)) for options in (more, dict(tile_size=32), {})],

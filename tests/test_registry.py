@@ -252,7 +252,7 @@ def test_evaluation_decodes_photos_exactly_as_serving_does(tmp_path):
     for i, j in zip(ids, jpegs): open_store(s).put(f'raw/{i}', j)
     spec = dict(kind='image', shape=[None, 96, 96, 3], resize=dict(side=128, size=96))
     x = workloads(s)['photos'].reader.inputs(s, '', ids, spec)
-    assert x.dtype == np.uint8 and np.array_equal(x, np.stack([to_pixels(j, 96, side=128) for j in jpegs]))
+    assert x.dtype == np.uint8 and np.array_equal(x, np.stack([to_pixels(j, 96, prepared_side=128) for j in jpegs]))
 
 # -- Homes that were moved, and objects that were deleted in MLflow
 

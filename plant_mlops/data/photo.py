@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 from ..core.colour_profile import to_srgb
 from ..core.config import Settings
-from ..core.file_kind import HEAD_SIZE, PHOTO_FORMATS, file_kind, photo_format
+from ..core.file_kind import PHOTO_FORMATS, file_kind, photo_format
 from ..core.photo_file import (
-    MissingDecoderError, PhotoError, open_image, orientation_of, profile_of, turn_upright)
-try: import cykooz_resizer as simd
-except ImportError: simd = None # there is no build for this kind of machine
+    MissingDecoderError, PhotoError, open_image, read_orientation, read_profile, turn_upright)
+try: import cykooz_resizer
+except ImportError: cykooz_resizer = None # there is no build for this kind of machine
 
 # %% ../../nbs/data/06_photo.ipynb #89139e39
 @dataclass(frozen=True)
@@ -36,17 +36,18 @@ def photo_limits(
     return PhotoLimits(max_pixels=s.photo_max_pixels, max_memory=s.photo_max_memory)
 
 # %% ../../nbs/data/06_photo.ipynb #29270fdb
-def _not_a_photo(
+def _explain_rejection(
     data: bytes, # content of a file
     limits: PhotoLimits, # which photos are accepted
 ) -> str: # reason, for the user
     "Why a file is not opened."
-    kind = file_kind(data[:HEAD_SIZE])
+    kind = file_kind(data)
     if kind in ('web page', 'XML'): return 'this is a web page or XML, not a photo'
     if kind == 'unknown': return f'this is not a photo in a known format ({", ".join(limits.formats)})'
-    return f'this is not a photo, but a file of the kind "{kind}"'
+    advice = ': export it as a JPEG' if kind.startswith('raw photo') else ''
+    return f'this is not a photo, but a file of the kind "{kind}"{advice}'
 
-def _damage(
+def _describe_damage(
     e: Exception, # of a decoder
 ) -> str: # reason, for the user
     "Why a photo cannot be decoded."
@@ -61,11 +62,11 @@ def _open_header(
 ) -> Image.Image: # not decoded yet
     "Open a photo; raises `PhotoError`."
     if not data: raise PhotoError('the file is empty')
-    format = photo_format(data[:HEAD_SIZE])
-    if format not in limits.formats: raise PhotoError(_not_a_photo(data, limits))
+    format = photo_format(data)
+    if format not in limits.formats: raise PhotoError(_explain_rejection(data, limits))
     try: img = open_image(data, format)
     except MissingDecoderError: raise
-    except Exception as e: raise PhotoError(_damage(e)) from None
+    except Exception as e: raise PhotoError(_describe_damage(e)) from None
     width, height = img.size
     if width * height > limits.max_pixels:
         raise PhotoError(f'{width:,} × {height:,} pixels are more than the {limits.max_pixels:,} that are accepted '
@@ -76,10 +77,10 @@ def _open_header(
 _BYTES_PER_PIXEL = dict(WEBP=18, AVIF=14, HEIF=10) # format in Pillow → memory of decoder and image, as measured
 
 def _coefficient_bytes(
-    img: Image.Image, # opened JPEG
-) -> int:
+    img: Image.Image, # opened photo, before its size is reduced
+) -> int: # 0 for other formats
     "Memory for the frequencies of a progressive JPEG, which arrive in the order of their importance."
-    if not img.info.get('progressive'): return 0
+    if img.format not in ('JPEG', 'MPO') or not img.info.get('progressive'): return 0
     samplings = [(h, v) for _, h, v, _ in img.layer]
     largest = max(h for h, _ in samplings) * max(v for _, v in samplings)
     per_pixel = 2*sum(h*v for h, v in samplings)/max(largest, 1)
@@ -122,38 +123,32 @@ def _check_frames(
     n_frames = getattr(img, 'n_frames', 1)
     if n_frames > limits.max_frames:
         raise PhotoError(f'{n_frames:,} frames are more than the {limits.max_frames:,} that are accepted')
-    if img.format != 'HEIF': img.seek(0) # a HEIC is at its main picture, which need not be the first
-
-def _reduce_jpeg(
-    img: Image.Image, # opened photo
-    side: int, # shorter side that the caller needs, in pixels
-) -> int: # memory that the decoder needs besides, in bytes
-    "Let a JPEG be decoded at a smaller size."
-    if img.format not in ('JPEG', 'MPO'): return 0
-    n_bytes = _coefficient_bytes(img)
-    img.draft(None, (side, side))
-    return n_bytes
+    if img.format not in ('HEIF', 'TIFF'): img.seek(0) # these are at their main picture already
 
 @contextmanager
 def _decode(
     data: bytes, # content of a file
     side: int, # shorter side that the caller needs, in pixels
     limits: PhotoLimits, # which photos are accepted
-): # the decoded first frame, whose shorter side is at least `side` if that of the original is; and the original's size
-    "Context manager that decodes a photo, and holds the memory for it; raises `PhotoError`."
+): # the decoded photo, and the size of the original
+    """Context manager that decodes a photo, and holds the memory for it; raises `PhotoError`.
+
+    A JPEG may be decoded at a smaller size, but its shorter side is at least `side`, if that of the original is."""
     img = _open_header(data, limits)
     width, height = img.size
     try:
         _check_frames(img, limits)
-        need = _reduce_jpeg(img, side) + _decoding_memory(img)
+        need = _coefficient_bytes(img)
+        img.draft(None, (side, side)) # reduces a JPEG; does nothing to other formats
+        need += _decoding_memory(img)
     except PhotoError: raise
-    except Exception as e: raise PhotoError(_damage(e)) from None
+    except Exception as e: raise PhotoError(_describe_damage(e)) from None
     if need > limits.max_memory:
         raise PhotoError(f'decoding its {width:,} × {height:,} pixels takes about {need/1e6:,.0f} MB, more than the '
                          f'{limits.max_memory/1e6:,.0f} MB that are allowed (PLANT_PHOTO_MAX_MEMORY)')
     with _reserve_memory(need, limits.max_memory):
         try: img.load()
-        except Exception as e: raise PhotoError(_damage(e)) from None
+        except Exception as e: raise PhotoError(_describe_damage(e)) from None
         yield img, (width, height)
 
 # %% ../../nbs/data/06_photo.ipynb #bf5f2290
@@ -170,23 +165,44 @@ def check_photo(
 ) -> PhotoInfo: # its size and format
     "Check that a photo is complete, by decoding it as small as possible; raises `PhotoError`."
     with _decode(data, 1, limits) as (img, (width, height)):
-        is_turned = orientation_of(img) in (5, 6, 7, 8)
+        is_turned = read_orientation(img) in (5, 6, 7, 8)
         format = 'HEIC' if img.format == 'HEIF' else img.format
     if is_turned: width, height = height, width
     return PhotoInfo(width, height, format)
 
 # %% ../../nbs/data/06_photo.ipynb #d1726f53
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT, _MAX_SAMPLE = 258, 262, 339, 341 # tags of a TIFF
+_MAX_OVERSHOOT = 2. # largest float that still counts as one of the range from 0 to 1
+
+def _largest(
+    greys: np.ndarray, # greys [h, w]
+) -> float: # 0 if none is positive
+    "The largest grey that is a number."
+    return float(max((row.max(initial=0, where=np.isfinite(row)) for row in greys), default=0))
+
+def _read_greys(
+    img: Image.Image, # decoded photo of one of the modes I and F
+) -> tuple[np.ndarray, float]: # greys [h, w], and the number that is white
+    "The greys of a photo that has more than 8 bits."
+    greys, tags = np.asarray(img), getattr(img, 'tag_v2', {}) # other formats than TIFF have no such tags
+    n_bits, sample_format = tags.get(_BITS_PER_SAMPLE, (16,))[0], tags.get(_SAMPLE_FORMAT, (1,))[0]
+    if n_bits == 32 and sample_format == 1: greys = greys.view(np.uint32) # Pillow takes them for numbers with a sign
+    maximum = tags.get(_MAX_SAMPLE)
+    if isinstance(maximum, tuple): maximum = maximum[0] if maximum else None
+    if maximum and maximum > 0: return greys, maximum
+    if n_bits < 32: return greys, 2**(n_bits - (sample_format == 2)) - 1 # 2: with a sign
+    largest = _largest(greys)
+    return greys, 1 if img.mode == 'F' and largest <= _MAX_OVERSHOOT else max(largest, 1)
+
 def _to_8_bits(
-    greys: np.ndarray, # greys [h, w]: integers of up to 16 bits, or floats
+    greys: np.ndarray, # greys [h, w]
+    white: float, # the number that is white
 ) -> np.ndarray: # uint8 [h, w]
     "Scale greys to 0–255."
-    maximum = greys.max(initial=0)
-    white = 255 if maximum > 1 else 1
-    if greys.dtype.kind in 'iu' and maximum > 255: white = 65535
     out = np.empty(greys.shape, np.uint8)
     for y in range(0, len(greys), 256): # in strips, because copies of a large photo may not fit into memory
         strip = greys[y:y+256].astype(np.float32) * (255 / white)
-        out[y:y+256] = np.clip(strip, 0, 255)
+        out[y:y+256] = np.nan_to_num(np.clip(strip, 0, 255))
     return out
 
 def _paste_on_white(
@@ -204,7 +220,10 @@ def _to_rgb(
     img: Image.Image, # image of any mode
 ) -> Image.Image: # mode RGB
     "Convert a photo of any mode to RGB."
-    if img.mode.startswith('I') or img.mode == 'F': img = Image.fromarray(_to_8_bits(np.asarray(img)))
+    if img.mode.startswith('I') or img.mode == 'F':
+        greys = _to_8_bits(*_read_greys(img))
+        is_negative = getattr(img, 'tag_v2', {}).get(_PHOTOMETRIC) == 0 # a TIFF where 0 is white
+        img = Image.fromarray(255 - greys if is_negative else greys)
     is_transparent = img.mode in ('LA', 'PA', 'RGBA', 'RGBa', 'La') or 'transparency' in img.info
     if is_transparent: img = _paste_on_white(img)
     return img if img.mode == 'RGB' else img.convert('RGB')
@@ -219,12 +238,13 @@ def _resize(
 ) -> Image.Image: # RGB
     "Resize with a cubic filter."
     left, top, right, bottom = box or (0, 0, *img.size)
-    if not simd: return img.resize(size, Image.Resampling.BICUBIC, (left, top, right, bottom), reducing_gap=3.)
-    if not hasattr(_thread, 'resizer'): _thread.resizer = simd.Resizer()
-    cubic = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)
-    crop = simd.CropBox(left, top, right - left, bottom - top)
+    if not cykooz_resizer:
+        return img.resize(size, Image.Resampling.BICUBIC, (left, top, right, bottom), reducing_gap=3.)
+    if not hasattr(_thread, 'resizer'): _thread.resizer = cykooz_resizer.Resizer()
+    cubic = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom)
+    crop = cykooz_resizer.CropBox(left, top, right - left, bottom - top)
     out = Image.new('RGB', size)
-    _thread.resizer.resize_pil(img, out, simd.ResizeOptions(cubic, crop_box=crop))
+    _thread.resizer.resize_pil(img, out, cykooz_resizer.ResizeOptions(cubic, crop_box=crop))
     return out
 
 # %% ../../nbs/data/06_photo.ipynb #99da4ef6
@@ -238,13 +258,13 @@ def open_photo(
 ) -> Image.Image: # RGB, upright
     "Decode a photo, turn it upright, resize it and convert it to sRGB; raises `PhotoError`."
     with _decode(data, side, limits) as (img, _):
-        profile = profile_of(img, data)
+        profile = read_profile(img, data)
         is_grey = img.mode in _GREY_MODES
         try:
             img = turn_upright(img)
             if img.mode in ('CMYK', 'LAB'): img = to_srgb(img, profile)
             img = _to_rgb(img)
-        except Exception as e: raise PhotoError(_damage(e)) from None
+        except Exception as e: raise PhotoError(_describe_damage(e)) from None
         width, height = img.size
         scale = side / min(width, height)
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
@@ -280,13 +300,13 @@ def resize_to_square(
 # %% ../../nbs/data/06_photo.ipynb #1726d14e
 def to_pixels(
     data: bytes, # content of a file
-    size: int = 224, # side of the square that the network sees, in pixels
-    side: int = 256, # shorter side that photos are prepared at, in pixels
+    input_size: int = 224, # side of the square that the network sees, in pixels
+    prepared_side: int = 256, # shorter side of the prepared photo, from which the square is made, in pixels
     stretch: float = MAX_STRETCH, # largest ratio of longer to shorter side that is not cropped
     limits: PhotoLimits = PhotoLimits(), # which photos are accepted
-) -> np.ndarray: # (size, size, 3) uint8
+) -> np.ndarray: # (input_size, input_size, 3) uint8
     "Decode a photo as in training; raises `PhotoError`."
-    return resize_to_square(open_photo(data, side, limits), size, stretch)
+    return resize_to_square(open_photo(data, prepared_side, limits), input_size, stretch)
 
 # %% ../../nbs/data/06_photo.ipynb #8eb9e166
 def decode_for_model(
@@ -295,5 +315,5 @@ def decode_for_model(
     limits: PhotoLimits = PhotoLimits(), # which photos are accepted
 ) -> np.ndarray: # uint8, the model's input
     "Decode a photo for a model; raises `PhotoError`."
-    parameters = {'size': input_spec['shape'][1], **input_spec.get('resize', {})}
-    return to_pixels(data, limits=limits, **parameters)
+    resize = {'size': input_spec['shape'][1], 'side': 256, 'stretch': MAX_STRETCH, **input_spec.get('resize', {})}
+    return to_pixels(data, resize['size'], resize['side'], resize['stretch'], limits)

@@ -20,6 +20,7 @@ from pydantic import FailFast, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from ..core.config import PlantError
 from ..core.process import cpu_cores
+from ..core.photo_file import MissingDecoderError
 from ..data.photo import PhotoLimits, PhotoError, decode_for_model
 
 # %% ../../nbs/serve/00_onnx_model.ipynb #dffc0658
@@ -76,6 +77,7 @@ def decode_image(
     "The pixels of a photo; raises `PhotoError` if it cannot be decoded."
     if not isinstance(data, bytes): raise PhotoError('The model takes photos, not numbers. Send a file.')
     try: return decode_for_model(data, spec, limits)
+    except MissingDecoderError: raise # another photo of the sender would not help
     except PhotoError as e:
         message = str(e)
         raise type(e)(f'{message[:1].upper()}{message[1:]}. Send another photo.') from None
