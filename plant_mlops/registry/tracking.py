@@ -67,9 +67,11 @@ def _new_client(s: Settings):
 
 # %% ../../nbs/registry/02_tracking.ipynb #c3d6588f
 def _mask_message(s: Settings, message: str) -> str:
-    "A message of MLflow, with asterisks for the passwords in its URLs."
-    known = message.replace(s.tracking_uri, mask_secrets(s.tracking_uri))
-    return re.sub(r'\S+', lambda word: mask_secrets(word[0]), known)
+    "A message of MLflow, with asterisks for passwords, also where the URL was cut at a character of the password."
+    password = re.search(r'(?<=://)[^:/@]*:(.+)@', s.tracking_uri)
+    parts = re.split('[/@:?#]', password[1]) if password else []
+    for part in filter(lambda part: len(part) > 2, parts): message = message.replace(part, '********')
+    return re.sub(r'\S+', lambda word: mask_secrets(word[0]), message)
 
 def _shell_variables(s: Settings) -> str:
     "The variables with which a command of MLflow reaches the tracking server, with PASSWORD in place of its password."
@@ -117,7 +119,7 @@ _DATABASE_ADVICE = { # pattern of the message → advice
         'Free some space on the disk of the database, then run again.',
     'database is locked': 'Another program is writing to the database: run again when it has finished.',
     'readonly database|unable to open database': 'Give write permission for the file and its folder.',
-    "no such (table|column)|UndefinedTable|UndefinedColumn|Table '.*' doesn't exist":
+    "no such (table|column)|UndefinedTable|UndefinedColumn|Table '.*' doesn't exist|migration in unexpected state":
         'The database is not one of MLflow, or is incomplete: check MLFLOW_TRACKING_URI, or restore a back-up.',
 }
 
@@ -165,7 +167,8 @@ def _tracking_advice(s: Settings, e: Exception, message: str) -> str:
 _LONGEST_MESSAGE = 300 # characters
 
 def _shorten(message: str) -> str:
-    "The first sentences of a message, or its first words where a sentence is too long."
+    "The first sentences of a message, or its first words where a sentence is too long; of nested errors the cause."
+    message = re.sub(r' with exception .*Caused by (.*)\)$', r': \1', message)
     start = message[:_LONGEST_MESSAGE]
     if start == message: return message
     sentences = re.match(r'.*[.!?](?=\s)', start)
