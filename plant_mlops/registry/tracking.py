@@ -74,13 +74,13 @@ def _mask_message(s: Settings, message: str) -> str:
     return re.sub(r'\S+', lambda word: mask_secrets(word[0]), message)
 
 def _shell_variables(s: Settings) -> str:
-    "The variables with which a command of MLflow reaches the tracking server, with PASSWORD in place of its password."
+    "The variables with which a command of MLflow reaches the server, with PASSWORD in place of its password."
     uri = mask_secrets(s.tracking_uri).replace('********', 'PASSWORD')
     with_user = re.fullmatch(r'(https?://)([^:/@]*):PASSWORD@(.*)', uri)
     if not with_user: return f'MLFLOW_TRACKING_URI={shlex.quote(uri)}'
     scheme, user, address = with_user.groups()
-    return (f'MLFLOW_TRACKING_URI={shlex.quote(scheme + address)} MLFLOW_TRACKING_USERNAME={shlex.quote(unquote(user))} '
-            'MLFLOW_TRACKING_PASSWORD=PASSWORD')
+    uri, user = shlex.quote(scheme + address), shlex.quote(unquote(user))
+    return f'MLFLOW_TRACKING_URI={uri} MLFLOW_TRACKING_USERNAME={user} MLFLOW_TRACKING_PASSWORD=PASSWORD'
 
 def restore_command(
     s: Settings, # settings with the tracking server
