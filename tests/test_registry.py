@@ -621,6 +621,9 @@ def test_a_model_file_that_was_deleted_from_s3_is_taken_from_the_store(seaweedfs
     assert registry.model_bytes(s, 1) == open_store(s).get(pointer(s)['key'])
     assert 'The copy in the store is used' in caplog.text
     with pytest.raises(PlantError, match='file of version 2 .* was deleted from MLflow'): registry.model_bytes(s, 2)
+    monkeypatch.setenv('MLFLOW_S3_ENDPOINT_URL', f'http://127.0.0.1:{free_port()}')
+    monkeypatch.setenv('AWS_MAX_ATTEMPTS', '1')
+    with pytest.raises(PlantError, match='MLFLOW_S3_ENDPOINT_URL'): registry.model_bytes(s, 2)
 
 # -- A database of MLflow that is created
 

@@ -157,7 +157,8 @@ def _tracking_advice(s: Settings, e: Exception, message: str) -> str:
     "What to do about an error of MLflow."
     advice = _deletion_advice(s, message) or _schema_advice(s, message) or _database_advice(message)
     if advice: return advice
-    if type(e).__module__.startswith(_S3_PACKAGES):
+    is_of_s3 = type(e).__module__.startswith(_S3_PACKAGES) or re.search(_S3_TEXTS, message)
+    if is_of_s3:
         return ('The files of MLflow are on S3: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and '
                 'MLFLOW_S3_ENDPOINT_URL.')
     if _sqlite_file(s.tracking_uri): return 'Check MLFLOW_TRACKING_URI and that file.'
@@ -177,7 +178,9 @@ def _shorten(message: str) -> str:
 def _tracking_error(s: Settings, e: Exception) -> PlantError:
     "The `PlantError` for an error of MLflow."
     lines = [line for line in str(e).splitlines() if line and not line.startswith('(raised as a result')]
-    message = _shorten(_mask_message(s, lines[0] if lines else type(e).__name__))
+    first = lines[0] if lines else type(e).__name__
+    if first.endswith(':') and len(lines) > 1: first = f'{first} {lines[1].strip()}'
+    message = _shorten(_mask_message(s, first))
     end = '' if message.endswith(('.', '!', '?', '…')) else '.'
     advice = _tracking_advice(s, e, str(e))
     return PlantError(f'MLflow at {mask_secrets(s.tracking_uri)} failed: {message}{end} {advice}')
@@ -189,6 +192,7 @@ def _file_error(s: Settings, e: OSError, is_of_mlflow: bool) -> PlantError:
     advice = 'Free some space on that disk' if e.errno in _FULL_DISK else 'Give permission to read and write there'
     return PlantError(f'{subject} could not open or write a file: {file}: {e.strerror}. {advice}, then run again.')
 
+_S3_TEXTS = 'when calling the [A-Z]|Unable to locate credentials|Could not connect to the endpoint URL'
 _S3_PACKAGES = ('botocore', 'boto3', 's3transfer')
 _MLFLOW_PACKAGES = ('mlflow', 'requests', 'urllib3', 'sqlalchemy', 'sqlite3', 'alembic', *_S3_PACKAGES)
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
