@@ -1,4 +1,4 @@
-"A trial of two models: started, served, compared and stopped by commands, with the real registry and a real server."
+"An A/B test of two models: started, served, compared and stopped by commands, with the real registry and a real server."
 import json
 from concurrent.futures import ThreadPoolExecutor
 import httpx, numpy as np, pytest

@@ -1,5 +1,5 @@
 "The registry against a real MLflow server, a real S3, killed promotions and promotions at the same time."
-import contextlib, json, multiprocessing, os, random, re, shutil, signal, sqlite3, subprocess, sys
+import contextlib, errno, json, multiprocessing, os, random, re, shutil, signal, sqlite3, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, onnx, pandas as pd
@@ -10,7 +10,7 @@ from plant_mlops.core.store import FolderStore, open_store
 from plant_mlops.core.workload import Reader, workloads
 from plant_mlops.registry import evaluate, registry, release
 from plant_mlops.registry.model_file import linear_model, read_metadata
-from plant_mlops.registry.tracking import experiment_id, mlflow_client
+from plant_mlops.registry.tracking import experiment_id, mlflow_client, restore_command
 
 names = ['dandelion', 'grass']
 good = np.array([[2, -2], [0, 0]], np.float32)
@@ -416,7 +416,7 @@ def test_a_version_whose_run_was_deleted_for_good_is_evaluated_and_promoted(home
     assert release.promote(home, 2)['promoted'] and registry.find_trained(home, 'd', {}) is None
     consistent(home, '2')
 
-def test_a_deleted_alias_is_said_and_does_not_weaken_the_gate(home, caplog):
+def test_a_deleted_alias_is_logged_and_does_not_weaken_the_gate(home, caplog):
     "The candidate is compared with what is in production, and `promote` puts the alias back."
     s = home
     with mlflow_client(s) as c: c.delete_registered_model_alias(s.model, 'champion')
@@ -426,6 +426,13 @@ def test_a_deleted_alias_is_said_and_does_not_weaken_the_gate(home, caplog):
     with pytest.raises(PlantError, match='alias'): release.challenge(s, 2)
     assert release.promote(s, 1)['promoted']
     assert alias(s) == '1'
+
+def test_an_alias_that_names_an_unfinished_version_is_logged_as_such(home, caplog):
+    with mlflow_client(home) as c:
+        unfinished = c.create_model_version('plants', 'file:///nowhere', registry.versions(home)[0]['run_id']).version
+        c.set_registered_model_alias('plants', 'champion', unfinished)
+    release.sync_champion(home)
+    assert f'names version {unfinished}, whose registration never finished' in caplog.text and 'removed' not in caplog.text
 
 def test_a_champion_whose_version_was_deleted_stays_what_candidates_are_compared_with(home, caplog):
     s = home
@@ -445,14 +452,14 @@ def test_a_rollback_says_that_the_previous_champion_was_deleted(home):
     assert result['version'] == '1' and 'version 2, the champion before, was deleted' in result['reason']
     consistent(home, '1')
 
-def test_a_deleted_or_renamed_registered_model_is_said_and_a_new_version_is_compared_with_production(home, tmp_path):
+def test_a_deleted_or_renamed_registered_model_is_in_the_error_and_a_new_version_is_compared_with_production(home, tmp_path):
     s = home
     with mlflow_client(s) as c: c.rename_registered_model(s.model, f'{s.model}-old')
     for f in (evaluate.evaluate, release.promote):
         with pytest.raises(PlantError, match=f'renamed to .*PLANT_MODEL={s.model}-old'): f(s)
     with mlflow_client(s) as c: c.delete_registered_model(f'{s.model}-old')
     with pytest.raises(PlantError, match='version 1 is in production.*deleted'): release.promote(s)
-    assert 'MLflow has no history' in release.describe_no_history(s)
+    assert 'MLflow has no history' in release.describe_no_history(s) and 'another MLflow' in release.describe_no_history(s)
     bad, fine = (registry.register(s, new_run(s), model_file(tmp_path/'m.onnx', w)) for w in (-good, good*1.2))
     outcome = release.promote(s, bad)
     assert not outcome['promoted'] and 'worse than the champion' in outcome['reason']
@@ -471,8 +478,9 @@ def test_an_archived_version_is_not_the_newest(home):
     with mlflow_client(home) as c, warnings.catch_warnings(action='ignore'):
         c.transition_model_version_stage('plants', '3', 'Archived')
     assert evaluate.evaluate(home)['version'] == '2' and evaluate.evaluate(home, 3)['version'] == '3'
+    assert registry.find_trained(home, 'd', {}) == '2' # a training that only an archived version has is done again
 
-def test_a_model_file_that_was_deleted_is_taken_from_the_store_or_said(deletable, caplog, server):
+def test_a_model_file_that_was_deleted_is_taken_from_the_store_or_is_in_the_error(deletable, caplog, server):
     s = deletable
     folder = s.home/'mlartifacts'
     if s.tracking_uri == server:
@@ -500,14 +508,122 @@ def test_the_advice_of_an_error_of_mlflow_fits_its_cause(tmp_path, monkeypatch):
         with pytest.raises(PlantError) as e: registry.versions(settings(home=tmp_path, **kw))
         return str(e.value)
     assert 'run again' in error(tracking_uri=f'http://127.0.0.1:{free_port()}')
-    for status, advice in ((401, 'MLFLOW_TRACKING_USERNAME'), (403, 'MLFLOW_TRACKING_USERNAME'), (503, 'run again')):
+    for status, advice in ((401, 'MLFLOW_TRACKING_USERNAME'), (403, 'MLFLOW_TRACKING_USERNAME'), (503, 'run again'),
+                           (500, 'log of the server'), (404, 'not the address of an MLflow server')):
         with serve_site() as site: # as a proxy in front of MLflow
             site.pages = SimpleNamespace(get=lambda path, missing: (status, {}, b''))
             message = error(tracking_uri='http://{}:{}'.format(*site.server_address))
-        assert advice in message and ('run again' in message) == (status == 503), message
+        assert advice in message and ('run again' in message) == (status == 503) and '…' not in message, message
     (tmp_path/'mlflow.db').write_bytes(b'no database ' * 1000)
     message = error()
     assert 'back-up' in message and 'again' not in message
+
+def test_the_advice_of_an_error_of_sqlite_fits_its_cause(template, tmp_path):
+    file = tmp_path/'mlflow.db'
+    shutil.copy(template.home/'mlflow.db', file)
+    s = settings(home=tmp_path, tracking_uri=f'sqlite:///{file}?timeout=0.1')
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        with pytest.raises(PlantError, match='is locked.*Another program'), mlflow_client(s) as c:
+            connection.execute('BEGIN EXCLUSIVE')
+            c.search_model_versions()
+        connection.rollback()
+        with pytest.raises(PlantError, match='no such table.*incomplete') as e, mlflow_client(s) as c:
+            c.search_model_versions()
+            connection.execute('DROP TABLE model_versions')
+            c.search_model_versions()
+        assert 'again' not in str(e.value)
+    with pytest.raises(PlantError, match='incomplete'): registry.versions(settings(home=tmp_path))
+
+def test_a_server_of_mlflow_2_is_to_be_upgraded(tmp_path):
+    with serve_site() as site:
+        site.pages = SimpleNamespace(get=lambda path, missing: (404, {}, b''))
+        s = settings(home=tmp_path, tracking_uri='http://{}:{}'.format(*site.server_address))
+        with pytest.raises(PlantError, match='older than MLflow 3'), mlflow_client(s) as c: c.get_logged_model('m-1')
+
+def test_a_database_of_another_version_of_mlflow_is_to_be_upgraded_or_needs_that_version(template, tmp_path):
+    shutil.copy(template.home/'mlflow.db', tmp_path/'mlflow.db')
+    s = settings(home=tmp_path)
+    for revision, advice in (('0584bdc529eb', f'`mlflow db upgrade {s.tracking_uri}`'), ('ffffffffffff', 'newer MLflow')):
+        with contextlib.closing(sqlite3.connect(tmp_path/'mlflow.db')) as connection, connection:
+            connection.execute('UPDATE alembic_version SET version_num = ?', [revision])
+        with pytest.raises(PlantError) as e: registry.versions(s)
+        assert advice in str(e.value) and 'log of that server' not in str(e.value) and 'datab.' not in str(e.value)
+
+@pytest.mark.parametrize('password', ['p/w', 'pa@ss', 'p:w', '/@/', '12/'])
+def test_no_password_is_in_an_error_or_a_command(tmp_path, monkeypatch, password):
+    monkeypatch.setenv('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')
+    s = settings(home=tmp_path, tracking_uri=f'http://me:{password}secret@127.0.0.1:{free_port()}')
+    with pytest.raises(PlantError, match='MLFLOW_TRACKING_URI') as e: registry.versions(s)
+    assert 'secret' not in str(e.value) and f'me:{password}' not in str(e.value) and '127.0.0.1' in str(e.value)
+    command = restore_command(s, 'runs', 'r1')
+    assert 'secret' not in command and '*' not in command
+    assert 'MLFLOW_TRACKING_USERNAME=me MLFLOW_TRACKING_PASSWORD=PASSWORD mlflow runs restore --run-id r1' in command
+
+def test_only_errors_of_mlflow_are_attributed_to_it(template, tmp_path):
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.exc import OperationalError
+    with pytest.raises(OperationalError, match='no such table: photos'), mlflow_client(template):
+        create_engine('sqlite://').connect().execute(text('SELECT * FROM photos'))
+    photo = tmp_path/'a.jpg'
+    with pytest.raises(PlantError, match='permission') as e, mlflow_client(template):
+        raise PermissionError(errno.EACCES, 'Permission denied', str(photo))
+    assert str(photo) in str(e.value) and 'MLflow' not in str(e.value)
+    with pytest.raises(PlantError, match='MLflow at .* failed'), mlflow_client(template) as c: c.get_run('f'*32)
+
+def test_two_first_trainings_at_once_share_one_experiment(template, monkeypatch):
+    "The other process creates the experiment after this one has looked for it."
+    from mlflow import MlflowClient
+    create = MlflowClient.create_experiment
+    others = []
+    def create_late(*args, **kw):
+        others.append(create(*args, **kw))
+        return create(*args, **kw)
+    monkeypatch.setattr(MlflowClient, 'create_experiment', create_late)
+    s = settings(home=template.home, model='first')
+    with mlflow_client(s) as c: assert [experiment_id(c, s)] == others
+
+# -- Databases and places of files
+
+def test_the_url_of_an_sqlite_file_may_have_options(template, tmp_path):
+    for folder in ('old', 'new'): (tmp_path/folder).mkdir()
+    shutil.copy(template.home/'mlflow.db', tmp_path/'old/mlflow.db')
+    s = settings(home=tmp_path, tracking_uri=f'sqlite:///{tmp_path}/old/mlflow.db?timeout=30')
+    assert len(registry.versions(s)) == 3
+    new = settings(home=tmp_path, tracking_uri=f'sqlite:///{tmp_path}/new/mlflow.db?timeout=30')
+    assert new_run(new) and {file.name for file in (tmp_path/'new').iterdir()} == {'mlflow.db', 'mlflow.db.lock'}
+
+@pytest.mark.slow
+def test_files_of_a_postgresql_database_are_stored_in_the_home(postgres, tmp_path, monkeypatch):
+    from sqlalchemy import create_engine, text
+    with create_engine(postgres, isolation_level='AUTOCOMMIT').connect() as connection:
+        name = f'mlflow{os.urandom(4).hex()}'
+        connection.execute(text(f'CREATE DATABASE {name}'))
+    uri = re.sub(r'/\w+(?=\?|$)', f'/{name}', postgres, count=1)
+    monkeypatch.chdir(tmp_path)
+    s = settings(home=tmp_path/'home', tracking_uri=uri)
+    run = new_run(s)
+    with mlflow_client(s) as c: c.log_text(run, 'hello', 'a.txt')
+    assert (s.home/f'mlartifacts/{run}/artifacts/a.txt').read_text() == 'hello'
+
+def test_a_model_file_that_was_deleted_from_s3_is_taken_from_the_store(seaweedfs, tmp_path, caplog, monkeypatch):
+    "The experiment has its files directly in S3."
+    s = seaweedfs.settings('mlflow-files', home=tmp_path/'home')
+    for variable, value in dict(MLFLOW_S3_ENDPOINT_URL=s.s3_endpoint_url, AWS_REGION='us-east-1',
+                                AWS_ACCESS_KEY_ID=s.s3_access_key.get_secret_value(),
+                                AWS_SECRET_ACCESS_KEY=s.s3_secret_key.get_secret_value()).items():
+        monkeypatch.setenv(variable, value)
+    with mlflow_client(s) as c: c.create_experiment(s.model, artifact_location=f'{s.store_url}/mlartifacts')
+    run = new_run(s)
+    for weights in (good, good*1.1): registry.register(s, run, model_file(tmp_path/'m.onnx', weights))
+    release.promote(s, 1, force=True)
+    for file in open_store(s).list('mlartifacts/'):
+        if file.key.endswith('model.onnx'): open_store(s).delete(file.key)
+    assert registry.model_bytes(s, 1) == open_store(s).get(pointer(s)['key'])
+    assert 'The copy in the store is used' in caplog.text
+    with pytest.raises(PlantError, match='file of version 2 .* was deleted from MLflow'): registry.model_bytes(s, 2)
+    monkeypatch.setenv('MLFLOW_S3_ENDPOINT_URL', f'http://127.0.0.1:{free_port()}')
+    monkeypatch.setenv('AWS_MAX_ATTEMPTS', '1')
+    with pytest.raises(PlantError, match='MLFLOW_S3_ENDPOINT_URL'): registry.model_bytes(s, 2)
 
 # -- A database of MLflow that is created
 

@@ -1,8 +1,10 @@
 "`.env` as people write it: variables of libraries, misspelled settings, byte order marks, secrets."
-import base64, os, subprocess, sys
+import base64, errno, os, subprocess, sys
 from types import SimpleNamespace
 import pytest
 from helpers import run_plant, serve_site
+from plant_mlops.core import config
+from plant_mlops.core.config import PlantError, settings
 
 PRINT = ('import os; from plant_mlops.core.config import settings; s = settings(); '
          'print(s.seed, *(os.environ.get(name) for name in {names!r}))')
@@ -18,7 +20,7 @@ def values(folder, *names, **env) -> list:
     assert result.returncode == 0 and not result.stderr, result.stderr
     return result.stdout.split()
 
-def test_variables_of_libraries_in_env_reach_the_process_in_every_way_of_writing(tmp_path):
+def test_variables_of_libraries_in_env_reach_the_process_quoted_exported_or_with_bom(tmp_path):
     "Quotes, `export`, comments, a byte order mark and CRLF; an empty value is left out, as boto3 takes it for a profile."
     text = ('export AWS_REGION="eu-central-1" # Frankfurt\n# AWS_SESSION_TOKEN=old\nAWS_ACCESS_KEY_ID=\'AKIA#1\'\n'
             'AWS_PROFILE=\nMLFLOW_TRACKING_USERNAME=me\nhttps_proxy = http://proxy:3128\nGIT_PYTHON_REFRESH=quiet\n')
@@ -61,6 +63,28 @@ def test_a_misspelled_variable_in_env_is_warned_of_with_a_suggestion(tmp_path, l
     assert result.stdout.split() == ['42', 'None']
     assert f'{name} in .env is not a setting; did you mean {meant}?' in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+def test_every_command_warns_of_a_misspelled_variable_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('PLANT_EPOCH', '3')
+    for args in (['config'], ['catalog', 'list']):
+        result = run_plant(*args)
+        assert result.returncode == 0 and result.stderr.count('PLANT_EPOCH') == 2 # in one line
+        assert 'PLANT_EPOCH in the environment is not a setting; did you mean PLANT_EPOCHS?' in result.stderr
+
+def test_names_that_other_programs_use_are_handed_on_without_a_warning(tmp_path):
+    names = ('HOME', 'HOST', 'PORT', 'MODEL', 'LOG_LEVEL')
+    (tmp_path/'.env').write_text('\n'.join(f'{name}=/x/{name}' for name in names))
+    assert values(tmp_path, *names) == ['42', *(f'/x/{name}' for name in names)]
+
+def test_the_error_of_an_env_file_that_cannot_be_read_fits_its_cause(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'.env').write_text('PLANT_SEED=7\n')
+    for error, advice in ((PermissionError(errno.EACCES, 'Permission denied', '.env'), 'permission to read'),
+                          (OSError(errno.EIO, 'Input/output error', '.env'), 'Restore the file')):
+        def fail(*args, **kw): raise error
+        monkeypatch.setattr(config, 'dotenv_values', fail) # root may read every file
+        with pytest.raises(PlantError, match=advice): settings()
 
 def test_commands_warn_once_and_never_show_a_secret(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -7,9 +7,9 @@ __all__ = ['app', 'status', 'config']
 
 # %% ../../nbs/cli/09_status.ipynb #dbfc8df7
 from .options import HomeOption, JsonOption, new_app
-from .output import console, escaped, new_table, print_json, print_line, print_result
+from .output import console, escaped, new_table, print_json, print_result
 from ..core.config import settings
-from ..core.setting_sources import describe_settings, find_unknown_variables
+from ..core.setting_sources import describe_settings
 from ..monitor.status import status as read_status
 
 # %% ../../nbs/cli/09_status.ipynb #e04ac8bf
@@ -29,17 +29,9 @@ def _print_settings(infos: dict): # name → `SettingInfo`
         table.add_row(name, escaped(info.value), source, f'[dim]{escaped(info.description)}[/]')
     console().print(table)
 
-def _print_unknown_variables():
-    "Warn about variables that are not settings."
-    for name, similar in find_unknown_variables():
-        advice = f'; did you mean {similar}?' if similar else '.'
-        print_line(f'[yellow]{escaped(name)} is not a setting{advice}[/]', to_stderr=True)
-
 @app.command()
 def config(home: HomeOption = None, as_json: JsonOption = False):
     "Show every setting, its value and its source."
     infos = describe_settings(settings(home=home))
     if as_json: print_json({name: dict(value=info.value, source=info.source) for name, info in infos.items()})
-    else:
-        _print_settings(infos)
-        _print_unknown_variables()
+    else: _print_settings(infos)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['log', 'PlantError', 'BasicSettings', 'LocationSettings', 'IngestSettings', 'PhotoSettings', 'TrainSettings',
-           'ServeSettings', 'DriftSettings', 'JobSettings', 'Settings', 'mask_secrets', 'find_meant_variable',
-           'settings', 'split_commas']
+           'ServeSettings', 'DriftSettings', 'JobSettings', 'Settings', 'mask_secrets', 'Misspelling',
+           'find_misspelling', 'settings', 'split_commas']
 
 # %% ../../nbs/core/00_config.ipynb #051451bc
 import difflib, logging, os, re
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -244,12 +245,19 @@ def _explain(
     return f'A setting is not usable. {"; ".join(problems)}. Fix it on the command line, in the environment or in .env.'
 
 # %% ../../nbs/core/00_config.ipynb #30a493e3
-def find_meant_variable(
-    name: str, # name of a variable
-) -> str | None: # '' if none is similar; None if the name does not look like a misspelled setting
-    "The variable that was probably meant by one that nothing reads."
+_COMMON_NAMES = {'HOME', 'HOST', 'PORT', 'MODEL', 'MODELS', 'TOKEN', 'ARCH', 'WORKERS', 'THREADS', 'QUEUE', 'ROOT_PATH',
+                 'API_URL', 'LOG_LEVEL', 'LOG_FORMAT'} # variables that systems and other programs use
+
+class Misspelling(NamedTuple):
+    "A variable that looks like a setting and is none."
+    name: str
+    suggestion: str # the variable that was probably meant; '' if none is similar
+
+@cache
+def _suggest(name: str) -> str | None:
+    "The variable that was probably meant; '' if none is similar; None if the name does not look like a setting."
     variable = name.upper()
-    if variable in _variables(): return None
+    if variable in _variables() or name in _COMMON_NAMES: return None
     if f'PLANT_{variable}' in _variables(): return f'PLANT_{variable}'
     if variable.startswith('PLANT_'):
         settings_names = {name.removeprefix('PLANT_') for name in _variables()}
@@ -260,17 +268,39 @@ def find_meant_variable(
     is_lower_case = name != variable and variable.startswith(('AWS_', 'MLFLOW_')) # libraries read capitals only
     return variable if is_lower_case else None
 
+def find_misspelling(
+    name: str, # name of a variable
+) -> Misspelling | None: # None if the name is that of a setting, or does not look like one
+    "Whether a variable is a misspelled setting."
+    suggestion = _suggest(name)
+    return None if suggestion is None else Misspelling(name, suggestion)
+
 # %% ../../nbs/core/00_config.ipynb #ff522ea2
 @cache
 def _warn_once(message: str): log.warning(message)
 
+def _warn_of(name: str, source: str) -> bool:
+    "Warn of a variable that is a misspelled setting; returns whether it is one."
+    misspelling = find_misspelling(name)
+    if not misspelling: return False
+    advice = f'; did you mean {misspelling.suggestion}?' if misspelling.suggestion else '.'
+    _warn_once(f'{name} in {source} is not a setting{advice}')
+    return True
+
 def _hand_on_variables():
-    "Put the variables of `.env` that are not settings into the environment, except misspelled settings."
+    "Put the variables of `.env` that are not settings into the environment; misspelled settings are warned of instead."
+    for name, value in sorted(os.environ.items()):
+        if value and name.upper().startswith('PLANT_'): _warn_of(name, 'the environment')
     for name, value in dotenv_values('.env', encoding='utf-8-sig').items():
         if not value or name.upper() in _variables(): continue
-        meant = find_meant_variable(name)
-        if meant is None: os.environ.setdefault(name, value)
-        else: _warn_once(f'{name} in .env is not a setting{f"; did you mean {meant}?" if meant else "."}')
+        if not _warn_of(name, '.env'): os.environ.setdefault(name, value)
+
+def _env_file_error(e: OSError) -> PlantError:
+    "The error where `.env`, or the folder it would be in, cannot be read."
+    if isinstance(e, FileNotFoundError): return PlantError('The current folder was deleted. Change to another one.')
+    advice = 'Restore the file, or remove it'
+    if isinstance(e, PermissionError): advice = 'Give this user permission to read it'
+    return PlantError(f'{Path(e.filename or ".env").name} cannot be read: {e.strerror}. {advice}.')
 
 # %% ../../nbs/core/00_config.ipynb #4244e312
 def settings(
@@ -287,7 +317,7 @@ def settings(
     except ValidationError as e: raise PlantError(_explain(e)) from None
     except SettingsError as e: raise PlantError(f'A setting is not usable: {e}. It has to be JSON.') from None
     except UnicodeDecodeError: raise PlantError('.env is not UTF-8 text. Save it as UTF-8.') from None
-    except OSError as e: raise PlantError(f'.env cannot be read: {e.strerror}. Change its permissions.') from None
+    except OSError as e: raise _env_file_error(e) from None
     s._overrides = overrides
     return s
 

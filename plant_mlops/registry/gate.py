@@ -34,7 +34,9 @@ class PairedComparison:
 
 @dataclass
 class MajorityComparison:
-    "Comparison of a first model with a classifier that always predicts the majority class."
+    """Comparison of a first model with a classifier that always predicts the majority class.
+
+    The names of the fields are those of `promote --json`, where a first model has the same key as a challenger."""
     challenger_accuracy: float # accuracy of the first model
     common: float # fraction of the test examples that are of the majority class
     p: float | None # p-value of the permutation test; None if there are too few examples for it
@@ -145,12 +147,12 @@ def compare_with_majority(
     confusion: np.ndarray, # int [C, C], confusion matrix of the independent examples, for the permutation test
 ) -> GateResult: # with a `MajorityComparison`
     "Whether a first model is better than a classifier that always predicts the majority class."
-    n_common = max(map(sum, metrics['confusion']))
-    common = n_common/metrics['n']
+    n_majority = max(map(sum, metrics['confusion']))
+    majority_fraction = n_majority/metrics['n']
     p = _permutation_p_value(confusion) if confusion.sum() >= MIN_EXAMPLES else None
     is_significant = p is None or p < SIGNIFICANCE
-    passed = metrics['accuracy'] > common and is_significant
-    comparison = MajorityComparison(metrics['accuracy'], common, p)
+    passed = metrics['accuracy'] > majority_fraction and is_significant
+    comparison = MajorityComparison(metrics['accuracy'], majority_fraction, p)
     return GateResult(passed, _majority_reason(passed, comparison), metrics['n'], comparison)
 
 # %% ../../nbs/registry/06_gate.ipynb #b19a9172

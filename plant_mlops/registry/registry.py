@@ -151,7 +151,9 @@ def finished_versions(
     newest_first = sorted(all_versions, key=lambda v: -int(v.version))
     return list(filter(_is_finished, newest_first))
 
-def _no_versions_error(client, s: Settings) -> PlantError:
+def _is_archived(model_version) -> bool: return model_version.current_stage == 'Archived'
+
+def _no_model_error(client, s: Settings) -> PlantError:
     "The error where MLflow has no version of the model: never trained, renamed or deleted."
     renamed = _find_new_name(client, s)
     if renamed:
@@ -164,7 +166,7 @@ def _no_versions_error(client, s: Settings) -> PlantError:
                       'its versions were deleted there, or this is another MLflow (MLFLOW_TRACKING_URI). MLflow cannot '
                       'restore deleted versions. Production goes on; `plant-mlops train` registers a new version.')
 
-def _no_version_error(client, s: Settings, version, finished: list) -> PlantError:
+def _unknown_version_error(client, s: Settings, version, finished: list) -> PlantError:
     "The error where MLflow has other versions of the model only."
     all_versions = client.search_model_versions(f"name = '{s.model}'")
     newest = max(int(v.version) for v in all_versions)
@@ -184,15 +186,15 @@ def get_version(
 ): # MLflow's ModelVersion
     "One finished version; raises `PlantError` if it does not exist."
     finished = finished_versions(client, s)
-    if not finished: raise _no_versions_error(client, s)
+    if not finished: raise _no_model_error(client, s)
     if version is None:
-        in_use = [v for v in finished if v.current_stage != 'Archived']
+        in_use = [v for v in finished if not _is_archived(v)]
         if in_use: return in_use[0]
         raise PlantError(f'All versions of {s.model!r} are archived in MLflow. Give the number of one: --version '
                          f'{finished[0].version}; or train a new one: `plant-mlops train`.')
     for model_version in finished:
         if str(model_version.version) == str(version): return model_version
-    raise _no_version_error(client, s, version, finished)
+    raise _unknown_version_error(client, s, version, finished)
 
 # %% ../../nbs/registry/04_registry.ipynb #545c6de1
 def version_record(
@@ -215,20 +217,22 @@ def find_trained(
     dataset: str, # version of the dataset
     recipe: dict, # parameters of the training
 ) -> str | None: # number of the version; None if there is no such version
-    "The newest version that was trained on a dataset with the same parameters."
+    "The newest version, archived ones apart, that was trained on a dataset with the same parameters."
     expected = {name: str(value) for name, value in recipe.items()}
     with mlflow_client(s) as client:
-        for record in versions(s):
-            if record['dataset'] != dataset: continue
-            run = find_mlflow_run(client, record['run_id'])
-            if run and expected.items() <= run.data.params.items(): return record['version']
+        for model_version in finished_versions(client, s):
+            if _is_archived(model_version) or model_version.tags.get('dataset') != dataset: continue
+            run = find_mlflow_run(client, model_version.run_id)
+            if run and expected.items() <= run.data.params.items(): return str(model_version.version)
     return None
 
 # %% ../../nbs/registry/04_registry.ipynb #681f2684
+_MISSING_TEXTS = r'404 Client Error|\(404\) when calling|NoSuchKey|BlobNotFound|404 GET' # server, S3, Azure, Google
+
 def _is_missing(e: Exception) -> bool:
     "Whether an error of MLflow says that a file does not exist."
     if isinstance(e, FileNotFoundError) or getattr(e, 'error_code', '') == 'RESOURCE_DOES_NOT_EXIST': return True
-    return '404 Client Error' in str(e) # of a tracking server
+    return bool(re.search(_MISSING_TEXTS, str(e)))
 
 def download_file(
     s: Settings, # settings with the tracking server

@@ -8,21 +8,33 @@ __all__ = ['restore_command', 'mlflow_client', 'find_mlflow_run', 'find_experime
            'new_run']
 
 # %% ../../nbs/registry/02_tracking.ipynb #8be653b5
-import errno, logging, os, re, shlex, subprocess
+import errno, logging, os, re, shlex, subprocess, tempfile, traceback
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from urllib.parse import unquote
 from filelock import FileLock
 from ..core import config
 from ..core.artifact_locations import ARTIFACTS, relocate_artifacts, use_home_artifacts
-from ..core.config import PlantError, Settings
+from ..core.config import PlantError, Settings, mask_secrets
 
 # %% ../../nbs/registry/02_tracking.ipynb #b77beca8
 _MLFLOW_DEFAULTS = dict(
     MLFLOW_DISABLE_TELEMETRY='true', MLFLOW_HTTP_REQUEST_MAX_RETRIES='5', MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR='1',
     MLFLOW_HTTP_REQUEST_TIMEOUT='30', MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR='false', GIT_PYTHON_REFRESH='quiet')
 
+def _is_database(uri: str) -> bool: return bool(re.match(r'(sqlite|postgres|postgresql|mysql|mssql)(\+\w+)?:', uri))
+
+def _sqlite_file(uri: str) -> Path | None:
+    "The file of an SQLite database, without the options of its URL; None for anything else."
+    if not uri.startswith(('sqlite:', 'sqlite+')): return None
+    from sqlalchemy import make_url
+    name = make_url(uri).database or ':memory:'
+    return None if name.startswith((':memory:', 'file:')) else Path(name)
+
 def _database_lock(database: Path):
-    "The first client creates the tables, which fails when two processes do it at the same time."
+    """A lock for creating the tables, or a context that does nothing where the folder is read-only.
+
+    The first client creates the tables, which fails when two processes do it at the same time."""
     is_read_only = database.exists() and not os.access(database.parent, os.W_OK)
     return nullcontext() if is_read_only else FileLock(f'{database}.lock')
 
@@ -41,8 +53,10 @@ def _new_client(s: Settings):
     for name, value in _MLFLOW_DEFAULTS.items(): os.environ.setdefault(name, value)
     from mlflow import MlflowClient
     for name in ('mlflow', 'alembic'): logging.getLogger(name).setLevel(logging.WARNING)
-    if not s.tracking_uri.startswith('sqlite:///'): return MlflowClient(s.tracking_uri, s.tracking_uri)
-    database = Path(s.tracking_uri.removeprefix('sqlite:///'))
+    database = _sqlite_file(s.tracking_uri)
+    if not database:
+        if _is_database(s.tracking_uri): use_home_artifacts(s.tracking_uri, s.home, is_shared=True)
+        return MlflowClient(s.tracking_uri, s.tracking_uri)
     database.parent.mkdir(parents=True, exist_ok=True)
     is_shared = database.parent.resolve() != s.home.resolve()
     use_home_artifacts(s.tracking_uri, s.home, is_shared)
@@ -52,22 +66,32 @@ def _new_client(s: Settings):
         return MlflowClient(s.tracking_uri, s.tracking_uri)
 
 # %% ../../nbs/registry/02_tracking.ipynb #c3d6588f
-_MLFLOW_PACKAGES = ('mlflow', 'requests', 'urllib3', 'sqlalchemy', 'sqlite3', 'alembic')
-_NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+def _mask_message(s: Settings, message: str) -> str:
+    "A message of MLflow, with asterisks for passwords, also where the URL was cut at a character of the password."
+    password = re.search(r'(?<=://)[^:/@]*:(.+)@', s.tracking_uri)
+    parts = re.split('[/@:?#]', password[1]) if password else []
+    for part in filter(lambda part: len(part) > 2, parts): message = message.replace(part, '********')
+    return re.sub(r'\S+', lambda word: mask_secrets(word[0]), message)
 
-def _without_passwords(text: str) -> str:
-    "The text, with asterisks for the passwords in its URLs."
-    return re.sub(r'(?<=//)([^:/@]*):[^/@]+(?=@)', r'\1:********', text)
+def _shell_variables(s: Settings) -> str:
+    "The variables with which a command of MLflow reaches the server, with PASSWORD in place of its password."
+    uri = mask_secrets(s.tracking_uri).replace('********', 'PASSWORD')
+    with_user = re.fullmatch(r'(https?://)([^:/@]*):PASSWORD@(.*)', uri)
+    if not with_user: return f'MLFLOW_TRACKING_URI={shlex.quote(uri)}'
+    scheme, user, address = with_user.groups()
+    uri, user = shlex.quote(scheme + address), shlex.quote(unquote(user))
+    return f'MLFLOW_TRACKING_URI={uri} MLFLOW_TRACKING_USERNAME={user} MLFLOW_TRACKING_PASSWORD=PASSWORD'
 
 def restore_command(
     s: Settings, # settings with the tracking server
     kind: str, # experiments or runs
     deleted_id: str, # ID of the experiment or run
-) -> str: # in backticks, without the password of the tracking server
+) -> str: # in backticks, with PASSWORD in place of the password of the tracking server
     "The command of MLflow that restores what was deleted."
     option = dict(experiments='--experiment-id', runs='--run-id')[kind]
-    uri = shlex.quote(_without_passwords(s.tracking_uri))
-    return f'`MLFLOW_TRACKING_URI={uri} mlflow {kind} restore {option} {deleted_id}`'
+    variables = _shell_variables(s)
+    note = ' (write the password of the server in place of PASSWORD)' if 'PASSWORD' in variables else ''
+    return f'`{variables} mlflow {kind} restore {option} {deleted_id}`{note}'
 
 def _deletion_advice(s: Settings, message: str) -> str:
     "How to restore the experiment or run that MLflow says is not active; '' if it does not say so."
@@ -75,54 +99,125 @@ def _deletion_advice(s: Settings, message: str) -> str:
     if not match: return ''
     return f'The {match[1]} was deleted in MLflow. To restore it: {restore_command(s, f"{match[1]}s", match[2])}.'
 
+def _schema_advice(s: Settings, message: str) -> str:
+    "What to do about tables of another version of MLflow; '' if the message is not about them."
+    pattern = r"out-of-date database schema \(found version (\w+)|Can't locate revision identified by '(\w+)'"
+    match = re.search(pattern, message)
+    if not match: return ''
+    from mlflow.store import db_migrations
+    revision = match[1] or match[2]
+    is_older = revision == 'None' or any(Path(db_migrations.__file__).parent.glob(f'versions/{revision}_*.py'))
+    if not is_older:
+        return ('A newer MLflow has changed this database. Install the newer MLflow here, too: '
+                '`pip install --upgrade mlflow`.')
+    uri = shlex.quote(mask_secrets(s.tracking_uri).replace('********', 'PASSWORD'))
+    return f'An older MLflow has made this database. Make a back-up of it, then run `mlflow db upgrade {uri}`.'
+
+_DATABASE_ADVICE = { # pattern of the message → advice
+    'not a database|malformed|disk I/O error': 'Restore the database from a back-up.',
+    'database or disk is full|No space left on device|[Dd]isk full':
+        'Free some space on the disk of the database, then run again.',
+    'database is locked': 'Another program is writing to the database: run again when it has finished.',
+    'readonly database|unable to open database': 'Give write permission for the file and its folder.',
+    "no such (table|column)|UndefinedTable|UndefinedColumn|Table '.*' doesn't exist|migration in unexpected state":
+        'The database is not one of MLflow, or is incomplete: check MLFLOW_TRACKING_URI, or restore a back-up.',
+}
+
+def _database_advice(message: str) -> str:
+    "What to do about an error of a database; '' where that is not known."
+    fitting = (advice for pattern, advice in _DATABASE_ADVICE.items() if re.search(pattern, message))
+    return next(fitting, '')
+
 _UNREACHABLE_CODES = ('TEMPORARILY_UNAVAILABLE', 'REQUEST_LIMIT_EXCEEDED', 'DEADLINE_EXCEEDED')
-_UNREACHABLE_TEXTS = ('failed with exception', 'timeout exception', 'failed with error code 5', 'database is locked')
-_DAMAGED_TEXTS = ('not a database', 'malformed', 'disk I/O error')
+_UNREACHABLE_TEXTS = r'failed with exception|timeout exception|error code (429|50[234])\b'
 _NOT_ALLOWED_CODES = ('UNAUTHENTICATED', 'PERMISSION_DENIED')
 
 def _is_unreachable(e: Exception, message: str) -> bool:
     "Whether MLflow could not be reached, so that trying later can help."
     if type(e).__module__.startswith(('requests', 'urllib3')) or type(e).__name__ == 'OperationalError': return True
-    has_code = getattr(e, 'error_code', '') in _UNREACHABLE_CODES
-    return has_code or any(text in message for text in _UNREACHABLE_TEXTS)
+    return getattr(e, 'error_code', '') in _UNREACHABLE_CODES or bool(re.search(_UNREACHABLE_TEXTS, message))
 
-def _tracking_advice(s: Settings, e: Exception, message: str) -> str:
-    "What to do about an error of MLflow."
+def _server_advice(e: Exception, message: str) -> str:
+    "What to do about an error of the tracking server, or of the way to it; '' where that is not known."
     code = getattr(e, 'error_code', '')
-    deletion = _deletion_advice(s, message)
-    if deletion: return deletion
-    if any(text in message for text in _DAMAGED_TEXTS): return 'Restore the file from a back-up.'
-    if 'readonly database' in message or 'unable to open database' in message:
-        return 'Give write permission for the file and its folder.'
     if code in _NOT_ALLOWED_CODES:
         return 'Check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.'
+    if 'error code 404' in message:
+        if 'logged-models' in message: return 'The server is older than MLflow 3: upgrade MLflow on the server.'
+        return 'That is not the address of an MLflow server, or the server is too old: check MLFLOW_TRACKING_URI.'
     if code == 'RESOURCE_DOES_NOT_EXIST':
         return ('It was deleted there for good, or it is on another server: check MLFLOW_TRACKING_URI. '
                 'MLflow cannot restore it; a back-up of its database can.')
+    if re.search(r'error code 500\b|too many 500 error', message): return 'The log of the server names the cause.'
     if _is_unreachable(e, message):
         return 'Is it running, and is MLFLOW_TRACKING_URI right? Nothing was lost: run again when it answers.'
-    return 'Check MLFLOW_TRACKING_URI and the log of that server.'
+    return ''
+
+def _tracking_advice(s: Settings, e: Exception, message: str) -> str:
+    "What to do about an error of MLflow."
+    advice = _deletion_advice(s, message) or _schema_advice(s, message) or _database_advice(message)
+    if advice: return advice
+    is_of_s3 = type(e).__module__.startswith(_S3_PACKAGES) or re.search(_S3_TEXTS, message)
+    if is_of_s3:
+        return ('The files of MLflow are on S3: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and '
+                'MLFLOW_S3_ENDPOINT_URL.')
+    if _sqlite_file(s.tracking_uri): return 'Check MLFLOW_TRACKING_URI and that file.'
+    place = 'that database' if _is_database(s.tracking_uri) else 'the log of that server'
+    return _server_advice(e, message) or f'Check MLFLOW_TRACKING_URI and {place}.'
+
+_LONGEST_MESSAGE = 300 # characters
+
+def _shorten(message: str) -> str:
+    "The first sentences of a message, or its first words where a sentence is too long; of nested errors the cause."
+    message = re.sub(r' with exception .*Caused by (.*)\)$', r': \1', message)
+    start = message[:_LONGEST_MESSAGE]
+    if start == message: return message
+    sentences = re.match(r'.*[.!?](?=\s)', start)
+    return sentences[0] if sentences else f'{start.rsplit(" ", 1)[0]} …'
 
 def _tracking_error(s: Settings, e: Exception) -> PlantError:
     "The `PlantError` for an error of MLflow."
-    server = _without_passwords(s.tracking_uri)
     lines = [line for line in str(e).splitlines() if line and not line.startswith('(raised as a result')]
-    message = _without_passwords(lines[0] if lines else type(e).__name__)[:300]
-    end = '' if message.endswith(('.', '!', '?')) else '.'
-    return PlantError(f'MLflow at {server} failed: {message}{end} {_tracking_advice(s, e, str(e))}')
+    first = lines[0] if lines else type(e).__name__
+    if first.endswith(':') and len(lines) > 1: first = f'{first} {lines[1].strip()}'
+    message = _shorten(_mask_message(s, first))
+    end = '' if message.endswith(('.', '!', '?', '…')) else '.'
+    advice = _tracking_advice(s, e, str(e))
+    return PlantError(f'MLflow at {mask_secrets(s.tracking_uri)} failed: {message}{end} {advice}')
+
+def _file_error(s: Settings, e: OSError, is_of_mlflow: bool) -> PlantError:
+    "The `PlantError` for a full or unwritable disk."
+    file = e.filename or f'in {s.home} or {tempfile.gettempdir()}' # some errors of the system name no file
+    subject = 'MLflow' if is_of_mlflow else '`plant-mlops`'
+    advice = 'Free some space on that disk' if e.errno in _FULL_DISK else 'Give permission to read and write there'
+    return PlantError(f'{subject} could not open or write a file: {file}: {e.strerror}. {advice}, then run again.')
+
+_S3_TEXTS = 'when calling the [A-Z]|Unable to locate credentials|Could not connect to the endpoint URL'
+_S3_PACKAGES = ('botocore', 'boto3', 's3transfer')
+_MLFLOW_PACKAGES = ('mlflow', 'requests', 'urllib3', 'sqlalchemy', 'sqlite3', 'alembic', *_S3_PACKAGES)
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+_NOT_WRITABLE = _FULL_DISK | {errno.EROFS, errno.EACCES, errno.EPERM}
+
+def _is_raised_in_mlflow(e: Exception) -> bool:
+    "Whether an exception comes from a call of MLflow, and not from other code that runs while its client is open."
+    modules = (frame.f_globals.get('__name__', '') for frame, _ in traceback.walk_tb(e.__traceback__))
+    return any(module.split('.')[0] == 'mlflow' for module in modules)
 
 @contextmanager
 def mlflow_client(
     s: Settings, # settings with the tracking server
 ): # yields a MlflowClient
-    "An MLflow client; its errors are raised as `PlantError`."
-    try: yield _new_client(s)
+    "An MLflow client; errors of its calls, and of a full or unwritable disk, are raised as `PlantError`."
+    client = None
+    try:
+        client = _new_client(s)
+        yield client
     except PlantError: raise
     except Exception as e:
-        if type(e).__module__.startswith(_MLFLOW_PACKAGES): raise _tracking_error(s, e) from e
-        if getattr(e, 'errno', None) not in _NOT_WRITABLE: raise
-        raise PlantError(f'MLflow could not write: {e.strerror}. Free some space or give write permission, '
-                         'then run again.') from e
+        is_of_mlflow = client is None or _is_raised_in_mlflow(e)
+        if is_of_mlflow and type(e).__module__.startswith(_MLFLOW_PACKAGES): raise _tracking_error(s, e) from e
+        if isinstance(e, OSError) and e.errno in _NOT_WRITABLE: raise _file_error(s, e, is_of_mlflow) from e
+        raise
 
 def find_mlflow_run(
     client, # MlflowClient
@@ -154,12 +249,16 @@ def experiment_id(
     suffix: str = '', # text added to the name of the experiment
 ) -> str: # id of the experiment
     "The experiment of the configured model, created if it does not exist; raises `PlantError` if it was deleted."
+    from mlflow.exceptions import MlflowException
     name = s.model + suffix
     existing = find_experiment(client, s, suffix)
     if existing: return existing.experiment_id
-    is_local = s.tracking_uri.startswith('sqlite:///')
-    location = (s.home/ARTIFACTS).as_uri() if is_local else None
-    return client.create_experiment(name, artifact_location=location)
+    location = (s.home/ARTIFACTS).as_uri() if _is_database(s.tracking_uri) else None
+    try: return client.create_experiment(name, artifact_location=location)
+    except MlflowException as e: # another process may have created it since
+        existing = find_experiment(client, s, suffix) if e.error_code == 'RESOURCE_ALREADY_EXISTS' else None
+        if not existing: raise
+        return existing.experiment_id
 
 # %% ../../nbs/registry/02_tracking.ipynb #0d4be8d2
 def _git(folder: Path, *args: str) -> str: # what git prints
