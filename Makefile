@@ -15,8 +15,9 @@ help:                 ## this list
 run: install          ## ingest, train, evaluate and promote, on drawn photos, offline
 	@plant-mlops run
 
-# Three processes on two cores: tests wait for servers, alerts and timeouts a third of their time.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+# Two processes, each with a core. On fast machines PROCESSES=3 takes less time: tests also wait for servers.
+PROCESSES ?= 2
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 test: install         ## every test; those that lack a program are skipped, and a table at the end says why
 	@$(PYTEST)
