@@ -5,6 +5,7 @@ from shutil import copytree
 import pytest, sqlalchemy as sa
 from PIL import Image
 from typer.testing import CliRunner
+from plant_mlops.apps.mistakes import load_photos
 from plant_mlops.cli.catalog import app
 from plant_mlops.core.config import PlantError, settings
 from plant_mlops.core.store import open_store
@@ -63,6 +64,14 @@ def test_a_forgotten_photo_is_nowhere_and_the_others_are_unchanged(s, engine):
     assert (deleted['flags'], deleted['split'], deleted['url_source']) == ('deleted', 'none', 'deleted')
     embedding = load_embeddings(s)
     assert len(embedding) == 40 and not embedding[(data.manifest.sha256 == checksum).to_numpy()].any()
+
+def test_the_dashboard_shows_the_mistakes_without_a_forgotten_photo(s, engine):
+    first, second = [row['sha256'] for row in list_stored(engine)][:2]
+    version = load_dataset(s).version
+    forget(s, [first])
+    photos = load_photos(s, version, [first, second])
+    assert photos[0] is None and photos[1].startswith(b'\xff\xd8')
+    assert load_photos(s, version, [first]) == [None]
 
 def test_a_forgotten_photo_does_not_come_back(s, engine):
     row = list_stored(engine)[0]

@@ -92,14 +92,18 @@ def load_photos(
     s: Settings, # settings
     dataset: str, # version of the dataset
     ids: list, # IDs of examples
-) -> list | None: # prepared photos, JPEG bytes; None if the dataset has no photos
+) -> list | None: # prepared photos: JPEG bytes, None for one that was deleted; None if the dataset has no photos
     "The photos of examples."
-    from plant_mlops.data.dataset import load_dataset
+    from plant_mlops.data.dataset import has_flag, load_dataset
     from plant_mlops.data.shards import load_jpegs
     try: manifest = load_dataset(s, dataset).manifest.set_index('sha256', drop=False)
     except StoreError: raise
     except PlantError: return None
-    return load_jpegs(s, manifest.loc[ids]) if ids else []
+    if not ids: return []
+    examples = manifest.loc[ids]
+    kept = examples[~has_flag(examples, 'deleted')]
+    jpegs = dict(zip(kept.sha256, load_jpegs(s, kept))) if len(kept) else {}
+    return [jpegs.get(id) for id in ids]
 
 # %% ../../nbs/apps/03_mistakes.ipynb #e6ff47c5
 def view_cell(
@@ -123,7 +127,10 @@ def view_cell(
     percents = [format_percent(probabilities[k, j]) for k in rows]
     photos = load_photos(s, predictions.dataset, ids)
     if photos is None: yield from _name_table(ids, classes[j], percents)
-    elif photos: yield photo_grid([Photo(jpeg, classes[j], percent) for jpeg, percent in zip(photos, percents)])
+    elif photos:
+        n_deleted = photos.count(None)
+        if n_deleted: yield X.P(f'{n_deleted:,} of these photos were deleted.', cls='pm-small')
+        yield photo_grid([Photo(jpeg, classes[j], percent) for jpeg, percent in zip(photos, percents) if jpeg])
 
 def _name_table(ids: list, predicted: str, percents: list) -> Iterable:
     "A table of the names of examples that are not photos."
