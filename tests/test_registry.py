@@ -10,7 +10,8 @@ from plant_mlops.core.store import FolderStore, open_store
 from plant_mlops.core.workload import Reader, workloads
 from plant_mlops.registry import evaluate, registry, release
 from plant_mlops.registry.model_file import linear_model, read_metadata
-from plant_mlops.registry.tracking import experiment_id, mlflow_client, restore_command
+from plant_mlops.registry.tracking import experiment_id, mlflow_client
+from plant_mlops.registry.tracking_errors import restore_command
 
 names = ['dandelion', 'grass']
 good = np.array([[2, -2], [0, 0]], np.float32)

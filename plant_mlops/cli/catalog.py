@@ -64,6 +64,7 @@ def _print_added(
     has_new = call_with_retry(count_by_status, engine)['new']
     print_line(f'{text}. Next: plant-mlops {"ingest" if has_new else "dataset"}')
 
+# %% ../../nbs/cli/06_catalog.ipynb #f6a49fdd
 DryRunOption = Annotated[bool, typer.Option('--dry-run', help='Say what would be added, and change nothing')]
 
 @catalog_app.command('load')
@@ -148,6 +149,7 @@ def _forget_missing(
     counts = call_with_retry(delete_missing, engine)
     print_line(f'{counts["rows"]:,} rows were deleted.')
 
+# %% ../../nbs/cli/06_catalog.ipynb #56c101ad
 @catalog_app.command('forget')
 def catalog_forget(
     photos: Annotated[Optional[list[str]], typer.Argument(

@@ -66,6 +66,7 @@ def _add_file(files: FolderFiles, path: str):
     if kind: files.others.setdefault(kind, []).append(path)
     else: files.photos.append(path)
 
+# %% ../../nbs/data/03_photo_folder.ipynb #264dba90
 def _add_entries(files: FolderFiles, folder: str) -> tuple: # folders in it; links to folders in it
     "Add the files of one folder; raises `OSError` if it cannot be read."
     folders, links = [], []
@@ -80,6 +81,7 @@ def _add_entries(files: FolderFiles, folder: str) -> tuple: # folders in it; lin
         elif entry.is_file() or entry.is_symlink(): _add_file(files, entry.path)
     return folders, links
 
+# %% ../../nbs/data/03_photo_folder.ipynb #ebba43a3
 def find_files(
     root: Path, # folder
 ) -> FolderFiles:
@@ -145,6 +147,7 @@ def _folder_name(name: str) -> str:
     except UnicodeEncodeError: name = os.fsencode(name).decode('cp1252', 'replace')
     return clean_label(name) or name
 
+# %% ../../nbs/data/03_photo_folder.ipynb #863e9021
 def _are_classes_below(
     photos: list, # of each photo in a split: names of the folders above that of the split, the split, names below it
 ) -> bool:
@@ -160,6 +163,7 @@ def _are_classes_below(
     for above, name in in_folders: parents[name].add(above)
     return any(len(above) > 1 for above in parents.values())
 
+# %% ../../nbs/data/03_photo_folder.ipynb #1e7d2c8a
 def _without_repetition(
     names: tuple, # names of the folders below that of a split, or all of them
     split: str | None, # train, valid or test; None: the photo is in no folder of a split
@@ -179,6 +183,7 @@ def _without_containers(
         if not is_container: return names
         names = [path[1:] for path in names]
 
+# %% ../../nbs/data/03_photo_folder.ipynb #bca78e59
 def label_photos(
     paths: list, # folders of each photo, below the folder that is added: tuples of names
     root_name: str = '', # name of the folder that is added
@@ -215,6 +220,7 @@ class FolderPhotos:
     notes: list       # sentences for the user
     unreadable: tuple # URLs of files and folders that could not be read
 
+# %% ../../nbs/data/03_photo_folder.ipynb #db3246c5
 def _printable(path: str) -> str:
     "A path that can be printed, also if it is not UTF-8."
     return os.fsencode(path).decode('utf-8', 'replace')
@@ -229,6 +235,7 @@ def _join_first(
     more = f' and {len(paths) - n:,} more' if len(paths) > n else ''
     return ', '.join(names) + more
 
+# %% ../../nbs/data/03_photo_folder.ipynb #51d399af
 def _describe_files(
     files: FolderFiles, # files in a folder
     root: Path, # that folder
@@ -246,6 +253,7 @@ def _describe_files(
     if len(files.unreadable) > 5: notes.append(f'{len(files.unreadable) - 5:,} more were not read.')
     return notes
 
+# %% ../../nbs/data/03_photo_folder.ipynb #ea5dd5a3
 def _describe_splits(
     photos: list, # `PhotoLabel` of each photo
     root: Path, # folder that is added
@@ -271,6 +279,7 @@ def _describe_labels(
         notes.append(f'All photos are of one class, {label}. If its subfolders are the classes, add {root/label}.')
     return notes
 
+# %% ../../nbs/data/03_photo_folder.ipynb #33e42b0b
 def read_folder(
     path: Path | str, # folder with one folder for each class
 ) -> FolderPhotos:

@@ -163,6 +163,7 @@ def _find_header(
     candidates = [i for i, row in enumerate(rows[:_HEADER_ROWS]) if 'url_source' in find_columns(row.texts)]
     return max(candidates, key=lambda i: len(find_columns(rows[i].texts)), default=None)
 
+# %% ../../nbs/data/04_photo_table.ipynb #13fd6bbe
 def _no_url_column(
     rows: list, # `Cells` of the first sheet
 ) -> PlantError: # to be raised
@@ -210,6 +211,7 @@ def _link_values(
     texts = _column_values(rows, index)
     return [row.links[index] if index < len(row.links) and row.links[index] else text for row, text in zip(rows, texts)]
 
+# %% ../../nbs/data/04_photo_table.ipynb #a3855fbf
 def _split_values(
     values: list, # values of the column of splits
     name: str, # name of the column
@@ -261,6 +263,7 @@ def _read_photos(
             else: table.rows.append((position, dict(url_source=url, label=label, split=split)))
     return table
 
+# %% ../../nbs/data/04_photo_table.ipynb #c2a912ee
 def read_table(
     data: bytes, # content of a CSV, TSV or Excel file
     folder: Path, # folder of the file, where relative paths begin
