@@ -15,7 +15,8 @@ from PIL import Image
 # %% ../../nbs/core/16_colour_profile.ipynb #bf7d55ea
 _D65 = (.3127, .3290) # x and y of the white of most screens
 _D50 = np.array([.9642, 1, .8249]) # the white of ICC profiles, in XYZ
-_BRADFORD = np.array([[.8951, .2664, -.1614], [-.7502, 1.7135, .0367], [.0389, -.0685, 1.0296]]) # XYZ → cones of the eye
+_BRADFORD = np.array([ # XYZ → cones of the eye
+    [.8951, .2664, -.1614], [-.7502, 1.7135, .0367], [.0389, -.0685, 1.0296]])
 
 def _xyz(
     x: float, # chromaticity
@@ -38,7 +39,9 @@ def _primaries_in_d50(
 # %% ../../nbs/core/16_colour_profile.ipynb #09bcc209
 def _fixed_point(x): return struct.pack('>i', round(x*65536))
 def _xyz_tag(values): return b'XYZ \0\0\0\0' + b''.join(map(_fixed_point, values))
-def _curve_tag(light): return b'curv\0\0\0\0' + struct.pack('>I', len(light)) + (light*65535).round().astype('>u2').tobytes()
+def _curve_tag(light):
+    levels = (light*65535).round().astype('>u2')
+    return b'curv\0\0\0\0' + struct.pack('>I', len(levels)) + levels.tobytes()
 
 def _icc_file(
     tags: dict, # name → content
