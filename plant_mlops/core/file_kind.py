@@ -20,7 +20,6 @@ _PHOTO_SIGNATURES = {
     'GIF': (b'GIF87a', b'GIF89a'),
     'TIFF': (b'II*\0', b'MM\0*', b'II\0*', b'MM*\0', b'II+\0', b'MM\0+'), # the last two: BigTIFF
 }
-_BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124) # of the second header, which begins with its size
 PHOTO_SUFFIXES = ( # for file dialogs
     '.jpg', '.jpeg', '.jpe', '.jfif', '.pjpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif', '.heic',
     '.heif')
@@ -66,10 +65,12 @@ def tiff_pages(
         value = start + 4 + offset_size
         type, count = number(start + 2, 2), number(start + 4, offset_size)
         if type in (3, 4): return number(value, 2 if type == 3 else 4)
-        if count > offset_size: value = number(value, offset_size)
+        if count > offset_size: value = number(value, offset_size) # a long value is elsewhere
         return data[value:value + min(count, 100)]
 
-    start, seen, n_left = number(8 if is_big else 4, offset_size), set(), _MAX_TAGS
+    start = number(8 if is_big else 4, offset_size)
+    seen = set() # starts of pages: a damaged file may lead back to one
+    n_left = _MAX_TAGS
     while start and start not in seen and n_left > 0:
         seen.add(start)
         first_tag, n_tags = start + count_size, number(start, count_size)
@@ -82,6 +83,7 @@ def tiff_pages(
         start = number(end, offset_size)
         n_left -= n_tags + 1
 
+# %% ../../nbs/core/15_file_kind.ipynb #59349ffb
 def is_thumbnail(
     page: dict, # from `tiff_pages`
 ) -> bool:
@@ -121,6 +123,8 @@ def _raw_kind(
     return f'raw photo ({format})' if format else 'raw photo'
 
 # %% ../../nbs/core/15_file_kind.ipynb #ccbed02e
+_BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124) # of the second header, which begins with its size
+
 def _is_bmp(head: bytes) -> bool:
     "Whether a file is a BMP, and not a text that begins with the same two letters."
     return head[:2] == b'BM' and int.from_bytes(head[14:18], 'little') in _BMP_HEADER_SIZES
@@ -135,14 +139,24 @@ def photo_format(
     if head[:4] == b'RIFF' and head[8:12] == b'WEBP': return 'WEBP'
     return _container_format(head)
 
-# %% ../../nbs/core/15_file_kind.ipynb #67621404
-_AAE_KIND = 'AAE file (edits of an iPhone photo)'
+# %% ../../nbs/core/15_file_kind.ipynb #5c12fc7a
 _KIND_OF_BRAND = { # main brand → kind; any other: MP4
     b'qt  ': 'MOV video', b'crx ': 'raw photo (CR3)', b'M4A ': 'M4A audio', b'jp2 ': 'JPEG 2000', b'jxl ': 'JPEG XL'}
 _QUICKTIME_BOXES = (b'moov', b'mdat', b'wide', b'free', b'skip', b'pnot') # a MOV of an old camera begins with one
+_KIND_OF_RIFF = {b'AVI ': 'AVI video', b'WAVE': 'WAV audio'}
 
-# First bytes → kind.
-_KIND_OF_SIGNATURE = {
+def _container_kind(
+    head: bytes, # first bytes of a file that is not a photo
+) -> str | None: # None: not a container
+    "The kind of a file that is a container, of a video in most cases."
+    brands = _brands(head)
+    if brands: return _KIND_OF_BRAND.get(brands[0], 'MP4 video')
+    if head[4:8] in _QUICKTIME_BOXES: return 'MOV video'
+    if head[:4] == b'RIFF': return _KIND_OF_RIFF.get(head[8:12], 'unknown')
+    return None
+
+# %% ../../nbs/core/15_file_kind.ipynb #67621404
+_KIND_OF_SIGNATURE = { # first bytes → kind
     b'%PDF-': 'PDF',
     b'PK\x03\x04': 'ZIP archive',
     b'Rar!': 'RAR archive',
@@ -165,14 +179,24 @@ _KIND_OF_SIGNATURE = {
     b'ID3\3': 'MP3 audio',
     b'ID3\4': 'MP3 audio',
     b'SQLite format 3\0': 'SQLite database',
+    b'bplist00': 'property list',
     b'\0\0\x01\0': 'icon',
 }
+
+def _signature_kind(
+    head: bytes, # first bytes of a file
+) -> str | None: # None: not in the table
+    "The kind of a file that begins with bytes of its own."
+    return next((kind for signature, kind in _KIND_OF_SIGNATURE.items() if head.startswith(signature)), None)
+
+# %% ../../nbs/core/15_file_kind.ipynb #24611063
+_AAE_KIND = 'AAE file (edits of an iPhone photo)'
 
 def _text_kind(
     head: bytes, # first bytes of a file
 ) -> str | None: # None: not a text
     "The kind of a text file."
-    text = head.removeprefix(b'\xef\xbb\xbf').lstrip()
+    text = head.removeprefix(b'\xef\xbb\xbf').lstrip() # without the mark of UTF-8
     if text.startswith(b'<'):
         if re.search(rb'<!doctype html|<(html|head|body)[\s>]', text, re.I): return 'web page'
         if b'<svg' in text: return 'SVG drawing'
@@ -192,11 +216,5 @@ def file_kind(
     if photo: return photo
     if head.startswith(_PHOTO_SIGNATURES['TIFF']): return _raw_kind(head)
     head = head[:HEAD_SIZE]
-    brands = _brands(head)
-    if brands: return _KIND_OF_BRAND.get(brands[0], 'MP4 video')
-    if head[4:8] in _QUICKTIME_BOXES: return 'MOV video'
-    if head[:4] == b'RIFF': return {b'AVI ': 'AVI video', b'WAVE': 'WAV audio'}.get(head[8:12], 'unknown')
-    if head.startswith(b'bplist00'): return _AAE_KIND if b'adjustment' in head else 'property list'
-    for signature, kind in _KIND_OF_SIGNATURE.items():
-        if head.startswith(signature): return kind
-    return _text_kind(head) or 'unknown'
+    if head.startswith(b'bplist00') and b'adjustment' in head: return _AAE_KIND
+    return _container_kind(head) or _signature_kind(head) or _text_kind(head) or 'unknown'

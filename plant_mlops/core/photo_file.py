@@ -16,9 +16,7 @@ from .config import PlantError
 from .colour_profile import adobe_rgb_profile, cicp_profile, is_known_cicp
 from .file_kind import is_thumbnail, tiff_pages
 
-# %% ../../nbs/core/17_photo_file.ipynb #0911132b
-warnings.filterwarnings('ignore', module=r'PIL\.') # about metadata of photos from the internet
-
+# %% ../../nbs/core/17_photo_file.ipynb #c693a0f4
 class PhotoError(PlantError):
     "The bytes are not a photo that can be used."
 
@@ -32,6 +30,9 @@ class MissingDecoderError(PhotoError):
         self.format, self.pip_arguments = format, pip_arguments
 
     def __str__(self): return f'a decoder of {self.format} is not installed: `pip install {self.pip_arguments}`'
+
+# %% ../../nbs/core/17_photo_file.ipynb #0911132b
+warnings.filterwarnings('ignore', module=r'PIL\.') # about metadata of photos from the internet
 
 def _open_jpeg(file: io.BytesIO) -> Image.Image:
     "A JPEG, or an MPO, which is a JPEG with further pictures."
@@ -59,10 +60,7 @@ def _open_heic(file: io.BytesIO) -> Image.Image:
     except ImportError: raise MissingDecoderError('HEIC', '"plant_mlops[heic]"') from None
     return HeifImageFile(file)
 
-# %% ../../nbs/core/17_photo_file.ipynb #ae993284
-_PNG_TEXTS = (b'XML:com.adobe.xmp\0', b'Raw profile type exif\0') # texts that may have the orientation
-_MAX_INFLATED = 16*2**20 # largest size of a profile or a text, in bytes
-
+# %% ../../nbs/core/17_photo_file.ipynb #5bc67705
 def _png_chunks(
     data: bytes, # content of a PNG
 ) -> Iterator: # start, end and kind of each
@@ -72,6 +70,9 @@ def _png_chunks(
         end = start + 12 + int.from_bytes(data[start:start+4])
         yield start, end, data[start+4:start+8]
         start = end
+
+# %% ../../nbs/core/17_photo_file.ipynb #390ddddb
+_MAX_INFLATED = 16*2**20 # largest size of a profile or a text, in bytes
 
 def _compressed_part(
     chunk: bytes, # iCCP, zTXt or iTXt
@@ -89,6 +90,9 @@ def _is_short(
     try: inflater.decompress(compressed, _MAX_INFLATED)
     except zlib.error: return True
     return not inflater.unconsumed_tail
+
+# %% ../../nbs/core/17_photo_file.ipynb #ae993284
+_PNG_TEXTS = (b'XML:com.adobe.xmp\0', b'Raw profile type exif\0') # texts that may have the orientation
 
 def _is_useful_chunk(
     chunk: bytes, # length, kind, content and checksum
@@ -121,18 +125,7 @@ def _open_png(file: io.BytesIO) -> Image.Image:
     PngImagePlugin.MAX_TEXT_CHUNK = _MAX_INFLATED # Pillow's own limit is smaller than some colour profiles
     return PngImagePlugin.PngImageFile(io.BytesIO(clean_png(file.getvalue())))
 
-# %% ../../nbs/core/17_photo_file.ipynb #87f9d925
-_TRANSPOSE = { # orientation in EXIF → what turns the photo upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-ORIENTATION = 0x0112 # EXIF tag
-
+# %% ../../nbs/core/17_photo_file.ipynb #a786605e
 _WIDTH, _HEIGHT = 256, 257 # tags
 _THUMBNAIL_SIDE = 320 # longest side of a first page that may be a thumbnail without saying so, in pixels
 
@@ -162,6 +155,18 @@ def _main_page(
         if is_thumbnail(first) or _is_larger_copy(page, first): return i
     return 0
 
+# %% ../../nbs/core/17_photo_file.ipynb #87f9d925
+_TRANSPOSE = { # orientation in EXIF → what turns the photo upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION = 0x0112 # EXIF tag
+
 @cache
 def _tiff_class() -> type:
     "A TIFF that is upright when it is decoded, and whose other metadata are not read."
@@ -186,6 +191,7 @@ def _tiff_class() -> type:
 
 def _open_tiff(file: io.BytesIO) -> Image.Image: return _tiff_class()(file)
 
+# %% ../../nbs/core/17_photo_file.ipynb #2030c9d5
 _METADATA_SIZE = 65_536 # number of first bytes in which metadata are searched for
 
 def _open_avif(file: io.BytesIO) -> Image.Image:
@@ -228,7 +234,7 @@ def turn_upright(
     method = _TRANSPOSE.get(read_orientation(img))
     return img if method is None else img.transpose(method)
 
-# %% ../../nbs/core/17_photo_file.ipynb #e980f540
+# %% ../../nbs/core/17_photo_file.ipynb #50281a16
 def _find_cicp(
     data: bytes, # content of a file
     format: str, # its format, from `photo_format`
@@ -244,6 +250,7 @@ def _find_cicp(
                 return data[start+8], data[start+9]
     return None
 
+# %% ../../nbs/core/17_photo_file.ipynb #392c17a3
 _EXIF_IFD, _INTEROP_IFD = 0x8769, 0xa005 # tags that point to further tags
 _COLOUR_SPACE, _INTEROP_INDEX = 0xa001, 1 # tags
 
@@ -270,6 +277,7 @@ def _is_adobe_rgb(
     except Exception: return False # EXIF is damaged
     return colour_space != 1 and str(interop_index).startswith('R03') # 1: sRGB
 
+# %% ../../nbs/core/17_photo_file.ipynb #e980f540
 def read_profile(
     img: Image.Image, # decoded photo, from `open_image`
     data: bytes, # content of its file

@@ -35,7 +35,7 @@ def photo_limits(
     "Which photos the settings accept."
     return PhotoLimits(max_pixels=s.photo_max_pixels, max_memory=s.photo_max_memory)
 
-# %% ../../nbs/data/06_photo.ipynb #29270fdb
+# %% ../../nbs/data/06_photo.ipynb #19e4ec5b
 def _explain_rejection(
     data: bytes, # content of a file
     limits: PhotoLimits, # which photos are accepted
@@ -56,6 +56,7 @@ def _describe_damage(
     reason = ' '.join(str(e).split()) or type(e).__name__
     return f'the photo is damaged or cut off ({reason})'
 
+# %% ../../nbs/data/06_photo.ipynb #29270fdb
 def _open_header(
     data: bytes, # content of a file
     limits: PhotoLimits, # which photos are accepted
@@ -73,7 +74,7 @@ def _open_header(
                          '(PLANT_PHOTO_MAX_PIXELS)')
     return img
 
-# %% ../../nbs/data/06_photo.ipynb #dfe67d07
+# %% ../../nbs/data/06_photo.ipynb #54621704
 _BYTES_PER_PIXEL = dict(WEBP=18, AVIF=14, HEIF=10) # format in Pillow → memory of decoder and image, as measured
 
 def _coefficient_bytes(
@@ -95,6 +96,7 @@ def _decoding_memory(
     if img.info.get('bit_depth', 8) > 8: n_bytes += 6 # a HEIC with more than 8 bits
     return img.width*img.height*n_bytes
 
+# %% ../../nbs/data/06_photo.ipynb #dfe67d07
 _memory = threading.Condition()
 _n_reserved = 0 # bytes that decoders of this process use now
 
@@ -170,8 +172,8 @@ def check_photo(
     if is_turned: width, height = height, width
     return PhotoInfo(width, height, format)
 
-# %% ../../nbs/data/06_photo.ipynb #d1726f53
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT, _MAX_SAMPLE = 258, 262, 339, 341 # tags of a TIFF
+# %% ../../nbs/data/06_photo.ipynb #c6efba89
+_BITS_PER_SAMPLE, _SAMPLE_FORMAT, _MAX_SAMPLE = 258, 339, 341 # tags of a TIFF
 _MAX_OVERSHOOT = 2. # largest float that still counts as one of the range from 0 to 1
 
 def _largest(
@@ -184,8 +186,10 @@ def _read_greys(
     img: Image.Image, # decoded photo of one of the modes I and F
 ) -> tuple[np.ndarray, float]: # greys [h, w], and the number that is white
     "The greys of a photo that has more than 8 bits."
-    greys, tags = np.asarray(img), getattr(img, 'tag_v2', {}) # other formats than TIFF have no such tags
-    n_bits, sample_format = tags.get(_BITS_PER_SAMPLE, (16,))[0], tags.get(_SAMPLE_FORMAT, (1,))[0]
+    greys = np.asarray(img)
+    tags = getattr(img, 'tag_v2', {}) # other formats than TIFF have no such tags
+    n_bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+    sample_format = tags.get(_SAMPLE_FORMAT, (1,))[0]
     if n_bits == 32 and sample_format == 1: greys = greys.view(np.uint32) # Pillow takes them for numbers with a sign
     maximum = tags.get(_MAX_SAMPLE)
     if isinstance(maximum, tuple): maximum = maximum[0] if maximum else None
@@ -194,6 +198,7 @@ def _read_greys(
     largest = _largest(greys)
     return greys, 1 if img.mode == 'F' and largest <= _MAX_OVERSHOOT else max(largest, 1)
 
+# %% ../../nbs/data/06_photo.ipynb #9ce0aca0
 def _to_8_bits(
     greys: np.ndarray, # greys [h, w]
     white: float, # the number that is white
@@ -205,6 +210,7 @@ def _to_8_bits(
         out[y:y+256] = np.nan_to_num(np.clip(strip, 0, 255))
     return out
 
+# %% ../../nbs/data/06_photo.ipynb #2e2fd9b0
 def _paste_on_white(
     img: Image.Image, # image with transparency
 ) -> Image.Image: # mode RGB
@@ -215,6 +221,9 @@ def _paste_on_white(
         white = Image.new('RGBA', strip.size, 'white')
         out.paste(Image.alpha_composite(white, strip).convert('RGB'), (0, y))
     return out
+
+# %% ../../nbs/data/06_photo.ipynb #d1726f53
+_PHOTOMETRIC = 262 # tag of a TIFF
 
 def _to_rgb(
     img: Image.Image, # image of any mode
