@@ -10,9 +10,11 @@ import contextlib, io
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from fastcore.basics import patch
 from .config import Settings
 from .s3_client import S3Access, open_s3_client, store_access
-from .s3_errors import describe_failure, describe_response, diagnose_failure, diagnose_response
+from .s3_errors import (
+    describe_failure, describe_response, diagnose_failure, diagnose_response, response_code, response_status)
 from .store_protocol import (
     Conflict, NotFound, Stat, StoreError, check_key, checksum_in_key, conflict_error, not_found_error, verify_checksum)
 
@@ -28,7 +30,7 @@ def _to_store_error(
     access: S3Access, # how the S3 is reached
 ) -> StoreError: # to be raised
     "The store's error for an error response of S3."
-    code = str(e.response['Error'].get('Code', ''))
+    code = response_code(e)
     if code in _NOT_FOUND: return not_found_error(key, where)
     if code in _CONFLICT: return conflict_error(key)
     problem = diagnose_response(e, access)
@@ -51,17 +53,6 @@ def _raise_s3_errors(
     except (BotoCoreError, Boto3Error) as e:
         advice = diagnose_failure(e, access).advice
         raise StoreError(f'{key}: {where} cannot be used. {describe_failure(e)} {advice}') from e
-
-# %% ../../nbs/core/08_s3_store.ipynb #ffd4eb7e
-_IS_CREATED = {'BucketAlreadyOwnedByYou', 'BucketAlreadyExists', 'OperationAborted'}
-_NO_LOCATION = {'InvalidLocationConstraint', 'IllegalLocationConstraintException', 'InvalidRegion'}
-
-def _bucket_options(
-    region: str | None, # region of the client
-) -> dict: # arguments of boto3's `create_bucket`
-    "The location of a new bucket."
-    if region in (None, '', 'us-east-1', 'aws-global'): return {}
-    return dict(CreateBucketConfiguration=dict(LocationConstraint=region))
 
 # %% ../../nbs/core/08_s3_store.ipynb #75c06d79
 class S3Bucket:
@@ -92,35 +83,48 @@ class S3Bucket:
         "A context manager that converts boto3's errors to the store's."
         return _raise_s3_errors(key, self.where, self.access)
 
-    def ensure_bucket(self):
-        "Create the bucket unless it exists; raises `StoreError` if it may not be used."
-        with self._raise_errors(self.bucket):
-            if not self._has_bucket(): self._create_bucket()
+# %% ../../nbs/core/08_s3_store.ipynb #30bbc608
+@patch
+def _has_bucket(self:S3Bucket) -> bool:
+    "Whether the bucket exists; raises botocore's errors."
+    from botocore.exceptions import ClientError
+    try: self._impatient_client.head_bucket(Bucket=self.bucket)
+    except ClientError as e:
+        if response_status(e) == 404: return False
+        if response_status(e) not in (400, 401, 403): raise
+        self._impatient_client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+    return True
 
-    def _has_bucket(self) -> bool:
-        "Whether the bucket exists; raises botocore's errors."
-        from botocore.exceptions import ClientError
-        try: self._impatient_client.head_bucket(Bucket=self.bucket)
-        except ClientError as e:
-            status = e.response['ResponseMetadata'].get('HTTPStatusCode')
-            if status == 404: return False
-            if status not in (400, 401, 403): raise
-            # the response to a HEAD request has no body, and does not say what is wrong; that of this request does
-            # keys may be allowed to list nothing but the prefix
-            self._impatient_client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
-        return True
+# %% ../../nbs/core/08_s3_store.ipynb #ffd4eb7e
+def _bucket_options(
+    region: str | None, # region of the client
+) -> dict: # arguments of boto3's `create_bucket`
+    "The location of a new bucket."
+    if region in (None, '', 'us-east-1', 'aws-global'): return {}
+    return dict(CreateBucketConfiguration=dict(LocationConstraint=region))
 
-    def _create_bucket(self):
-        "Create the bucket in the client's region; raises botocore's errors."
-        from botocore.exceptions import ClientError
-        options = _bucket_options(self.client.meta.region_name)
-        try: self.client.create_bucket(Bucket=self.bucket, **options)
-        except ClientError as e:
-            code = e.response['Error'].get('Code')
-            if code in _IS_CREATED and self._has_bucket(): return # by another process
-            has_own_regions = bool(self.access.endpoint) # it is not Amazon
-            if code not in _NO_LOCATION or not options or not has_own_regions: raise
-            self.client.create_bucket(Bucket=self.bucket)
+# %% ../../nbs/core/08_s3_store.ipynb #6ec059f0
+_IS_CREATED = {'BucketAlreadyOwnedByYou', 'BucketAlreadyExists', 'OperationAborted'}
+_NO_LOCATION = {'InvalidLocationConstraint', 'IllegalLocationConstraintException', 'InvalidRegion'}
+
+@patch
+def _create_bucket(self:S3Bucket):
+    "Create the bucket in the client's region; raises botocore's errors."
+    from botocore.exceptions import ClientError
+    options = _bucket_options(self.client.meta.region_name)
+    try: self.client.create_bucket(Bucket=self.bucket, **options)
+    except ClientError as e:
+        code = response_code(e)
+        if code in _IS_CREATED and self._has_bucket(): return # by another process
+        has_own_regions = bool(self.access.endpoint) # it is not Amazon
+        if code not in _NO_LOCATION or not options or not has_own_regions: raise
+        self.client.create_bucket(Bucket=self.bucket)
+
+@patch
+def ensure_bucket(self:S3Bucket):
+    "Create the bucket unless it exists; raises `StoreError` if it may not be used."
+    with self._raise_errors(self.bucket):
+        if not self._has_bucket(): self._create_bucket()
 
 # %% ../../nbs/core/08_s3_store.ipynb #5d0c1a07
 class S3Reader(S3Bucket):

@@ -9,10 +9,12 @@ __all__ = ['source_access', 'SourceBuckets']
 from dataclasses import replace
 from functools import cached_property
 from botocore.exceptions import BotoCoreError, ClientError
+from fastcore.basics import patch
 from yarl import URL
 from ..core.config import PlantError, Settings
 from ..core.s3_client import S3Access, has_credentials, open_s3_client, store_access
-from ..core.s3_errors import describe_failure, describe_response, diagnose_failure, diagnose_response
+from ..core.s3_errors import (
+    describe_failure, describe_response, diagnose_failure, diagnose_response, response_status)
 from .download import (
     Download, PermanentFetchError, SettingFetchError, TransientFetchError, describe_status, read_all)
 from .proxies import Proxies, read_proxies
@@ -51,8 +53,8 @@ def _response_error(
 ) -> PlantError: # to be raised
     "The error of ingestion for an error response."
     problem = diagnose_response(e, access)
-    status = e.response['ResponseMetadata'].get('HTTPStatusCode', 500)
-    message = f'{access.endpoint or "S3"} answered {describe_status(status)}, {describe_response(e)}'
+    status = describe_status(response_status(e))
+    message = f'{access.endpoint or "S3"} answered {status}, {describe_response(e)}'
     if problem.kind in ('region', 'key', 'clock', 'proxy'): return SettingFetchError(f'{message} {problem.advice}')
     if problem.kind == 'server': return TransientFetchError(message)
     advice = problem.advice
@@ -60,6 +62,7 @@ def _response_error(
     if problem.kind == 'policy': advice += f' {_advice_for_bucket(access)}' # MinIO denies buckets that do not exist
     return PermanentFetchError(f'{message} {advice}'.rstrip())
 
+# %% ../../nbs/data/11_buckets.ipynb #239822b2
 def _failure_error(
     e: BotoCoreError, # raised instead of a response
     access: S3Access, # how the S3 is reached
@@ -72,16 +75,6 @@ def _failure_error(
     return TransientFetchError(f'The bucket does not answer: {message}')
 
 # %% ../../nbs/data/11_buckets.ipynb #e8008fcd
-_REFUSAL_STATUSES = (400, 401, 403) # 400 is that of keys that have expired
-
-def _status_of(e: ClientError) -> int:
-    "The status of an error response."
-    return e.response['ResponseMetadata'].get('HTTPStatusCode', 500)
-
-def _is_refusal(e: ClientError) -> bool:
-    "Whether another request, with keys or without, may succeed."
-    return _status_of(e) in _REFUSAL_STATUSES
-
 class SourceBuckets:
     "Reads the objects that `s3://` URLs name; threads may share it."
     def __init__(self,
@@ -93,7 +86,7 @@ class SourceBuckets:
 
     @cached_property
     def _with_keys(self):
-        "Client that signs its requests; None if there are no keys. The caller retries, so it does not."
+        "Client that signs its requests; None if there are no keys."
         return open_s3_client(self.access, tries=1) if has_credentials(self.access) else None
 
     @cached_property
@@ -101,39 +94,55 @@ class SourceBuckets:
         "Client that does not sign its requests."
         return open_s3_client(self.access_without_keys, tries=1)
 
-    def _get_object(self, bucket: str, key: str) -> dict:
-        """The response of S3, whose `Body` is still to be read; raises botocore's errors.
+# %% ../../nbs/data/11_buckets.ipynb #a6ea85f3
+_REFUSAL_STATUSES = (400, 401, 403) # 400 is that of keys that have expired
 
-        An object that is refused is requested in the other way, too. If both fail, the error is the same in either
-        order: that of the request without keys if there is no such object, else that of the request with keys."""
-        if self._with_keys is None: return self._without_keys.get_object(Bucket=bucket, Key=key)
-        if bucket in self.buckets_without_keys:
-            try: return self._without_keys.get_object(Bucket=bucket, Key=key)
-            except ClientError as e:
-                if not _is_refusal(e): raise
-            return self._with_keys.get_object(Bucket=bucket, Key=key)
-        try: return self._with_keys.get_object(Bucket=bucket, Key=key)
-        except ClientError as e:
-            if not _is_refusal(e): raise
-            refusal = e
-        try: response = self._without_keys.get_object(Bucket=bucket, Key=key)
-        except ClientError as e: raise (e if _status_of(e) == 404 else refusal) from None
-        self.buckets_without_keys.add(bucket)
-        return response
+def _is_refusal(e: ClientError) -> bool:
+    "Whether another request, with keys or without, may succeed."
+    return response_status(e) in _REFUSAL_STATUSES
 
-    def fetch(self,
-        url: str, # URL of an object, s3://bucket/key
-        limit: int, # maximum size, in bytes
-    ) -> Download:
-        """Read an object; raises `PermanentFetchError`, `SettingFetchError` or `TransientFetchError`.
+@patch
+def _get_with_keys_first(self:SourceBuckets, bucket: str, key: str) -> dict:
+    "The response to a request with keys, or else without."
+    try: return self._with_keys.get_object(Bucket=bucket, Key=key)
+    except ClientError as e:
+        if not _is_refusal(e): raise
+        refusal = e
+    try: response = self._without_keys.get_object(Bucket=bucket, Key=key)
+    except ClientError as e: raise (e if response_status(e) == 404 else refusal) from None
+    self.buckets_without_keys.add(bucket)
+    return response
 
-        Raises `StoreError` if boto3 cannot use the settings."""
-        bucket, _, key = url.partition('://')[2].partition('/')
-        if not bucket or not key: raise PermanentFetchError(f'{url} is not of the form s3://bucket/key.')
-        try:
-            response = self._get_object(bucket, key)
-            with response['Body'] as body: return read_all(body.read, limit)
-        except ClientError as e:
-            access = self.access if self._with_keys else self.access_without_keys
-            raise _response_error(e, access) from None
-        except BotoCoreError as e: raise _failure_error(e, self.access) from None
+@patch
+def _get_without_keys_first(self:SourceBuckets, bucket: str, key: str) -> dict:
+    "The response to a request without keys, or else with them."
+    try: return self._without_keys.get_object(Bucket=bucket, Key=key)
+    except ClientError as e:
+        if not _is_refusal(e): raise
+    return self._with_keys.get_object(Bucket=bucket, Key=key)
+
+@patch
+def _get_object(self:SourceBuckets, bucket: str, key: str) -> dict:
+    "The response of S3, whose `Body` is still to be read; raises botocore's errors."
+    if self._with_keys is None: return self._without_keys.get_object(Bucket=bucket, Key=key)
+    if bucket in self.buckets_without_keys: return self._get_without_keys_first(bucket, key)
+    return self._get_with_keys_first(bucket, key)
+
+# %% ../../nbs/data/11_buckets.ipynb #1eab0971
+@patch
+def fetch(self:SourceBuckets,
+    url: str, # URL of an object, s3://bucket/key
+    limit: int, # maximum size, in bytes
+) -> Download:
+    """Read an object; raises `PermanentFetchError`, `SettingFetchError` or `TransientFetchError`.
+
+    Raises `StoreError` if boto3 cannot use the settings."""
+    bucket, _, key = url.partition('://')[2].partition('/')
+    if not bucket or not key: raise PermanentFetchError(f'{url} is not of the form s3://bucket/key.')
+    try:
+        response = self._get_object(bucket, key)
+        with response['Body'] as body: return read_all(body.read, limit)
+    except ClientError as e:
+        access = self.access if self._with_keys else self.access_without_keys
+        raise _response_error(e, access) from None
+    except BotoCoreError as e: raise _failure_error(e, self.access) from None

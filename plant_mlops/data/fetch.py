@@ -59,17 +59,7 @@ class WebClient:
             return self.via_proxy.get(url, allow_redirects=False, headers={**headers, **login}, proxy=proxy.url)
         return self.via_proxy.get(url, allow_redirects=False, headers=headers, proxy=proxy.url, proxy_headers=login)
 
-# %% ../../nbs/data/12_fetch.ipynb #410ac476
-def _proxy_refusal(
-    e: aiohttp.ClientHttpProxyError, # a proxy does not connect to a host
-    proxy: Proxy, # the proxy
-) -> PlantError: # to be raised
-    "The error for the answer of a proxy that refuses an https URL."
-    message = f'The proxy {proxy} answered {describe_status(e.status)}.'
-    if e.status == 407: return SettingFetchError(message + _login_advice(proxy, e.headers))
-    if e.status in RETRY_STATUSES: return TransientFetchError(message)
-    return SettingFetchError(f'{message} Ask those who run it to allow the host.')
-
+# %% ../../nbs/data/12_fetch.ipynb #a1b4b080
 def _login_advice(
     proxy: Proxy, # proxy that answered 407
     headers, # headers of its answer
@@ -82,6 +72,18 @@ def _login_advice(
     if proxy.authorization: return f' Correct the user or the password in {proxy.variable}.'
     return f' Write its user and password into {proxy.variable}: http://user:password@{proxy.url.authority}.'
 
+# %% ../../nbs/data/12_fetch.ipynb #9b2f2d18
+def _proxy_refusal(
+    e: aiohttp.ClientHttpProxyError, # a proxy does not connect to a host
+    proxy: Proxy, # the proxy
+) -> PlantError: # to be raised
+    "The error for the answer of a proxy that refuses an https URL."
+    message = f'The proxy {proxy} answered {describe_status(e.status)}.'
+    if e.status == 407: return SettingFetchError(message + _login_advice(proxy, e.headers))
+    if e.status in RETRY_STATUSES: return TransientFetchError(message)
+    return SettingFetchError(f'{message} Ask those who run it to allow the host.')
+
+# %% ../../nbs/data/12_fetch.ipynb #410ac476
 @contextmanager
 def _raise_web_errors(
     url: URL, # requested URL
@@ -108,10 +110,7 @@ def _raise_web_errors(
     except aiohttp.ClientConnectorError as e:
         raise TransientFetchError(f'The connection failed: {e}.{hint()}') from None
 
-# %% ../../nbs/data/12_fetch.ipynb #449b0f64
-REDIRECT_STATUSES = {301, 302, 303, 307, 308}
-MAX_REDIRECTS = 5
-
+# %% ../../nbs/data/12_fetch.ipynb #20276368
 def _refusal_advice(
     url: URL, # URL that was refused
     response: aiohttp.ClientResponse, # response to the request
@@ -139,6 +138,29 @@ def _check_response(
         raise SettingFetchError(f'{who} answered {describe_status(403)}.{advice}')
     check_status(response.status, response.headers.get('Retry-After'), who, advice)
 
+# %% ../../nbs/data/12_fetch.ipynb #5defb1dc
+REDIRECT_STATUSES = {301, 302, 303, 307, 308}
+MAX_REDIRECTS = 5
+
+def _redirect_target(
+    url: URL, # URL that was requested
+    response: aiohttp.ClientResponse, # response to the request
+) -> URL | None: # None if it is no redirect
+    "The URL that a response redirects to."
+    if response.status not in REDIRECT_STATUSES or 'Location' not in response.headers: return None
+    return url.join(URL(response.headers['Location']))
+
+# %% ../../nbs/data/12_fetch.ipynb #449b0f64
+async def _read_body(
+    response: aiohttp.ClientResponse, # response that has the photo
+    limit: int, # maximum size, in bytes
+) -> Download:
+    "Read a response to the end; raises `PermanentFetchError` beyond the limit."
+    body = Body(limit)
+    body.check_size(response.content_length or 0)
+    async for chunk in response.content.iter_any(): body.add(chunk)
+    return body.finish()
+
 async def fetch_http(
     web: WebClient, # client of `open_fetcher`
     url: str, # http or https URL
@@ -152,16 +174,12 @@ async def fetch_http(
         headers = {} if is_downgraded else web.headers.of(url)
         with _raise_web_errors(url, proxy, web):
             async with web.get(url, proxy, headers) as response:
-                if response.status in REDIRECT_STATUSES and 'Location' in response.headers:
-                    target = url.join(URL(response.headers['Location']))
-                    is_downgraded = is_downgraded or (url.scheme, target.scheme) == ('https', 'http')
-                    url = target
-                    continue
-                _check_response(url, response, headers, proxy)
-                body = Body(limit)
-                body.check_size(response.content_length or 0)
-                async for chunk in response.content.iter_any(): body.add(chunk)
-                return body.finish()
+                target = _redirect_target(url, response)
+                if target is None:
+                    _check_response(url, response, headers, proxy)
+                    return await _read_body(response, limit)
+        is_downgraded = is_downgraded or (url.scheme, target.scheme) == ('https', 'http')
+        url = target
     raise PermanentFetchError(f'More than {MAX_REDIRECTS} redirects.')
 
 # %% ../../nbs/data/12_fetch.ipynb #6ed1ec08
@@ -184,14 +202,11 @@ def fetch_file(
 @contextmanager
 def _raise_fetch_errors(
     url: str, # URL, for error messages
-    timeout: float, # time limit in seconds, for error messages
 ):
     "Convert errors of aiohttp and of the operating system to `PermanentFetchError` and `TransientFetchError`."
     try: yield
     except (UnlistedHostError, UnusableProxyError) as e: raise SettingFetchError(str(e)) from None
     except UnsafeURLError as e: raise PermanentFetchError(str(e)) from None
-    except asyncio.TimeoutError:
-        raise TransientFetchError(f'No complete answer within {timeout:g} s (PLANT_INGEST_TIMEOUT).') from None
     except ValueError as e:
         reason = '' if '@' in url else f': {str(e).rstrip(".")}' # it may repeat a part of a password
         raise PermanentFetchError(f'{mask_login(url)} is not a usable URL{reason}.') from None
@@ -241,7 +256,7 @@ class Fetcher:
             raise PermanentFetchError(f'{mask_login(url)} begins with none of {", ".join(self.schemes)} '
                                       '(PLANT_INGEST_SCHEMES).')
         limit = self.settings.ingest_max_bytes
-        with _raise_fetch_errors(url, self.settings.ingest_timeout):
+        with _raise_fetch_errors(url):
             if scheme in ('http', 'https'): return await fetch_http(self.web, url, limit)
             if scheme == 'file': return await asyncio.to_thread(fetch_file, url, limit)
             if scheme == 's3': return await asyncio.to_thread(self.buckets.fetch, url, limit)
