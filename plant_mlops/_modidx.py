@@ -2577,6 +2577,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'plant_mlops/serve/app_state.py')},
             'plant_mlops.serve.base64_photos': { 'plant_mlops.serve.base64_photos._begins_like_photo': ( 'serve/base64_photos.html#_begins_like_photo',
                                                                                                          'plant_mlops/serve/base64_photos.py'),
+                                                 'plant_mlops.serve.base64_photos._data_url_text': ( 'serve/base64_photos.html#_data_url_text',
+                                                                                                     'plant_mlops/serve/base64_photos.py'),
                                                  'plant_mlops.serve.base64_photos._find_in_fields': ( 'serve/base64_photos.html#_find_in_fields',
                                                                                                       'plant_mlops/serve/base64_photos.py'),
                                                  'plant_mlops.serve.base64_photos._find_texts': ( 'serve/base64_photos.html#_find_texts',
