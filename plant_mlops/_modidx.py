@@ -1488,6 +1488,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'plant_mlops/data/splits.py'),
                                          'plant_mlops.data.splits._fill_small_splits': ( 'data/splits.html#_fill_small_splits',
                                                                                          'plant_mlops/data/splits.py'),
+                                         'plant_mlops.data.splits._most_frequent_labels': ( 'data/splits.html#_most_frequent_labels',
+                                                                                            'plant_mlops/data/splits.py'),
                                          'plant_mlops.data.splits._split_by_midpoints': ( 'data/splits.html#_split_by_midpoints',
                                                                                           'plant_mlops/data/splits.py'),
                                          'plant_mlops.data.splits._split_groups': ( 'data/splits.html#_split_groups',
