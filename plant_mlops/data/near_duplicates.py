@@ -33,6 +33,11 @@ class NearLimits:
         "The configured limits."
         return cls(max_different=s.duplicate_bits, cosine=s.duplicate_cosine)
 
+    @property
+    def max_distance(self) -> float:
+        "Largest distance of the embeddings, which is 1 minus their cosine similarity."
+        return 1 - self.cosine + 1e-6 # rounding
+
     def scaled(self, factor: float):
         "Limits whose distance from identical photos is multiplied by a factor; 0: identical photos only."
         return NearLimits(self.max_different*factor, 1 - (1 - self.cosine)*factor, 1 - (1 - self.correlation)*factor)
@@ -74,7 +79,7 @@ def thumbnails(
         return np.stack([np.asarray(middle(factors)) for factors in MAGNIFICATIONS])
     with ThreadPoolExecutor(4) as pool: return np.stack(list(pool.map(shrink, jpegs)))
 
-# %% ../../nbs/data/22_near_duplicates.ipynb #998e9265
+# %% ../../nbs/data/22_near_duplicates.ipynb #3cdd803c
 def _band_pass() -> np.ndarray: # float32 [side, side//2 + 1]
     "Difference of two Gaussians of 0.7 and 4 pixels, as factors of the frequencies."
     y, x = np.meshgrid(np.fft.fftfreq(SIDE), np.fft.rfftfreq(SIDE), indexing='ij')
@@ -84,7 +89,6 @@ def _band_pass() -> np.ndarray: # float32 [side, side//2 + 1]
 _FILTER = _band_pass()
 _WINDOW = np.sqrt(np.outer(*2*[np.hanning(SIDE + 2)[1:-1]])).astype(np.float32) # fades out towards the borders
 _COUNT = np.array([1] + [2]*(SIDE//2 - 1) + [1], np.float32) # how often a column of `rfft2` is in the whole spectrum
-_SHIFTS = np.r_[:MAX_SHIFT + 1, -MAX_SHIFT:0]
 
 def _spectra(
     pixels: np.ndarray, # uint8 [n, side, side]
@@ -94,6 +98,9 @@ def _spectra(
     spectrum = fft.rfft2(centred*_WINDOW)*_FILTER
     energy = (_COUNT*np.abs(spectrum)**2).sum((1, 2), keepdims=True)/SIDE**2
     return spectrum/np.sqrt(energy).clip(1e-3)
+
+# %% ../../nbs/data/22_near_duplicates.ipynb #998e9265
+_SHIFTS = np.r_[:MAX_SHIFT + 1, -MAX_SHIFT:0]
 
 def _best_shift(a: np.ndarray, b: np.ndarray) -> np.ndarray: # float [n]
     "Correlation of spectra at the best shift."
@@ -128,13 +135,12 @@ def _is_near(
 ) -> np.ndarray: # bool
     "Whether pairs are near-duplicates by hash and embedding; if pixels are compared too, whether they may be."
     distance = 1 - cosine
-    limit = 1 - limits.cosine + 1e-6 # rounding
     has_near_hash = n_different <= limits.max_different
-    has_near_cosine = distance <= limit
-    is_far = (n_different > WIDE_BITS*limits.max_different) | (distance > WIDE_COSINE*limit)
+    has_near_cosine = distance <= limits.max_distance
+    is_far = (n_different > WIDE_BITS*limits.max_different) | (distance > WIDE_COSINE*limits.max_distance)
     return ~is_far & (has_near_hash | has_near_cosine | needs_pixels)
 
-# %% ../../nbs/data/22_near_duplicates.ipynb #78463fca
+# %% ../../nbs/data/22_near_duplicates.ipynb #0e97b4a7
 def _compare(
     rows: slice, # photos to compare with all
     hashes: np.ndarray, # uint64 [n]
@@ -145,12 +151,14 @@ def _compare(
     if embedding is not None: return n_different, is_mirrored, embedding[rows] @ embedding.T
     return n_different, is_mirrored, np.full(n_different.shape, np.nan, np.float32)
 
+# %% ../../nbs/data/22_near_duplicates.ipynb #ba192201
 def _is_crowded(rows: slice, hashes, embedding, limits: NearLimits) -> np.ndarray: # bool
     "Whether photos look like many others."
     n_different, _, cosine = _compare(rows, hashes, embedding)
     n_near = _is_near(n_different, cosine, False, limits).sum(1) - 1 # without the photo itself
     return n_near > MAX_SIMILAR
 
+# %% ../../nbs/data/22_near_duplicates.ipynb #32e37d4d
 def _is_only_match(
     n_different: np.ndarray, # (rows, n)
     cosine: np.ndarray, # (rows, n)
@@ -158,9 +166,10 @@ def _is_only_match(
     limits: NearLimits, # limits for near-duplicates
 ) -> np.ndarray: # bool (rows, n)
     "Whether a photo is the only one whose embedding is within the limit."
-    is_match = may_match & (1 - cosine <= 1 - limits.cosine + 1e-6) & (n_different <= LONE_BITS*limits.max_different)
+    is_match = may_match & (1 - cosine <= limits.max_distance) & (n_different <= LONE_BITS*limits.max_different)
     return is_match & (is_match.sum(1, keepdims=True) == 1)
 
+# %% ../../nbs/data/22_near_duplicates.ipynb #78463fca
 def _candidates(
     rows: slice, # photos to compare with all
     hashes: np.ndarray, # uint64 [n]
@@ -188,7 +197,22 @@ def _candidates(
         cosine=cosine[row, other], is_mirrored=is_mirrored[row, other], needs_pixels=either_needs_pixels[row, other],
         is_near=is_near[row, other]))
 
-# %% ../../nbs/data/22_near_duplicates.ipynb #dc59eba0
+# %% ../../nbs/data/22_near_duplicates.ipynb #40af26ec
+def _find_candidates(
+    blocks: list[slice], # the photos, in parts that are compared with all at a time
+    hashes: np.ndarray, # uint64 [n]
+    needs_pixels: np.ndarray, # bool [n], whether a photo is compared pixel by pixel
+    embedding: np.ndarray | None, # embeddings (n, d)
+    limits: NearLimits, # limits for near-duplicates
+) -> pd.DataFrame: # first < second, n_different, cosine, is_mirrored, needs_pixels
+    "Each candidate once, without the only matches that are not mutual."
+    pairs = pd.concat([_candidates(rows, hashes, needs_pixels, embedding, limits) for rows in blocks])
+    is_near = pairs.pop('is_near')
+    is_mutual = pairs.duplicated(['first', 'second'], keep=False) # found from both photos
+    pairs = pairs[is_near | is_mutual].drop_duplicates(['first', 'second'])
+    return pairs.sort_values(['first', 'second'], ignore_index=True)
+
+# %% ../../nbs/data/22_near_duplicates.ipynb #94fbfb87
 def _correlate_pairs(
     pairs: pd.DataFrame, # pairs of photos; columns: first, second, is_mirrored
     load_thumbnails: Callable, # positions of photos → result of `thumbnails`
@@ -203,6 +227,7 @@ def _correlate_pairs(
     blocks = [slice(i, i + at_a_time) for i in range(0, len(pairs), at_a_time)]
     return np.concatenate([correlate(small[first[b]], small[second[b]], is_mirrored[b]) for b in blocks])
 
+# %% ../../nbs/data/22_near_duplicates.ipynb #dc59eba0
 def near_pairs(
     photos: pd.DataFrame, # a row for each photo; columns: phash, low_information
     embedding: np.ndarray | None = None, # embeddings (n, d), rows of length 1
@@ -218,10 +243,7 @@ def near_pairs(
     needs_pixels = is_flat
     if load_thumbnails:
         needs_pixels = is_flat | np.concatenate([_is_crowded(rows, hashes, embedding, limits) for rows in blocks])
-    pairs = pd.concat([_candidates(rows, hashes, needs_pixels, embedding, limits) for rows in blocks])
-    is_mutual = pairs.duplicated(['first', 'second'], keep=False) # found from both photos
-    pairs = pairs[pairs.pop('is_near') | is_mutual].drop_duplicates(['first', 'second'])
-    pairs = pairs.sort_values(['first', 'second'], ignore_index=True)
+    pairs = _find_candidates(blocks, hashes, needs_pixels, embedding, limits)
     by_pixels = pairs.needs_pixels.to_numpy(bool)
     pairs['correlation'] = np.where(by_pixels, 0., 1.)
     if load_thumbnails and by_pixels.any():

@@ -9,7 +9,7 @@ __all__ = ['FRACTIONS', 'assign_splits']
 import numpy as np, pandas as pd
 from ..core.store import sha256_of
 
-# %% ../../nbs/data/24_splits.ipynb #4ed6e12a
+# %% ../../nbs/data/24_splits.ipynb #ebbe4bcf
 FRACTIONS = dict(train=.70, valid=.15, test=.15)
 
 def _split_by_midpoints(
@@ -20,6 +20,7 @@ def _split_by_midpoints(
     borders = np.cumsum(list(FRACTIONS.values()))[:-1]
     return np.array(list(FRACTIONS))[np.searchsorted(borders, midpoints, side='right')]
 
+# %% ../../nbs/data/24_splits.ipynb #1be99236
 def _fill_small_splits(
     sizes: np.ndarray, # number of photos in each group
     split: np.ndarray, # split of each group; changed in place
@@ -43,6 +44,7 @@ def _fill_empty_split(
     of_other = np.flatnonzero(split == other)
     if empty not in split and len(of_other) > 1: split[of_other[0]] = empty
 
+# %% ../../nbs/data/24_splits.ipynb #4ed6e12a
 def _split_groups(
     sizes: np.ndarray, # number of photos in each group of one class, in the order of their hash
 ) -> np.ndarray: # split of each group
@@ -56,6 +58,15 @@ def _split_groups(
     _fill_empty_split(split, 'test', 'valid')
     return split
 
+# %% ../../nbs/data/24_splits.ipynb #39276e8c
+def _most_frequent_labels(
+    photos: pd.DataFrame, # a row for each photo; columns: label, group
+) -> pd.Series: # label of each group
+    "The most frequent label of each group, and of several the first in the alphabet."
+    counts = photos.groupby(['group', 'label']).size().sort_index()
+    labels = counts.sort_values(ascending=False, kind='stable').reset_index('label').label
+    return labels[~labels.index.duplicated()]
+
 # %% ../../nbs/data/24_splits.ipynb #f8b32840
 def assign_splits(
     sha256: pd.Series, # checksum of each photo
@@ -64,11 +75,8 @@ def assign_splits(
 ) -> pd.Series: # train, valid or test
     "A stratified split that never divides a group; a group of several labels counts for the most frequent one."
     photos = pd.DataFrame(dict(sha256=sha256, label=label, group=group))
-    by_group = photos.groupby('group')
-    label_counts = photos.groupby(['group', 'label']).size().sort_index()
-    most_frequent = label_counts.sort_values(ascending=False, kind='stable').reset_index('label').label
-    groups = by_group.agg(key=('sha256', 'min'), n=('label', 'size'))
-    groups['label'] = most_frequent[~most_frequent.index.duplicated()]
+    groups = photos.groupby('group').agg(key=('sha256', 'min'), n=('label', 'size'))
+    groups['label'] = _most_frequent_labels(photos)
     groups['key'] = [sha256_of(f'split {key}'.encode()) for key in groups.key]
     groups = groups.sort_values(['label', 'key'])
     splits = [_split_groups(of_label.n.to_numpy()) for _, of_label in groups.groupby('label', sort=True)]

@@ -57,7 +57,7 @@ def _upload(
     client.finalize_logged_model(logged.model_id, 'READY')
     return sha256_of(Path(folder)/'model/model.onnx')
 
-# %% ../../nbs/registry/05_registry.ipynb #70ea67af
+# %% ../../nbs/registry/05_registry.ipynb #278ed8c5
 def _check_workload(
     s: Settings, # settings with the name of the model
     meta: dict, # metadata of a model file
@@ -72,6 +72,7 @@ def _check_workload(
     raise PlantError(f"This is a model of {actual}, and {s.model!r} (PLANT_MODEL) is the name of models "
                      f"of {expected.name}. Set PLANT_MODEL to another name.")
 
+# %% ../../nbs/registry/05_registry.ipynb #70ea67af
 def _is_finished(model_version) -> bool: return 'sha256' in model_version.tags # the last step of `register` sets it
 
 def _find_new_name(client, s: Settings) -> str | None:
@@ -141,7 +142,7 @@ def published_champion(
     is_complete = isinstance(pointer, dict) and {'version', 'key', 'sha256'} <= set(pointer)
     return pointer if is_complete else None
 
-# %% ../../nbs/registry/05_registry.ipynb #7bc85089
+# %% ../../nbs/registry/05_registry.ipynb #e9848de7
 def finished_versions(
     client, # MlflowClient
     s: Settings, # settings with the name of the model
@@ -153,6 +154,7 @@ def finished_versions(
 
 def _is_archived(model_version) -> bool: return model_version.current_stage == 'Archived'
 
+# %% ../../nbs/registry/05_registry.ipynb #634ba524
 def _no_model_error(client, s: Settings) -> PlantError:
     "The error where MLflow has no version of the model: never trained, renamed or deleted."
     renamed = _find_new_name(client, s)
@@ -168,17 +170,18 @@ def _no_model_error(client, s: Settings) -> PlantError:
 
 def _unknown_version_error(client, s: Settings, version, finished: list) -> PlantError:
     "The error where MLflow has other versions of the model only."
-    all_versions = client.search_model_versions(f"name = '{s.model}'")
-    newest = max(int(v.version) for v in all_versions)
+    known = {str(v.version) for v in client.search_model_versions(f"name = '{s.model}'")}
     numbers = ', '.join(str(v.version) for v in reversed(finished))
     text = str(version)
-    reason = f'There is no version {version} of {s.model!r}, or it was deleted in MLflow, which cannot restore it'
-    if text in {str(v.version) for v in all_versions}:
+    if text in known:
         reason = f'The registration of version {version} of {s.model!r} never finished, or `plant-mlops` did not do it'
-    elif text.isdecimal() and 0 < int(text) < newest:
+    elif text.isdecimal() and 0 < int(text) < max(map(int, known)):
         reason = f'Version {version} of {s.model!r} was deleted in MLflow, which cannot restore it'
+    else:
+        reason = f'There is no version {version} of {s.model!r}, or it was deleted in MLflow, which cannot restore it'
     return PlantError(f'{reason}. There are: {numbers}.')
 
+# %% ../../nbs/registry/05_registry.ipynb #7bc85089
 def get_version(
     client, # MlflowClient
     s: Settings, # settings with the name of the model
@@ -226,7 +229,7 @@ def find_trained(
             if run and expected.items() <= run.data.params.items(): return str(model_version.version)
     return None
 
-# %% ../../nbs/registry/05_registry.ipynb #681f2684
+# %% ../../nbs/registry/05_registry.ipynb #89116e13
 _MISSING_TEXTS = r'404 Client Error|\(404\) when calling|NoSuchKey|BlobNotFound|404 GET' # server, S3, Azure, Google
 
 def _is_missing(e: Exception) -> bool:
@@ -234,6 +237,7 @@ def _is_missing(e: Exception) -> bool:
     if isinstance(e, FileNotFoundError) or getattr(e, 'error_code', '') == 'RESOURCE_DOES_NOT_EXIST': return True
     return bool(re.search(_MISSING_TEXTS, str(e)))
 
+# %% ../../nbs/registry/05_registry.ipynb #bae650f9
 def download_file(
     s: Settings, # settings with the tracking server
     uri: str, # location of a file of MLflow
@@ -247,6 +251,7 @@ def download_file(
             raise
         return Path(path).read_bytes()
 
+# %% ../../nbs/registry/05_registry.ipynb #681f2684
 def stored_key(
     s: Settings, # settings with the name of the model
     model_version, # MLflow's ModelVersion

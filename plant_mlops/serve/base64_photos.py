@@ -8,24 +8,30 @@ __all__ = ['HOW_TO_SEND', 'begins_like_json', 'find_photos', 'is_base64', 'decod
 # %% ../../nbs/serve/07_base64_photos.ipynb #4f3c2f54
 import re
 from binascii import a2b_base64
+from codecs import BOM_UTF8
 from urllib.parse import unquote
 from fastapi import HTTPException
 from pydantic_core import from_json
 
-# %% ../../nbs/serve/07_base64_photos.ipynb #a61a11e7
-HOW_TO_SEND = 'Send the photo as the body or in the form field "file", or in base64 as JSON: {"image": "…"}.'
-
+# %% ../../nbs/serve/07_base64_photos.ipynb #248805c7
+_BLANK = '\ufeff \t\r\n' # what may be before a text
 _BASE64_STARTS = ( # a data URL, and in base64: JPEG, PNG, GIF, WebP, HEIC and AVIF, TIFF, BMP
     'data:', '/9j/', 'iVBORw0KGgo', 'R0lGOD', 'UklGR', 'AAAA', 'SUkqA', 'TU0AK', 'Qk')
-_BLANK = '\ufeff \t\r\n' # what may be before a text
 
+def _begins_like_photo(text: str) -> bool:
+    return text[:64].lstrip(_BLANK).startswith(_BASE64_STARTS)
+
+def begins_like_json(
+    body: bytes, # body of a request
+) -> bool:
+    "Whether a body may be JSON; no photo begins like that."
+    return body[:64].lstrip(_BLANK.encode())[:1] in (b'{', b'[', b'"')
+
+# %% ../../nbs/serve/07_base64_photos.ipynb #a61a11e7
 _FIELDS = ( # names of fields with a photo, the most specific ones first; in lowercase and without _ and -
     'image', 'images', 'photo', 'photos', 'file', 'files', 'picture', 'img', 'b64', 'b64json', 'base64', 'bytes',
     'imagebytes', 'imagebase64', 'imageb64', 'imagedata', 'data', 'content', 'body', 'source', 'imageurl', 'input',
     'inputs', 'instances', 'inputdata', 'dataframesplit', 'dataframerecords', 'url')
-
-def _begins_like_photo(text: str) -> bool:
-    return text[:64].lstrip(_BLANK).startswith(_BASE64_STARTS)
 
 def _frame_rows(value: dict) -> list:
     "The rows of a table that is sent as `columns` and `data`, as objects; empty if it is none."
@@ -51,52 +57,53 @@ def _find_texts(value) -> list[str]:
     rows = _frame_rows(value)
     return _find_texts(rows) if rows else _find_in_fields(value)
 
-def begins_like_json(
-    body: bytes, # body of a request
-) -> bool:
-    "Whether a body may be JSON; no photo begins like that."
-    return body[:64].lstrip(b'\xef\xbb\xbf \t\r\n')[:1] in (b'{', b'[', b'"')
+# %% ../../nbs/serve/07_base64_photos.ipynb #fe3c6eaf
+HOW_TO_SEND = 'Send the photo as the body or in the form field "file", or in base64 as JSON: {"image": "…"}.'
 
 def find_photos(
     body: bytes, # JSON
     max_photos: int = 1, # number of photos that are expected at the most
 ) -> list[str]: # in base64, or as data URLs; at least one
     "The photos in a JSON body, still encoded; raises 422 if there is none."
-    values = sum(map(body.count, (b'{', b'[', b',')))
-    if values > 200 + 20*max_photos:
+    n_values = sum(map(body.count, (b'{', b'[', b',')))
+    if n_values > 200 + 20*max_photos:
         raise HTTPException(422, f'The JSON has too many values for a photo. {HOW_TO_SEND}')
-    try: content = from_json(body.removeprefix(b'\xef\xbb\xbf'))
+    try: content = from_json(body.removeprefix(BOM_UTF8))
     except ValueError as e: raise HTTPException(422, f'The body is not JSON ({e}). {HOW_TO_SEND}') from None
     texts = _find_texts(content)
     if not texts: raise HTTPException(422, f'The JSON has no photo. {HOW_TO_SEND}')
     return texts
 
-# %% ../../nbs/serve/07_base64_photos.ipynb #9d4b19c5
-_FORM_FIELD = re.compile(rb'[\w.-]{1,40}=[!-~]{8}') # beginning of a body that `curl -d image=…` sends, and no photo has
+# %% ../../nbs/serve/07_base64_photos.ipynb #74a49736
+_FORM_FIELD = re.compile(rb'[\w.-]{1,40}=[!-~]{8}') # beginning of a body with the fields of a form; no photo has it
 
 def is_base64(
-    data: bytes | str, # a photo or a text
+    data: bytes | str, # a body, or a text in JSON
 ) -> bool:
-    "Whether a photo is encoded as text; raises 422 if it is the fields of a form."
+    "Whether a photo is encoded as text; raises 422 if the body has the fields of a form."
     if isinstance(data, bytes) and _FORM_FIELD.match(data):
         raise HTTPException(422, f'The body has the fields of a form, not a photo. {HOW_TO_SEND}')
     return isinstance(data, str) or _begins_like_photo(data[:64].decode('utf-8', 'ignore'))
+
+# %% ../../nbs/serve/07_base64_photos.ipynb #9d4b19c5
+def _data_url_text(url: str, where: str) -> str:
+    "The base64 in a data URL; raises 422 if its data are encoded in another way."
+    kind, _, text = url.partition(',')
+    if not kind.strip().lower().endswith(';base64'):
+        raise HTTPException(422, f'{where} is a data URL, but not in base64. {HOW_TO_SEND}')
+    return unquote(text) if '%' in text else text
 
 def decode_photo(
     text: bytes | str, # base64, or a data URL
 ) -> bytes:
     "The bytes of a photo; raises 422 if the text is not base64."
     where = 'The text' if isinstance(text, bytes) else 'The text in the JSON'
-    if isinstance(text, bytes): text = text.removeprefix(b'\xef\xbb\xbf').decode('latin-1')
-    if text.startswith('\ufeff'): text = text[1:]
+    if isinstance(text, bytes): text = text.removeprefix(BOM_UTF8).decode('latin-1')
+    text = text.removeprefix('\ufeff')
     head = text[:100].lstrip().lower()
     if head.startswith(('http://', 'https://')):
         raise HTTPException(422, f'{where} is the address of a photo, and the server fetches none. {HOW_TO_SEND}')
-    if head.startswith('data:'):
-        kind, _, text = text.partition(',')
-        if not kind.strip().lower().endswith(';base64'):
-            raise HTTPException(422, f'{where} is a data URL, but not in base64. {HOW_TO_SEND}')
-        if '%' in text: text = unquote(text)
+    if head.startswith('data:'): text = _data_url_text(text, where)
     # a text of many megabytes is copied only where that is necessary
     if any(space in text for space in ' \t\r\n'): text = ''.join(text.split())
     text = text.replace('-', '+').replace('_', '/')
@@ -104,6 +111,7 @@ def decode_photo(
     try: return a2b_base64(text, strict_mode=True)
     except ValueError: raise HTTPException(422, f'{where} is not base64. {HOW_TO_SEND}') from None
 
+# %% ../../nbs/serve/07_base64_photos.ipynb #3d16a054
 def base64_overhead(
     max_bytes: int, # largest size of a photo
 ) -> int: # bytes

@@ -88,6 +88,13 @@ def add_root_path(
     rest = path[len(root_path):] if has_root else path
     return root_path + '/' + rest.lstrip('/') if rest else path
 
+# %% ../../nbs/serve/16_proxy_headers.ipynb #a3b3d0bf
+def _rewrite_path(scope: dict, root_path: str):
+    "Set the path of a request to the one that the client sent."
+    scope['path'] = add_root_path(scope['path'], root_path)
+    raw_path = scope.get('raw_path')
+    if raw_path: scope['raw_path'] = add_root_path(raw_path.decode('latin-1'), root_path).encode('latin-1')
+
 # %% ../../nbs/serve/16_proxy_headers.ipynb #0bac416c
 _HOST = re.compile(rb'([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?', re.ASCII)
 _PREFIX, _FORWARDED_HOST, _PROTO = b'x-forwarded-prefix', b'x-forwarded-host', b'x-forwarded-proto'
@@ -111,19 +118,21 @@ def _split_forwarded_headers(headers: list, is_trusted: bool) -> tuple[list, str
     if _HOST.fullmatch(host): headers = [(b'host', host), *(pair for pair in headers if pair[0] != b'host')]
     return headers, forwarded_root_path(sent.get(_PREFIX, []))
 
-# %% ../../nbs/serve/16_proxy_headers.ipynb #655f3aa4
+# %% ../../nbs/serve/16_proxy_headers.ipynb #6871cab9
 def _path_of(location: bytes, host: bytes) -> bytes:
     "A redirect to this server as a path; any other as it is."
     url = urlsplit(location.decode('latin-1'))
     if not url.netloc or url.netloc.encode('latin-1') != host: return location
     return url._replace(scheme='', netloc='').geturl().encode('latin-1')
 
-def _rewrite_path(scope: dict, root_path: str):
-    "Set the path of a request to the one that the client sent."
-    scope['path'] = add_root_path(scope['path'], root_path)
-    raw_path = scope.get('raw_path')
-    if raw_path: scope['raw_path'] = add_root_path(raw_path.decode('latin-1'), root_path).encode('latin-1')
+def _redirect_by_path(headers: list, host: bytes) -> list:
+    "The headers of a redirect, with a path as its location if it leads to this server."
+    return [(name, _path_of(value, host) if name.lower() == b'location' else value) for name, value in headers]
 
+def _is_event_stream(headers: list) -> bool:
+    return any(value.startswith(b'text/event-stream') for _, value in headers)
+
+# %% ../../nbs/serve/16_proxy_headers.ipynb #655f3aa4
 class ProxyHeaders:
     "ASGI middleware that applies the headers of trusted proxies, and the root path of the settings."
     def __init__(self,
@@ -159,10 +168,8 @@ class ProxyHeaders:
         "Change the headers of a response: a redirect to a path, and a stream that no proxy buffers."
         headers = message.get('headers', [])
         if 300 <= message['status'] < 400:
-            host = dict(scope['headers']).get(b'host', b'')
-            message['headers'] = [(name, _path_of(value, host) if name.lower() == b'location' else value)
-                                  for name, value in headers]
-        elif self.gradio_path and any(value.startswith(b'text/event-stream') for _, value in headers):
+            message['headers'] = _redirect_by_path(headers, dict(scope['headers']).get(b'host', b''))
+        elif self.gradio_path and _is_event_stream(headers):
             message['headers'] = [*headers, (b'x-accel-buffering', b'no')]
 
 # %% ../../nbs/serve/16_proxy_headers.ipynb #f9d0d495

@@ -46,6 +46,16 @@ def limit_body(
 
     return Request(request.scope, receive)
 
+# %% ../../nbs/serve/08_request_body.ipynb #1d84d256
+class _FormParser(PushMultipartParser):
+    "Reads headers as Latin-1, which any bytes are, and skips lines that are none, as the rest of a name after a break."
+    def __init__(self, boundary: str, max_segment_count: int):
+        super().__init__(
+            boundary, max_segment_count=max_segment_count, max_header_size=16_000, header_charset='latin-1')
+
+    def _on_segment_headerline(self, line):
+        with contextlib.suppress(ParserError): super()._on_segment_headerline(line)
+
 # %% ../../nbs/serve/08_request_body.ipynb #afa669c3
 _RFC_5987_NAME = re.compile(r""";\s*filename\*\s*=\s*"?[^';"]*'[^';"]*'([^;"\s]*)""", re.I)
 _MAX_NAME = 255 # characters of a name that are returned
@@ -61,15 +71,6 @@ def _file_name(part: MultipartSegment) -> str | None:
     return re.sub(r'[\x00-\x1f\x7f]+', ' ', name).strip()[-_MAX_NAME:] or None
 
 # %% ../../nbs/serve/08_request_body.ipynb #f2928da3
-class _FormParser(PushMultipartParser):
-    "Reads headers as Latin-1, which any bytes are, and skips what is none, as the rest of a name after a line break."
-    def __init__(self, boundary: str, max_segment_count: int):
-        super().__init__(
-            boundary, max_segment_count=max_segment_count, max_header_size=16_000, header_charset='latin-1')
-
-    def _on_segment_headerline(self, line):
-        with contextlib.suppress(ParserError): super()._on_segment_headerline(line)
-
 class _FormFile(NamedTuple):
     "A part of a form in a field for files."
     pieces: list # bytes
@@ -79,9 +80,6 @@ class _FormFile(NamedTuple):
 def _to_form_file(part: MultipartSegment) -> _FormFile:
     "A part of a form whose content has not been read."
     return _FormFile([], _file_name(part), 'filename' in part.header('Content-Disposition').lower())
-
-def _is_form(request: Request) -> bool:
-    return request.headers.get('content-type', '').lower().startswith('multipart/form-data')
 
 async def read_files(
     request: Request, # request with a form, from `limit_body`
@@ -110,6 +108,9 @@ async def read_files(
 # %% ../../nbs/serve/08_request_body.ipynb #2bd57894
 _FORM_OVERHEAD = 64_000 # bytes around the files of a form
 
+def _is_form(request: Request) -> bool:
+    return request.headers.get('content-type', '').lower().startswith('multipart/form-data')
+
 def _text_overhead(
     request: Request, # request with an input
     max_bytes: int, # largest size of the input
@@ -119,6 +120,17 @@ def _text_overhead(
     is_binary = request.headers.get('content-type', '').lower().startswith('image/')
     return base64_overhead(max_bytes) if is_photo and not is_binary else 0
 
+# %% ../../nbs/serve/08_request_body.ipynb #77612c4a
+def _only_file(files: list) -> tuple: # bytes, and name or None
+    "The one file of a form; raises 400 if there is none, or several."
+    if not files:
+        raise HTTPException(400, 'The form has no file in its field "file". '
+                                 'Send one, as `curl -F file=@photo.jpg` does.')
+    if len(files) > 1:
+        raise HTTPException(400, 'The form has several files in its field "file". '
+                                 'Send one, or many to /predict/batch in the field "files".')
+    return files[0]
+
 def _photo_in_json(body: bytes) -> str:
     "The one photo in a JSON body, in base64; raises 400 if there are several, 422 if there is none."
     texts = find_photos(body)
@@ -126,6 +138,7 @@ def _photo_in_json(body: bytes) -> str:
         raise HTTPException(400, f'The JSON has {len(texts)} photos. Send one, or all of them to /predict/batch.')
     return texts[0]
 
+# %% ../../nbs/serve/08_request_body.ipynb #014239a1
 async def read_input(
     request: Request, # its body is a form, or the input itself
     max_bytes: int, # largest size of the input
@@ -136,14 +149,7 @@ async def read_input(
     overhead = _text_overhead(request, max_bytes, is_photo)
     if _is_form(request):
         limited = limit_body(request, max_bytes, overhead + _FORM_OVERHEAD, advice)
-        files = await read_files(limited, 'file', 1)
-        if not files:
-            raise HTTPException(400, 'The form has no file in its field "file". '
-                                     'Send one, as `curl -F file=@photo.jpg` does.')
-        if len(files) > 1:
-            raise HTTPException(400, 'The form has several files in its field "file". '
-                                     'Send one, or many to /predict/batch in the field "files".')
-        data, name = files[0]
+        data, name = _only_file(await read_files(limited, 'file', 1))
     else:
         data, name = await limit_body(request, max_bytes, overhead, advice).body(), None
         if is_photo and begins_like_json(data): data = await to_thread.run_sync(_photo_in_json, data)

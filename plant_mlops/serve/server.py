@@ -29,6 +29,8 @@ from .request_log import log_config
 from .sockets import listen, url_of
 
 # %% ../../nbs/serve/25_server.ipynb #f7e2add0
+log = logging.getLogger(__name__)
+
 @dataclass
 class SideProcess:
     "A process of the server that is not a worker."
@@ -42,6 +44,13 @@ class SideProcess:
         self.process = get_context('spawn').Process(target=self.target, args=self.args, daemon=True)
         self.process.start()
 
+    def start_unless_alive(self):
+        "Start the process if it does not run."
+        if self.process and self.process.is_alive(): return
+        if self.process:
+            log.error('The %s ended with exit code %s; it is started again.', self.name, self.process.exitcode)
+        self.start()
+
     def stop(self):
         "Ask the process to end, by SIGTERM."
         if self.process: self.process.terminate()
@@ -51,8 +60,6 @@ class SideProcess:
         if self.process: self.process.join()
 
 # %% ../../nbs/serve/25_server.ipynb #f655d36b
-log = logging.getLogger(__name__)
-
 def write_predictions(
     s: Settings, # settings of the server
 ):
@@ -114,9 +121,10 @@ def run_page(
         ready(f'The page is at {url_of(sock)}, and uses the API at {s.api_url}. Ctrl-C stops it.')
         serve_page(s, sock)
 
-# %% ../../nbs/serve/25_server.ipynb #bde4985b
-uvicorn._subprocess.spawn = worker_context() # uvicorn has no setting for the start method of workers
+# %% ../../nbs/serve/25_server.ipynb #86b2749c
+uvicorn._subprocess.spawn = worker_context()
 
+# %% ../../nbs/serve/25_server.ipynb #bde4985b
 class Supervisor(Multiprocess):
     "Keeps the workers and the side processes of a server running."
     def __init__(self,
@@ -142,14 +150,7 @@ class Supervisor(Multiprocess):
 
     def _keep_alive(self, side: SideProcess | None):
         "Start a side process that does not run, unless the server is ending."
-        if side is not None and not self.should_exit.is_set(): self._start_unless_alive(side)
-
-    def _start_unless_alive(self, side: SideProcess):
-        "Start a side process that does not run."
-        if side.process and side.process.is_alive(): return
-        if side.process:
-            log.error('The %s ended with exit code %s; it is started again.', side.name, side.process.exitcode)
-        side.start()
+        if side is not None and not self.should_exit.is_set(): side.start_unless_alive()
 
     def join_all(self):
         "Wait for the end of all processes; the writer ends last, because workers write predictions until they end."
@@ -157,7 +158,7 @@ class Supervisor(Multiprocess):
         super().join_all()
         if self.writer:
             # a server that ends at once has not started it yet
-            with signals_blocked(): self._start_unless_alive(self.writer)
+            with signals_blocked(): self.writer.start_unless_alive()
             self.writer.stop()
         for side in filter(None, (self.page, self.writer)): side.join()
 
@@ -184,6 +185,7 @@ def _shared_folder():
         try: yield Path(folder)
         finally: del os.environ['PROMETHEUS_MULTIPROC_DIR']
 
+# %% ../../nbs/serve/25_server.ipynb #2b85fb2b
 def run_server(
     s: Settings, # settings of the server
     ready=partial(print, flush=True), # function that is called with a line that says where the server is
