@@ -23,7 +23,7 @@ MASKS = [
     (r'(?s)<style.*?</style>|<[^>]+>', ' '), # the tags of a table
     (r'\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b', '#'), # UUIDs
     (r'(?:file://)?(?:/[\w.@+-]+){2,}/?', 'PATH'), # paths of this machine
-    (r'0x[0-9a-f]+|\b(?=[a-f]*\d)[0-9a-f]{6,}\b', '#'), # addresses and checksums
+    (r'0x[0-9a-f]+|(?<!\.)\b(?=[a-f]*\d)[0-9a-f]{6,}\b', '#'), # addresses and checksums, but no decimal places
     (r'[-+−]?\d+(?:[.,:_]\d+)*(?:e[-+]?\d+)?', '#'), # numbers, times, versions
     (r'just now|# \w+ ago', '# ago'),
     (r'#(?:[\s,]*#)*(?:\+|\.\.\.)?', '#'), # a commit with changes ends in +, a long checksum in ...
