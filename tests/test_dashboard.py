@@ -98,8 +98,8 @@ def headings(page) -> list: return [text.replace('¶', '') for text in page.loca
 def fits(page) -> bool:
     "Whether nothing is wider than the screen."
     widths = page.evaluate("""[document.getElementById('rendered_cells').scrollWidth,
-                               document.documentElement.scrollWidth, innerWidth]""")
-    return max(widths) == widths[-1]
+                               document.documentElement.scrollWidth]""")
+    return max(widths) <= page.viewport_size['width']
 
 def upload(page, path, content: bytes):
     "Choose a file in the section Try it."

@@ -61,10 +61,10 @@ def unfinished_in_mlflow(s):
     return [run.info.run_id for run in runs if run.info.status == 'RUNNING']
 
 def test_a_chain_that_is_killed_in_each_job_and_resumed_has_the_results_of_one_run(tmp_path):
-    expected = json.loads(plant('run', '--synthetic', 200, '--json', home=tmp_path/'run'))
+    expected = json.loads(plant('run', '--synthetic', 60, '--json', home=tmp_path/'run'))
     s = settings(home=tmp_path/'jobs')
     jobs = [job.name for job in chain_for(s)]
-    start_and_kill(s, 'ingest', '--all', '-p', 'synthetic', 200)
+    start_and_kill(s, 'ingest', '--all', '-p', 'synthetic', 60)
     plant_messages('job', 'run', '--resume', home=s.home, ok=1, PLANT_ARCH='no_such_network') # fails in prepare
     for job in jobs[1:]: start_and_kill(s, job, '--resume')
     plant('job', 'run', '--resume', home=s.home)

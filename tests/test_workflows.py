@@ -193,7 +193,8 @@ def find_secrets(folder, *files) -> dict:
     return json.loads(output[output.index('{'):])['results']
 
 def test_the_project_has_no_secrets_and_one_would_be_found(tmp_path):
-    secrets = find_secrets(root, *checkout_files())
+    is_exported = re.compile(r'plant_mlops/.*\.py').fullmatch # from a notebook, in which it would be found, too
+    secrets = find_secrets(root, *(file for file in checkout_files() if not is_exported(str(file))))
     assert not secrets, secrets
     (tmp_path/'settings.py').write_text('key = "AKIA' + 'Z7Q2M4X6B8N3V5C1"\n')
     assert find_secrets(tmp_path, '--all-files', '.')
