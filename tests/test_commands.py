@@ -3,7 +3,7 @@ import json, re
 import pytest
 from helpers import draw_photos, fences, quick, root, sh
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 guides = {file.stem: fences(file) for file in sorted((root/'nbs/guides').glob('*.ipynb'))}
 readme_blocks = re.findall(r'```sh\n(.*?)```', (root/'README.md').read_text(), re.S)
 readme = [line for block in readme_blocks for line in block.splitlines() if line and not line.startswith('#')]

@@ -58,7 +58,7 @@ def home(tmp_path_factory):
     from plant_mlops.data.prepare import prepare
     from plant_mlops.registry.release import promote
     from plant_mlops.photos import stages
-    s = settings(home=tmp_path_factory.mktemp('recipe')/'home', epochs=0)
+    s = settings(home=tmp_path_factory.mktemp('recipe')/'home', epochs=0, image_size=224)
     stages.load_catalog(s, PHOTOS)
     for stage in (stages.ingest, prepare, stages.dataset): stage(s, progress=False)
     result = stages.train(s, progress=False)
