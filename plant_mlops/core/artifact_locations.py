@@ -45,7 +45,7 @@ def _moved_rows(
     is_shared: bool, # whether other homes may use the database
 ) -> list: # (current location, ID of the row, stored location), in the order of the parameters of the UPDATE
     "The rows whose location has changed."
-    here = f'{(home/ARTIFACTS).as_uri()}'
+    here = (home/ARTIFACTS).as_uri()
     query = (f'SELECT rowid, {column} FROM {table} '
              f"WHERE {column} LIKE '%/{ARTIFACTS}%' AND substr({column}, 1, ?) != ?")
     rows = connection.execute(query, (len(here), here)).fetchall()

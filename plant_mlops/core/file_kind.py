@@ -54,7 +54,7 @@ _MAX_TAGS = 100_000 # number of tags that are read in a file
 
 def tiff_pages(
     data: bytes, # content of a TIFF, or its first bytes
-) -> Iterator: # a dict for each page: tag → its first number, or its text as bytes; None at the end: `data` is cut off
+) -> Iterator: # a dict for each page: tag → its first number, or at most 100 bytes; None at the end: `data` is cut off
     "Read the tags of the pages of a TIFF, one page after another."
     order = 'little' if data[:2] == b'II' else 'big'
     is_big = b'+' in data[2:4]
@@ -64,8 +64,9 @@ def tiff_pages(
     def read_tag(start):
         value = start + 4 + offset_size
         type, count = number(start + 2, 2), number(start + 4, offset_size)
-        if type in (3, 4): return number(value, 2 if type == 3 else 4)
-        if count > offset_size: value = number(value, offset_size) # a long value is elsewhere
+        size = {3: 2, 4: 4}.get(type, 1) # bytes of a short and a long number; texts are bytes
+        if count*size > offset_size: value = number(value, offset_size) # a long value is elsewhere
+        if size > 1: return number(value, size)
         return data[value:value + min(count, 100)]
 
     start = number(8 if is_big else 4, offset_size)
@@ -97,7 +98,7 @@ _RAW_OF_MAKE = { # first bytes of the name of a maker of cameras → its raw for
     b'NIKON CORP': 'NEF', b'SONY': 'ARW', b'PENTAX': 'PEF', b'RICOH IMAGING': 'PEF', b'SAMSUNG': 'SRW',
     b'Hasselblad': '3FR'}
 _RAW_COMPRESSIONS = (32767, 32769, 32770, 34713, 65535) # Sony, Epson, Samsung, Nikon, Pentax
-_RAW_PIXELS = (32803, 34892) # numbers of a colour filter array, or of the sensor
+_RAW_PIXELS = (32803, 34892) # PhotometricInterpretation: colour filter array, LinearRaw
 
 def _camera_format(
     make: bytes, # maker of a camera, in the tags of a TIFF

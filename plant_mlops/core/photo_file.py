@@ -98,9 +98,9 @@ def _is_useful_chunk(
     chunk: bytes, # length, kind, content and checksum
     seen: set, # metadata that were read already
 ) -> bool:
-    "Whether a chunk of a PNG is read; adds its metadata to `seen`, because only the first of a kind counts."
+    "Whether a chunk of a PNG is read; `seen` gets the name of its metadata, because only the first of each counts."
     kind = chunk[4:8]
-    if kind[:1].isupper(): return True # a decoder must not skip it
+    if kind[:1].isupper(): return True # a critical chunk, which every decoder reads
     if kind in (b'zTXt', b'iTXt') and not chunk[8:200].startswith(_PNG_TEXTS): return False
     if zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:]): return False
     if kind not in (b'iCCP', b'zTXt', b'iTXt'): return True
@@ -112,8 +112,10 @@ def _is_useful_chunk(
 def clean_png(
     data: bytes, # content of a PNG
 ) -> bytes: # the same object if there is nothing to leave out
-    "A PNG without damaged metadata and without compressed texts."
-    kept, kept_until, seen = [], 0, set()
+    "A PNG without damaged metadata, and without texts that cannot have the orientation."
+    kept = []
+    kept_until = 0
+    seen = set()
     for start, end, kind in _png_chunks(data):
         if kind == b'IDAT' or _is_useful_chunk(data[start:end], seen): continue
         kept.append(data[kept_until:start])
@@ -178,7 +180,7 @@ def _tiff_class() -> type:
             if len(pages) > 1: self.seek(_main_page(pages))
             self._n_frames = len(pages)
 
-        def load_prepare(self): # without Pillow's own limit of pixels
+        def load_prepare(self): # without Pillow's limit of pixels: `check_photo` checks PLANT_PHOTO_MAX_PIXELS before
             if self._im is None: self.im = Image.core.new(self.mode, self._tile_size)
             super().load_prepare()
 

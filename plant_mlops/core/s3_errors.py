@@ -224,10 +224,11 @@ def diagnose_failure(
 ) -> S3Problem:
     "What is wrong: key, bucket, certificate, proxy or server."
     from botocore import exceptions
-    keys = (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.CredentialRetrievalError,
-            exceptions.TokenRetrievalError, exceptions.SSOError)
+    credential_errors = (
+        exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.CredentialRetrievalError,
+        exceptions.TokenRetrievalError, exceptions.SSOError)
     prefix = access.settings_prefix
-    if isinstance(e, keys):
+    if isinstance(e, credential_errors):
         return S3Problem('key', f'Set {prefix}_ACCESS_KEY and {prefix}_SECRET_KEY, '
                          'or the keys that boto3 looks for: the variables AWS_…, or `aws configure`.')
     if isinstance(e, exceptions.ParamValidationError):

@@ -67,7 +67,8 @@ class S3Bucket:
         self.access = store_access(s)
         self.where = f'{s.s3_endpoint_url or "S3"} (bucket {self.bucket})'
         self.client = open_s3_client(self.access)
-        self._impatient_client = open_s3_client(self.access, tries=5) # fails sooner, in case the address was mistyped
+        # fails sooner, in case the address was mistyped
+        self._client_with_few_tries = open_s3_client(self.access, tries=5)
 
     def __repr__(self): return f's3://{self.bucket}/{self.prefix}'
 
@@ -88,11 +89,11 @@ class S3Bucket:
 def _has_bucket(self:S3Bucket) -> bool:
     "Whether the bucket exists; raises botocore's errors."
     from botocore.exceptions import ClientError
-    try: self._impatient_client.head_bucket(Bucket=self.bucket)
+    try: self._client_with_few_tries.head_bucket(Bucket=self.bucket)
     except ClientError as e:
         if response_status(e) == 404: return False
         if response_status(e) not in (400, 401, 403): raise
-        self._impatient_client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+        self._client_with_few_tries.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
     return True
 
 # %% ../../nbs/core/08_s3_store.ipynb #ffd4eb7e
@@ -104,7 +105,7 @@ def _bucket_options(
     return dict(CreateBucketConfiguration=dict(LocationConstraint=region))
 
 # %% ../../nbs/core/08_s3_store.ipynb #6ec059f0
-_IS_CREATED = {'BucketAlreadyOwnedByYou', 'BucketAlreadyExists', 'OperationAborted'}
+_ALREADY_CREATED = {'BucketAlreadyOwnedByYou', 'BucketAlreadyExists', 'OperationAborted'}
 _NO_LOCATION = {'InvalidLocationConstraint', 'IllegalLocationConstraintException', 'InvalidRegion'}
 
 @patch
@@ -115,7 +116,7 @@ def _create_bucket(self:S3Bucket):
     try: self.client.create_bucket(Bucket=self.bucket, **options)
     except ClientError as e:
         code = response_code(e)
-        if code in _IS_CREATED and self._has_bucket(): return # by another process
+        if code in _ALREADY_CREATED and self._has_bucket(): return # by another process
         has_own_regions = bool(self.access.endpoint) # it is not Amazon
         if code not in _NO_LOCATION or not options or not has_own_regions: raise
         self.client.create_bucket(Bucket=self.bucket)

@@ -87,7 +87,8 @@ def _find_contradiction(
         for position, row in rows:
             if row[column]: positions.setdefault(row[column], position)
         if len(positions) < 2: continue
-        values = ' and '.join(f'{value!r} in {position.lower()}' for value, position in positions.items())
+        places = {value: position[0].lower() + position[1:] for value, position in positions.items()}
+        values = ' and '.join(f'{value!r} in {place}' for value, place in places.items())
         return f'{_shorten(rows[0][1]["url_source"])} has two {column}s: {values}'
     return ''
 
@@ -128,19 +129,19 @@ def _update_labels(
     added_at: datetime, # time of the change (UTC)
 ) -> int: # number of labels that changed
     "Update the labels and splits of existing rows; a missing value changes nothing."
-    t = plants_data.c
+    columns = plants_data.c
     given = {row['url_hash']: row for row in rows}
-    query = sa.select(t.id, t.url_hash, t.label, t.split, t.gone_at).where(t.url_hash.in_(given))
+    query = sa.select(columns.id, columns.url_hash, columns.label, columns.split, columns.gone_at)
     n_relabelled = 0
     changes = []
-    for existing in c.execute(query):
+    for existing in c.execute(query.where(columns.url_hash.in_(given))):
         row = given[existing.url_hash]
         label = row['label'] or existing.label
         split = row['split'] or existing.split
         n_relabelled += label != existing.label
         if (label, split, None) == (existing.label, existing.split, existing.gone_at): continue
         changes.append(dict(row_id=existing.id, new_label=label, new_split=split))
-    update = sa.update(plants_data).where(t.id == sa.bindparam('row_id')).values(
+    update = sa.update(plants_data).where(columns.id == sa.bindparam('row_id')).values(
         label=sa.bindparam('new_label'), split=sa.bindparam('new_split'), gone_at=None, added_at=added_at)
     if changes: c.execute(update, changes)
     return n_relabelled
@@ -155,7 +156,7 @@ def add_checked_rows(
     dry_run: bool = False, # whether to roll back, so that nothing is added
 ) -> dict: # numbers of rows: `new` and `relabelled`
     "Add checked rows in one transaction."
-    relabelled = 0
+    n_relabelled = 0
     added_at = datetime.now(timezone.utc).replace(tzinfo=None) # the same for all rows: none of them is newer
     insert = insert_or_ignore(engine.dialect.name, plants_data, 'url_hash').values(added_at=added_at)
     with engine.connect() as c:
@@ -163,9 +164,9 @@ def add_checked_rows(
         before = count_rows(c)
         for i in range(0, len(rows), BATCH_ROWS):
             batch = rows[i:i + BATCH_ROWS]
-            relabelled += _update_labels(c, batch, added_at)
+            n_relabelled += _update_labels(c, batch, added_at)
             c.execute(insert, batch)
-        result = dict(new=count_rows(c) - before, relabelled=relabelled)
+        result = dict(new=count_rows(c) - before, relabelled=n_relabelled)
         if dry_run: c.rollback()
         else: c.commit()
     return result
@@ -193,7 +194,7 @@ def mark_missing(
     engine: sa.Engine, # engine of the catalog
     prefix: str, # prefix of the URLs to check
     present: set, # URLs that still exist
-    unknown: tuple = (), # prefixes of URLs of which it is not known whether they exist
+    unknown: tuple = (), # URLs of files and folders of which it is not known whether they exist
     delete: bool = False, # whether to delete the rows instead
     dry_run: bool = False, # whether to roll back, so that nothing changes
 ) -> int: # number of rows whose URL does not exist any more
@@ -201,9 +202,10 @@ def mark_missing(
     statement = sa.update(plants_data).values(gone_at=sa.func.current_timestamp())
     if delete: statement = sa.delete(plants_data)
     statement = statement.where(plants_data.c.id == sa.bindparam('row_id'))
+    unknown = tuple(f'{url.rstrip("/")}/' for url in unknown)
     with engine.connect() as connection:
         missing = [row for row in _rows_under(connection, prefix)
-                   if row.url_source not in present and not row.url_source.startswith(unknown)]
+                   if row.url_source not in present and not f'{row.url_source}/'.startswith(unknown)]
         to_change = [dict(row_id=row.id) for row in missing if delete or row.gone_at is None]
         if to_change: connection.execute(statement, to_change)
         if dry_run: connection.rollback()
@@ -257,14 +259,14 @@ def list_pending(
     "Rows that the next `ingest` should fetch."
     _check_part(part)
     i, n = part
-    t = plants_data.c
-    may_retry = sa.and_(t.status == 'failed', t.attempts < max_attempts)
+    columns = plants_data.c
+    may_retry = sa.and_(columns.status == 'failed', columns.attempts < max_attempts)
     with engine.begin() as c: complete_rows(c)
-    return _select_rows(engine, t.id % n == i - 1, sa.or_(t.status == 'new', may_retry))
+    return _select_rows(engine, columns.id % n == i - 1, sa.or_(columns.status == 'new', may_retry))
 
 # %% ../../nbs/data/02_catalog.ipynb #a8b4ce4b
 def _recency(row: dict) -> tuple:
-    "A key that sorts rows by the time they were added; rows of missing files come first."
+    "A key that sorts rows by the time they were added or changed; rows of missing files come first."
     return row['added_at'] or datetime.min, row['id']
 
 def list_stored(
@@ -274,9 +276,9 @@ def list_stored(
     "Photos whose bytes are in the store, the oldest rows first; rows of missing files before all others."
     _check_part(part)
     i, n = part
-    t = plants_data.c
-    columns = ('id', 'url_source', 'label', 'split', 'sha256', 'added_at', 'gone_at')
-    rows = _select_rows(engine, t.status == 'stored', t.sha256.is_not(None), columns=columns)
+    columns = plants_data.c
+    names = ('id', 'url_source', 'label', 'split', 'sha256', 'added_at', 'gone_at')
+    rows = _select_rows(engine, columns.status == 'stored', columns.sha256.is_not(None), columns=names)
     rows = [row for row in rows if int(row['sha256'][:8], 16) % n == i - 1]
     for row in rows:
         if row.pop('gone_at'): row['added_at'] = None
@@ -329,11 +331,11 @@ def record_results(
 ):
     "Write results in one transaction, and count an attempt for each; without a checksum the row keeps its own."
     if not results: return
-    t = plants_data.c
-    update = sa.update(plants_data).where(t.id == sa.bindparam('row_id')).values(
+    columns = plants_data.c
+    update = sa.update(plants_data).where(columns.id == sa.bindparam('row_id')).values(
         status=sa.bindparam('new_status'), error=sa.bindparam('new_error'),
-        sha256=_new_or_current('new_sha256', t.sha256), url_s3=_new_or_current('new_url', t.url_s3),
-        attempts=t.attempts + 1, updated_at=sa.func.current_timestamp())
+        sha256=_new_or_current('new_sha256', columns.sha256), url_s3=_new_or_current('new_url', columns.url_s3),
+        attempts=columns.attempts + 1, updated_at=sa.func.current_timestamp())
     values = [dict(row_id=result['id'], new_status=result['status'], new_error=result.get('error'),
                    new_sha256=result.get('sha256'), new_url=result.get('url_s3')) for result in results]
     with engine.begin() as c: c.execute(update, values)

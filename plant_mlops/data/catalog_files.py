@@ -38,7 +38,7 @@ def _similar_label_notes(labels: list) -> list:
             for similar in find_similar_labels(labels)]
 
 # %% ../../nbs/data/05_catalog_files.ipynb #b4cecc25
-def _class_and_name(url: str) -> bytes:
+def _folder_and_name(url: str) -> bytes:
     "The last two parts of the path of a file URL."
     return b'/'.join(unquote_to_bytes(urlsplit(url).path).split(b'/')[-2:])
 
@@ -51,8 +51,8 @@ def _mark_moved(
     "Mark the rows of other folders whose files were moved to this folder."
     url = plants_data.c.url_source
     with engine.connect() as connection: urls = set(connection.scalars(sa.select(url).where(url.startswith('file://'))))
-    names = {_class_and_name(url) for url in added}
-    moved = {url for url in urls if not url.startswith(prefix) and _class_and_name(url) in names
+    names = {_folder_and_name(url) for url in added}
+    moved = {url for url in urls if not url.startswith(prefix) and _folder_and_name(url) in names
              and not os.path.exists(unquote_to_bytes(urlsplit(url).path))}
     return mark_missing(engine, 'file://', urls - moved, dry_run=dry_run) if moved else 0
 

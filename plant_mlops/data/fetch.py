@@ -85,12 +85,12 @@ def _proxy_refusal(
 
 # %% ../../nbs/data/12_fetch.ipynb #410ac476
 @contextmanager
-def _raise_web_errors(
+def _convert_web_errors(
     url: URL, # requested URL
     proxy: Proxy | None, # its proxy
     web: WebClient, # client that requests it
 ):
-    "Convert aiohttp's errors to `PermanentFetchError` and `TransientFetchError`."
+    "Convert aiohttp's errors to `TransientFetchError`, or to `SettingFetchError` if a setting has to change."
     def hint(): return '' if proxy else web.proxies.hint(url)
     try: yield
     except asyncio.TimeoutError:
@@ -133,8 +133,9 @@ def _check_response(
     "Raise an error of a download unless the response has the photo."
     if response.status in OK_STATUSES: return
     advice = _refusal_advice(url, response, headers, proxy)
-    who = f'The server, or the proxy {proxy},' if proxy and url.scheme == 'http' else 'The server'
-    if who != 'The server' and response.status == 403: # a proxy may allow the host one day
+    may_be_proxy = proxy is not None and url.scheme == 'http' # with https, it is the server for sure
+    who = f'The server, or the proxy {proxy},' if may_be_proxy else 'The server'
+    if may_be_proxy and response.status == 403: # a proxy may allow the host one day
         raise SettingFetchError(f'{who} answered {describe_status(403)}.{advice}')
     check_status(response.status, response.headers.get('Retry-After'), who, advice)
 
@@ -172,7 +173,7 @@ async def fetch_http(
     for _ in range(MAX_REDIRECTS + 1):
         proxy = web.proxies.proxy_of(url)
         headers = {} if is_downgraded else web.headers.of(url)
-        with _raise_web_errors(url, proxy, web):
+        with _convert_web_errors(url, proxy, web):
             async with web.get(url, proxy, headers) as response:
                 target = _redirect_target(url, response)
                 if target is None:
@@ -200,7 +201,7 @@ def fetch_file(
 
 # %% ../../nbs/data/12_fetch.ipynb #0a402993
 @contextmanager
-def _raise_fetch_errors(
+def _convert_errors(
     url: str, # URL, for error messages
 ):
     "Convert errors of aiohttp and of the operating system to `PermanentFetchError` and `TransientFetchError`."
@@ -256,7 +257,7 @@ class Fetcher:
             raise PermanentFetchError(f'{mask_login(url)} begins with none of {", ".join(self.schemes)} '
                                       '(PLANT_INGEST_SCHEMES).')
         limit = self.settings.ingest_max_bytes
-        with _raise_fetch_errors(url):
+        with _convert_errors(url):
             if scheme in ('http', 'https'): return await fetch_http(self.web, url, limit)
             if scheme == 'file': return await asyncio.to_thread(fetch_file, url, limit)
             if scheme == 's3': return await asyncio.to_thread(self.buckets.fetch, url, limit)

@@ -15,7 +15,7 @@ def _follow_given(
     group: pd.Series, # group of each photo
     given: pd.Series, # given split of each photo, or None
 ) -> pd.Series: # split of each photo: its own given one or that of its group; None where there is none
-    "The given splits, also for photos of the same group; training, if the group has several."
+    "The given splits; a photo without one gets that of its group, and of several the first of train, valid and test."
     priority = given.dropna().map(list(FRACTIONS).index) # train before valid before test
     priority_of_group = priority.groupby(group[priority.index]).min()
     split_of_group = priority_of_group.map(dict(enumerate(FRACTIONS)))
@@ -35,7 +35,7 @@ def _training_groups(
         splits=('split', 'nunique'), split=('split', 'first'))
     is_whole = (groups.label == label) & (groups.labels == 1) & (groups.split == 'train') & (groups.splits == 1)
     groups = groups[is_whole]
-    key = [sha256_of(f'split {key}'.encode()) for key in groups.key]
+    key = [sha256_of(f'split {smallest}'.encode()) for smallest in groups.key]
     return groups.assign(key=key).sort_values('key')[['key', 'n']]
 
 def _take_from_training(
@@ -79,8 +79,8 @@ def assign_given_splits(
     without_split = photos[photos.split.isna()]
     usual = assign_splits(without_split.sha256, without_split.label, without_split.group)
     photos.loc[without_split.index, 'split'] = usual
-    for label, of_class in photos.groupby('label'):
+    for name, of_class in photos.groupby('label'):
         if 'train' not in set(of_class.split):
             photos.loc[of_class.index, 'split'] = assign_splits(of_class.sha256, of_class.label, of_class.group)
-        if of_class.given.notna().any(): _fill_missing_splits(photos, label)
+        if of_class.given.notna().any(): _fill_missing_splits(photos, name)
     return photos.split

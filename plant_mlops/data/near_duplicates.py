@@ -87,8 +87,10 @@ def _band_pass() -> np.ndarray: # float32 [side, side//2 + 1]
     return (np.exp(-half_square*.7**2) - np.exp(-half_square*4**2)).astype(np.float32)
 
 _FILTER = _band_pass()
-_WINDOW = np.sqrt(np.outer(*2*[np.hanning(SIDE + 2)[1:-1]])).astype(np.float32) # fades out towards the borders
-_COUNT = np.array([1] + [2]*(SIDE//2 - 1) + [1], np.float32) # how often a column of `rfft2` is in the whole spectrum
+_FADE = np.hanning(SIDE + 2)[1:-1] # towards the borders
+_WINDOW = np.sqrt(np.outer(_FADE, _FADE)).astype(np.float32)
+# how often a column of `rfft2` is in the whole spectrum
+_COLUMN_WEIGHTS = np.array([1] + [2]*(SIDE//2 - 1) + [1], np.float32)
 
 def _spectra(
     pixels: np.ndarray, # uint8 [n, side, side]
@@ -96,11 +98,11 @@ def _spectra(
     "Filtered spectra, scaled so that a thumbnail has a correlation of 1 with itself."
     centred = pixels - pixels.mean((1, 2), keepdims=True, dtype=np.float32)
     spectrum = fft.rfft2(centred*_WINDOW)*_FILTER
-    energy = (_COUNT*np.abs(spectrum)**2).sum((1, 2), keepdims=True)/SIDE**2
+    energy = (_COLUMN_WEIGHTS*np.abs(spectrum)**2).sum((1, 2), keepdims=True)/SIDE**2
     return spectrum/np.sqrt(energy).clip(1e-3)
 
 # %% ../../nbs/data/22_near_duplicates.ipynb #998e9265
-_SHIFTS = np.r_[:MAX_SHIFT + 1, -MAX_SHIFT:0]
+_SHIFTS = np.arange(-MAX_SHIFT, MAX_SHIFT + 1) # negative ones count from the end, as Fourier transforms do
 
 def _best_shift(a: np.ndarray, b: np.ndarray) -> np.ndarray: # float [n]
     "Correlation of spectra at the best shift."
@@ -123,7 +125,7 @@ def correlate(
 
 # %% ../../nbs/data/22_near_duplicates.ipynb #aef4b4b1
 WIDE_BITS, WIDE_COSINE = 2, 5 # factors of the limits
-LONE_BITS = 3 # factor of the limit for two photos of which each is the only one with an embedding like the other's
+LONE_BITS = 3 # factor of the limit for two photos that are each other's only match by embedding
 NEIGHBOURS = 30 # number of photos that a photo is compared with pixel by pixel
 MAX_SIMILAR = 20 # number of similar photos above which a photo is compared pixel by pixel
 
@@ -165,7 +167,7 @@ def _is_only_match(
     may_match: np.ndarray, # bool (rows, n), pairs to consider
     limits: NearLimits, # limits for near-duplicates
 ) -> np.ndarray: # bool (rows, n)
-    "Whether a photo is the only one whose embedding is within the limit."
+    "Whether a pair is the only one of its photo within `LONE_BITS` and the limit of embeddings."
     is_match = may_match & (1 - cosine <= limits.max_distance) & (n_different <= LONE_BITS*limits.max_different)
     return is_match & (is_match.sum(1, keepdims=True) == 1)
 
@@ -258,7 +260,7 @@ def select_pairs(
     pairs: pd.DataFrame, # result of `near_pairs`
     limits: NearLimits, # limits that are at least as strict
 ) -> pd.DataFrame: # some of the pairs
-    "The pairs that are within stricter limits; those of pairs that are compared pixel by pixel are wide, see above."
+    "The pairs within stricter limits; hash and embedding of those compared pixel by pixel have wide limits."
     is_near = _is_near(pairs.n_different, pairs.cosine, pairs.needs_pixels, limits)
     return pairs[is_near & (pairs.correlation >= limits.correlation)]
 

@@ -108,19 +108,23 @@ def find_files(
     return files
 
 # %% ../../nbs/data/03_photo_folder.ipynb #237652a4
+def _is_division(splits: set) -> bool:
+    "Whether these are the splits of one collection."
+    return 'train' in splits and len(splits) > 1
+
 def _splits_in(
     names: set, # names of the folders in one folder
 ) -> dict: # name → split, for those that are folders of splits
     "Which of some folders that stand side by side are folders of splits."
     split_of = {name: parse_split(name) for name in names if parse_split(name)}
     splits = set(split_of.values())
-    if len(split_of) == len(names) or 'train' in splits and len(splits) > 1: return split_of
+    if len(split_of) == len(names) or _is_division(splits): return split_of
     qualified = defaultdict(dict) # other words of the name → name → split
     for name in names:
         parsed = parse_qualified_split(name)
         if parsed: qualified[parsed[0]][name] = parsed[1]
-    return {name: split for group in qualified.values() if 'train' in group.values() and len(set(group.values())) > 1
-            for name, split in group.items()}
+    divisions = [group for group in qualified.values() if _is_division(set(group.values()))]
+    return {name: split for group in divisions for name, split in group.items()}
 
 def _find_split_folders(
     paths: list, # folders of each photo, as tuples of names

@@ -62,9 +62,12 @@ def _parse_lines(text: str, delimiter: str) -> Iterator:
 def _parse_each_line(text: str, delimiter: str) -> Iterator:
     "The rows of a text, a line at a time."
     for number, line in enumerate(text.splitlines(), 1):
-        try: texts, error = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True), []), ''
-        except csv.Error as e: texts, error = line.split(delimiter), f'its quotation marks are not closed ({e})'
-        if delimiter == '\t': error = '' # files with tabs often have no quotation marks around texts
+        error = ''
+        try: texts = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True), [])
+        except csv.Error as e:
+            texts = line.split(delimiter)
+            # in files with tabs, quotation marks are often part of a text
+            if delimiter != '\t': error = f'its quotation marks are not closed ({e})'
         yield Cells(f'line {number}', texts, [], error)
 
 def _read_lines(text: str, delimiter: str) -> list:
@@ -164,7 +167,7 @@ def _find_header(
     return max(candidates, key=lambda i: len(find_columns(rows[i].texts)), default=None)
 
 # %% ../../nbs/data/04_photo_table.ipynb #13fd6bbe
-def _no_url_column(
+def _url_column_error(
     rows: list, # `Cells` of the first sheet
 ) -> PlantError: # to be raised
     "The error for a table without a column of URLs."
@@ -216,7 +219,7 @@ def _split_values(
     values: list, # values of the column of splits
     name: str, # name of the column
 ) -> tuple: # the values, or '' for each if they are no splits; sentences for the user
-    "The splits of rows, unless most values in their column are something else."
+    "The splits of rows, if more than half of the values in their column are names of splits; `unassigned` is none."
     given = [value for value in values if value and value.casefold() != 'unassigned']
     n_known = sum(parse_split(value) is not None for value in given)
     if given and 2*n_known <= len(given):
@@ -251,7 +254,8 @@ def _read_photos(
                          '(its cells may be empty).')
     used = ', '.join(f'{header[i]!r} as {column}' for column, i in columns.items() if header[i] != column)
     notes = [f'Columns were read by their names: {used}.'] if used else []
-    splits, more_notes = _split_values(_column_values(rows, columns.get('split')), header[columns.get('split', 0)])
+    split_name = header[columns['split']] if 'split' in columns else ''
+    splits, more_notes = _split_values(_column_values(rows, columns.get('split')), split_name)
     table = PhotoTable([], [], notes + more_notes)
     values = zip(rows, _link_values(rows, columns['url_source']), _column_values(rows, columns['label']), splits)
     for number, (row, url, label, split) in enumerate(values, 1):
@@ -279,7 +283,7 @@ def read_table(
         result.rows += table.rows
         result.refused += table.refused
         result.notes += [note for note in table.notes if note not in result.notes]
-    if not any(start is not None for start in headers): raise _no_url_column(next(filter(None, sheets), []))
+    if not any(start is not None for start in headers): raise _url_column_error(next(filter(None, sheets), []))
     n_unused = sum(start is None and bool(rows) for rows, start in zip(sheets, headers))
     if n_unused: result.notes.append(f'{n_unused} sheets without a column of URLs were not read.')
     return result

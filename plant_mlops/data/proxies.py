@@ -61,11 +61,11 @@ class Proxies:
         self.by_scheme = by_scheme
         self.source = source
         self.unusable = unusable or {}
-        self.exceptions = no_proxy_entries()
+        self.no_proxy = no_proxy_entries()
 
     def is_exempt_from_proxy(self, url: URL) -> bool:
         "Whether `NO_PROXY` names the host of a URL."
-        return any(is_exempt(url.raw_host or '', url.port, entry) for entry in self.exceptions)
+        return any(is_exempt(url.raw_host or '', url.port, entry) for entry in self.no_proxy)
 
     def proxy_of(self, url: URL) -> Proxy | None:
         "The proxy of a URL, None if it is requested directly; raises `UnusableProxyError`."

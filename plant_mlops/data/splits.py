@@ -32,8 +32,8 @@ def _fill_small_splits(
         training = np.flatnonzero(split == 'train')
         smallest_split = min(('test', 'valid'), key=n_photos)
         if len(training) <= 1 or n_photos(smallest_split) >= enough: return
-        last_of_smallest = max(training, key=lambda i: (-sizes[i], i))
-        split[last_of_smallest] = smallest_split
+        smallest_group = min(training, key=lambda i: (sizes[i], -i)) # of equal ones, the last
+        split[smallest_group] = smallest_split
 
 def _fill_empty_split(
     split: np.ndarray, # split of each group; changed in place

@@ -22,7 +22,7 @@ from ..core.file_kind import photo_format
 from ..core.photo_file import MissingDecoderError
 from ..core.store import sha256_of
 from .app_state import AppState, request_slot, upload_deadline
-from .base64_photos import decode_photo, is_base64
+from .base64_photos import decode_photo, is_encoded_as_text
 from .input_statistics import input_sample
 from .live_model import serving_model
 from .onnx_model import Model, predicted_label
@@ -209,7 +209,7 @@ async def _predict_files(state: AppState, inputs: list, client: str) -> list:
     "Predict uploaded photos; returns the fields of `Answer` or `Failure` for each."
     async def predict_or_fail(data, file):
         try:
-            if is_base64(data): data = await to_thread.run_sync(decode_photo, data)
+            if is_encoded_as_text(data): data = await to_thread.run_sync(decode_photo, data)
             return await predict_input(state, 'image', data, file, client)
         except HTTPException as e: return dict(file=file, status=e.status_code, error=e.detail)
     return await asyncio.gather(*(predict_or_fail(data, file) for data, file in inputs))

@@ -22,7 +22,7 @@ RESERVED = { # first parts of the server's own paths
     'reload', 'static-offline-docs', 'ui'}
 
 def _normalize_slashes(text: str) -> str:
-    "A path with a slash at its beginning and none at its end; raises `ValueError` if it has other characters."
+    "A path with a slash at its beginning and none at its end; raises `ValueError` with the rules."
     if text in ('', '/'): return ''
     if len(text) > _MAX_LENGTH or not _ROOT_PATH.fullmatch(text):
         raise ValueError('write it as /plants, with letters, digits and . _ ~ - between the slashes')
@@ -103,7 +103,7 @@ _HEADERS_HANDLED_HERE = {_PREFIX, _FORWARDED_HOST, _PROTO, _GRADIO}
 _PROXY_HEADERS = _HEADERS_HANDLED_HERE | {b'x-forwarded-for'}
 
 def _first_value(values: list[bytes]) -> bytes:
-    "The first of several values, which is that of the proxy next to the client."
+    "The first of several values: what the client requested, as the proxy next to it says."
     return values[0].split(b',')[0].strip()
 
 def _split_forwarded_headers(headers: list, is_trusted: bool) -> tuple[list, str]:

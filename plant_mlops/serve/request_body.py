@@ -15,7 +15,7 @@ from multipart import MultipartError, MultipartSegment, ParserError, PushMultipa
 from pydantic_core import from_json
 from ..core.config import Settings
 from .base64_photos import (
-    base64_overhead, begins_like_json, decode_photo, find_photos, is_base64)
+    base64_overhead, begins_like_json, decode_photo, find_photos, is_encoded_as_text)
 
 # %% ../../nbs/serve/08_request_body.ipynb #d4c27117
 def body_too_large(
@@ -48,7 +48,7 @@ def limit_body(
 
 # %% ../../nbs/serve/08_request_body.ipynb #1d84d256
 class _FormParser(PushMultipartParser):
-    "Reads headers as Latin-1, which any bytes are, and skips lines that are none, as the rest of a name after a break."
+    "Reads headers as Latin-1, which never fails, and skips other lines, such as the rest of a name with a line break."
     def __init__(self, boundary: str, max_segment_count: int):
         super().__init__(
             boundary, max_segment_count=max_segment_count, max_header_size=16_000, header_charset='latin-1')
@@ -153,7 +153,7 @@ async def read_input(
     else:
         data, name = await limit_body(request, max_bytes, overhead, advice).body(), None
         if is_photo and begins_like_json(data): data = await to_thread.run_sync(_photo_in_json, data)
-    if is_photo and is_base64(data): data = await to_thread.run_sync(decode_photo, data)
+    if is_photo and is_encoded_as_text(data): data = await to_thread.run_sync(decode_photo, data)
     if len(data) > max_bytes: raise body_too_large(max_bytes, advice)
     if not data:
         raise HTTPException(400, 'There is nothing in the request. Send a photo as the body or in the form field '
@@ -165,8 +165,9 @@ async def read_inputs(
     request: Request, # its body is a form, or JSON
     s: Settings, # uses batch_files and batch_max_bytes
 ) -> list: # (bytes, or base64 as str; file name or None) of each file
-    "All files of a request, in order; raises 400 if there is none, 413 if there are too many or they are too large."
+    "All files of a request, in order; raises 400 without any, 413 for too much, 422 for JSON without photos."
     files = []
+    body = b''
     if _is_form(request):
         limited = limit_body(request, s.batch_max_bytes, _FORM_OVERHEAD)
         files = await read_files(limited, 'files', s.batch_files)
@@ -175,9 +176,11 @@ async def read_inputs(
         if begins_like_json(body):
             files = [(text, None) for text in await to_thread.run_sync(find_photos, body, s.batch_files)]
     if len(files) > s.batch_files:
-        raise HTTPException(413, f'More than {s.batch_files} in one request (PLANT_BATCH_FILES). Send them in several.')
+        limit = f'{s.batch_files} files in one request (PLANT_BATCH_FILES)'
+        raise HTTPException(413, f'More than {limit}. Send them in several.')
     if not files:
-        raise HTTPException(400, 'There is nothing in the request. Send files in the form field "files", '
+        problem = 'The body is neither a form nor JSON' if body else 'There is nothing in the request'
+        raise HTTPException(400, f'{problem}. Send files in the form field "files", '
                                  'as `curl -F files=@a.jpg -F files=@b.jpg` does, '
                                  'or in base64 as JSON: {"images": ["…", …]}.')
     return files

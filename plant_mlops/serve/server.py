@@ -74,14 +74,14 @@ def prediction_writer(
 ) -> SideProcess | None: # None: predictions are not logged, or stay in files
     "The writer of a server."
     if not s.log_predictions: return None
-    if find_spec('sqlalchemy') and find_spec('tenacity'):
-        return SideProcess('prediction writer', write_predictions, (s,))
-    log.warning('Predictions stay in files, because SQLAlchemy is not installed: pip install "plant_mlops[log]".')
+    missing = [name for name in ('sqlalchemy', 'tenacity') if not find_spec(name)]
+    if not missing: return SideProcess('prediction writer', write_predictions, (s,))
+    log.warning('Predictions stay in files, because %s is not installed: pip install "plant_mlops[log]".', missing[0])
     return None
 
 # %% ../../nbs/serve/25_server.ipynb #99eb7d1d
 def _connection_options(s: Settings) -> dict:
-    "What uvicorn does with connections: `ProxyHeaders` reads the headers of proxies, and `RequestMiddleware` logs."
+    "Options of connections. uvicorn's own log and proxy headers are off: the API has its own."
     return dict(access_log=False, proxy_headers=False, timeout_keep_alive=s.keep_alive)
 
 def serve_page(
