@@ -15,7 +15,7 @@ help:                 ## this list
 run: install          ## ingest, train, evaluate and promote, on drawn photos, offline
 	@plant-mlops run
 
-# Two processes, each with a core. On fast machines PROCESSES=3 takes less time: tests also wait for servers.
+# Two processes, each with a core; CI has three, because some tests wait for servers and alerts.
 PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
 

@@ -197,7 +197,7 @@ def _text_kind(
     head: bytes, # first bytes of a file
 ) -> str | None: # None: not a text
     "The kind of a text file."
-    text = head.removeprefix(b'\xef\xbb\xbf').lstrip() # without the mark of UTF-8
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if text.startswith(b'<'):
         if re.search(rb'<!doctype html|<(html|head|body)[\s>]', text, re.I): return 'web page'
         if b'<svg' in text: return 'SVG drawing'

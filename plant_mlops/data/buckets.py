@@ -97,36 +97,26 @@ class SourceBuckets:
 # %% ../../nbs/data/11_buckets.ipynb #a6ea85f3
 _REFUSAL_STATUSES = (400, 401, 403) # 400 is that of keys that have expired
 
-def _is_refusal(e: ClientError) -> bool:
-    "Whether another request, with keys or without, may succeed."
-    return response_status(e) in _REFUSAL_STATUSES
-
-@patch
-def _get_with_keys_first(self:SourceBuckets, bucket: str, key: str) -> dict:
-    "The response to a request with keys, or else without."
-    try: return self._with_keys.get_object(Bucket=bucket, Key=key)
+def _get_unless_refused(client, bucket: str, key: str) -> tuple: # response and None, or None and the refusal
+    "An object, or why it is refused to these keys, or without keys; raises other errors of botocore."
+    try: return client.get_object(Bucket=bucket, Key=key), None
     except ClientError as e:
-        if not _is_refusal(e): raise
-        refusal = e
-    try: response = self._without_keys.get_object(Bucket=bucket, Key=key)
-    except ClientError as e: raise (e if response_status(e) == 404 else refusal) from None
-    self.buckets_without_keys.add(bucket)
-    return response
-
-@patch
-def _get_without_keys_first(self:SourceBuckets, bucket: str, key: str) -> dict:
-    "The response to a request without keys, or else with them."
-    try: return self._without_keys.get_object(Bucket=bucket, Key=key)
-    except ClientError as e:
-        if not _is_refusal(e): raise
-    return self._with_keys.get_object(Bucket=bucket, Key=key)
+        if response_status(e) not in _REFUSAL_STATUSES: raise
+        return None, e
 
 @patch
 def _get_object(self:SourceBuckets, bucket: str, key: str) -> dict:
     "The response of S3, whose `Body` is still to be read; raises botocore's errors."
     if self._with_keys is None: return self._without_keys.get_object(Bucket=bucket, Key=key)
-    if bucket in self.buckets_without_keys: return self._get_without_keys_first(bucket, key)
-    return self._get_with_keys_first(bucket, key)
+    if bucket in self.buckets_without_keys:
+        response, refusal = _get_unless_refused(self._without_keys, bucket, key)
+        return self._with_keys.get_object(Bucket=bucket, Key=key) if refusal else response
+    response, refusal = _get_unless_refused(self._with_keys, bucket, key)
+    if not refusal: return response
+    try: response = self._without_keys.get_object(Bucket=bucket, Key=key)
+    except ClientError as e: raise (e if response_status(e) == 404 else refusal) from None
+    self.buckets_without_keys.add(bucket)
+    return response
 
 # %% ../../nbs/data/11_buckets.ipynb #1eab0971
 @patch

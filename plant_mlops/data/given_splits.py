@@ -7,8 +7,7 @@ __all__ = ['assign_given_splits']
 
 # %% ../../nbs/data/25_given_splits.ipynb #05c6bd8a
 import numpy as np, pandas as pd
-from ..core.store import sha256_of
-from .splits import FRACTIONS, assign_splits
+from .splits import FRACTIONS, assign_splits, describe_groups
 
 # %% ../../nbs/data/25_given_splits.ipynb #ed49888a
 def _follow_given(
@@ -30,13 +29,9 @@ def _training_groups(
     label: str, # a class
 ) -> pd.DataFrame: # columns: key, n; sorted by key; the index is the group
     "Groups of which all photos are for training and of one class."
-    groups = photos.groupby('group').agg(
-        key=('sha256', 'min'), n=('label', 'size'), labels=('label', 'nunique'), label=('label', 'first'),
-        splits=('split', 'nunique'), split=('split', 'first'))
-    is_whole = (groups.label == label) & (groups.labels == 1) & (groups.split == 'train') & (groups.splits == 1)
-    groups = groups[is_whole]
-    key = [sha256_of(f'split {smallest}'.encode()) for smallest in groups.key]
-    return groups.assign(key=key).sort_values('key')[['key', 'n']]
+    is_training = (photos.label == label) & (photos.split == 'train')
+    is_whole = is_training.groupby(photos.group).transform('all')
+    return describe_groups(photos[is_whole]).sort_values('key')
 
 def _take_from_training(
     photos: pd.DataFrame, # all photos; columns: sha256, label, group, split

@@ -161,28 +161,29 @@ async def read_input(
     return data, name
 
 # %% ../../nbs/serve/08_request_body.ipynb #ee95a336
+_HOW_TO_SEND_MANY = ('Send files in the form field "files", as `curl -F files=@a.jpg -F files=@b.jpg` does, '
+                     'or in base64 as JSON: {"images": ["…", …]}.')
+
+async def _read_json_photos(request: Request, s: Settings) -> list: # (base64 as str, None) of each photo
+    "The photos of a JSON body; raises 400 if it is something else, 422 if it has no photo."
+    body = await limit_body(request, s.batch_max_bytes, base64_overhead(s.batch_max_bytes)).body()
+    if not begins_like_json(body):
+        problem = 'The body is neither a form nor JSON' if body else 'There is nothing in the request'
+        raise HTTPException(400, f'{problem}. {_HOW_TO_SEND_MANY}')
+    return [(text, None) for text in await to_thread.run_sync(find_photos, body, s.batch_files)]
+
 async def read_inputs(
     request: Request, # its body is a form, or JSON
     s: Settings, # uses batch_files and batch_max_bytes
 ) -> list: # (bytes, or base64 as str; file name or None) of each file
     "All files of a request, in order; raises 400 without any, 413 for too much, 422 for JSON without photos."
-    files = []
-    body = b''
     if _is_form(request):
-        limited = limit_body(request, s.batch_max_bytes, _FORM_OVERHEAD)
-        files = await read_files(limited, 'files', s.batch_files)
-    else:
-        body = await limit_body(request, s.batch_max_bytes, base64_overhead(s.batch_max_bytes)).body()
-        if begins_like_json(body):
-            files = [(text, None) for text in await to_thread.run_sync(find_photos, body, s.batch_files)]
+        files = await read_files(limit_body(request, s.batch_max_bytes, _FORM_OVERHEAD), 'files', s.batch_files)
+    else: files = await _read_json_photos(request, s)
+    if not files: raise HTTPException(400, f'The form has no file in its field "files". {_HOW_TO_SEND_MANY}')
     if len(files) > s.batch_files:
         limit = f'{s.batch_files} files in one request (PLANT_BATCH_FILES)'
         raise HTTPException(413, f'More than {limit}. Send them in several.')
-    if not files:
-        problem = 'The body is neither a form nor JSON' if body else 'There is nothing in the request'
-        raise HTTPException(400, f'{problem}. Send files in the form field "files", '
-                                 'as `curl -F files=@a.jpg -F files=@b.jpg` does, '
-                                 'or in base64 as JSON: {"images": ["…", …]}.')
     return files
 
 # %% ../../nbs/serve/08_request_body.ipynb #e738e3ce
