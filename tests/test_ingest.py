@@ -13,7 +13,7 @@ from plant_mlops.core.store import open_store, sha256_of
 from plant_mlops.core import database
 from plant_mlops.data.catalog import add_rows, count_by_status, list_rows, open_catalog, plants_data, reset_rows
 from plant_mlops.data import safe_urls
-from plant_mlops.data.ingest import Worker, _stop_workers, ingest
+from plant_mlops.data.ingest import ingest
 
 # -- Photos, catalogs and results
 
@@ -181,14 +181,14 @@ def has_ended(process) -> bool: return not process.is_running() or process.statu
 def wait_until_ended(processes): wait_until(lambda: all(map(has_ended, processes)), 5)
 
 def wait_for_workers(pid) -> list:
-    "The two worker processes of an ingestion, once they are started."
+    "The three worker processes of an ingestion, once they are started."
     def workers():
-        children = psutil.Process(pid).children()
-        return children if len(children) == 2 else None
+        children = [child for child in psutil.Process(pid).children() if 'LokyProcess' in ' '.join(child.cmdline())]
+        return children if len(children) == 3 else None
     return wait_until(workers)
 
 class ParallelIngestion(NamedTuple):
-    "An ingestion in three processes."
+    "An ingestion in three worker processes."
     s: Settings
     engine: sa.Engine # of the catalog
     site: Site
@@ -309,12 +309,10 @@ def test_the_limit_of_requests_per_host_holds_for_all_processes_together(tmp_pat
 def test_an_error_of_a_worker_is_raised_by_its_parent(tmp_path):
     (tmp_path/'file').write_bytes(b'')
     (tmp_path/'a.jpg').write_bytes(noise_photo(1))
-    s = settings(home=tmp_path/'home', store_url=str(tmp_path/'file'))
-    fill_catalog(s, [(tmp_path/'a.jpg').as_uri()])
-    worker = Worker(s, (1, 1))
-    with pytest.raises(PlantError, match='run again'): worker.follow(print)
-    _stop_workers([worker])
-    assert worker.process.returncode == 0
+    s = settings(home=tmp_path/'home', store_url=str(tmp_path/'file'), ingest_processes=2)
+    engine = fill_catalog(s, [(tmp_path/'a.jpg').as_uri()])
+    with pytest.raises(PlantError, match='run again'): ingest(s, progress=False)
+    assert count_by_status(engine)['new'] == 1
 
 SCRIPT = '''
 import sys

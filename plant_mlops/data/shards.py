@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 from ..core.config import PlantError, Settings
 from ..core.store import Corrupt, NotFound, StoreError, checksum_in_key, open_store, sha256_of
-from .quality import MEASURES, quality_scores
+from .quality import MEASURES
 
 # %% ../../nbs/data/20_shards.ipynb #b07a2caa
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PreparedPhoto:
     height: int    # height of the original, in pixels
     format: str    # format of the original, as Pillow names it
     phash: str     # perceptual hash, 16 hexadecimal digits
-    measured: dict # result of `measure_photo`
+    scores: dict   # result of `quality_scores`
 
 # %% ../../nbs/data/20_shards.ipynb #ecd0a1da
 SCHEMA = pa.schema([
@@ -57,8 +57,7 @@ def put_shard(
     side: int, # shorter side of the photos, in pixels
 ) -> str: # key of the shard
     "Pack photos into one shard, then write its index."
-    scores = quality_scores([photo.measured for photo in photos]).to_dict('records')
-    rows = [{**vars(photo), **score} for photo, score in zip(photos, scores)]
+    rows = [vars(photo) | photo.scores for photo in photos]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     data = _shard_bytes(table)
     key = f'fmt/{side}/{sha256_of(data)}.parquet'
