@@ -11,7 +11,8 @@ from plant_mlops.data.catalog import (add_rows, count_by_status, list_rows, list
 from plant_mlops.data.catalog_files import add_folder
 from plant_mlops.data.synthetic import LABELS, draw, draw_jpeg
 from plant_mlops.data.ingest import ingest
-from plant_mlops.data.shards import load_jpegs, put_shard, read_shards
+from plant_mlops.data.shard_cache import load_jpegs
+from plant_mlops.data.shards import put_shard, read_shards
 from plant_mlops.data.prepare import prepare, prepare_photo
 from plant_mlops.data.splits import FRACTIONS
 from plant_mlops.data.embeddings import load_embeddings
@@ -345,7 +346,7 @@ def test_the_same_photos_and_labels_are_the_same_version_in_every_store_and_orde
     on_disk, on_s3 = load_dataset(disk).manifest, load_dataset(s3).manifest
     assert on_disk.drop(columns='shard').equals(on_s3.drop(columns='shard'))
     with_shards_of_s3 = on_disk.merge(on_s3[['sha256', 'shard']], on='sha256', suffixes=('_disk', ''))
-    assert load_jpegs(disk, on_disk) == load_jpegs(s3, with_shards_of_s3)
+    assert list(load_jpegs(disk, on_disk)) == list(load_jpegs(s3, with_shards_of_s3))
 
 def test_a_second_preparation_reads_the_indexes_of_shards_only(seaweedfs, tmp_path, monkeypatch):
     s = seaweedfs.settings('indexes', home=tmp_path, shard_photos=10)

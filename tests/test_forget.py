@@ -13,7 +13,8 @@ from plant_mlops.data.catalog import add_rows, list_rows, list_stored, open_cata
 from plant_mlops.data.dataset import build_dataset, load_dataset
 from plant_mlops.data.embeddings import load_embeddings
 from plant_mlops.data.prepare import prepare
-from plant_mlops.data.shards import load_jpegs, read_shards
+from plant_mlops.data.shard_cache import load_jpegs
+from plant_mlops.data.shards import read_shards
 from plant_mlops.photos.example_home import embed_thumbnails
 from plant_mlops.photos.forget import forget
 from plant_mlops.photos.stages import ingest, load_catalog

@@ -49,7 +49,7 @@ def _flag_name(flag: str) -> str: return flag.replace('_', ' ')
 
 def _rows_with_photos(s: Settings, rows) -> Iterable: # (JPEG bytes, row)
     "Rows of a manifest with their photos."
-    from plant_mlops.data.shards import load_jpegs
+    from plant_mlops.data.shard_cache import load_jpegs
     return zip(load_jpegs(s, rows), rows.itertuples())
 
 def view_flags(

@@ -95,7 +95,7 @@ def load_photos(
 ) -> list | None: # prepared photos: JPEG bytes, None for one that was deleted; None if the dataset has no photos
     "The photos of examples."
     from plant_mlops.data.dataset import has_flag, load_dataset
-    from plant_mlops.data.shards import load_jpegs
+    from plant_mlops.data.shard_cache import load_jpegs
     try: manifest = load_dataset(s, dataset).manifest.set_index('sha256', drop=False)
     except StoreError: raise
     except PlantError: return None

@@ -8,6 +8,7 @@ __all__ = ['ZOOM', 'MIN_SCALE', 'LIGHT', 'TrainingCrop', 'ValidationResize', 'cr
 # %% ../../nbs/model/01_augmentation.ipynb #effb1394
 # before fastai: it turns off a warning that libraries print while they are imported
 from .backbone import Backbone, get_device
+from collections.abc import Sequence
 import numpy as np
 from fastai.vision import all as fv
 from ..core.config import Settings
@@ -48,7 +49,7 @@ def _batch_transforms(backbone: Backbone) -> list:
     return [*light, fv.Saturation(LIGHT, p=1), fv.Normalize.from_stats(backbone.mean, backbone.std)]
 
 def make_dataloaders(
-    jpegs: list, # prepared photos, JPEG bytes
+    jpegs: Sequence[bytes], # prepared photos, JPEGs
     labels: np.ndarray, # (N,) int, index into `classes`
     train_idx: np.ndarray, # indices of the photos to train on
     valid_idx: np.ndarray, # indices of the photos to validate on

@@ -7,13 +7,14 @@ __all__ = ['make_folds', 'predict_out_of_fold', 'calibrate_folds', 'cross_valida
 
 # %% ../../nbs/model/05_cross_validate.ipynb #a6be7d32
 import time, warnings
+from collections.abc import Sequence
 import numpy as np
 from scipy.special import softmax
 from sklearn.model_selection import StratifiedGroupKFold
 from ..core.config import PlantError, Settings
 from ..core.statistics import wilson_interval
 from ..data.dataset import load_dataset
-from ..data.shards import load_jpegs
+from ..data.shard_cache import load_jpegs
 from .learner import fit_learner
 from ..registry.metrics import compute_metrics, fit_temperature
 
@@ -49,7 +50,7 @@ def make_folds(
 
 # %% ../../nbs/model/05_cross_validate.ipynb #670f100e
 def predict_out_of_fold(
-    jpegs: list, # prepared photos, JPEG bytes
+    jpegs: Sequence[bytes], # prepared photos, JPEGs
     labels: np.ndarray, # (N,) int, index into `classes`
     fold_of: np.ndarray, # (N,) int, the fold of each photo
     classes: list, # names of the classes

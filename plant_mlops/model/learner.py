@@ -13,6 +13,7 @@ from .backbone import (
     Backbone, build_backbone, extract_features, fold_batch_norms, get_device, keep_freed_memory, unit_rows)
 import math, warnings
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,11 +252,14 @@ def _warn_of_small_classes(labels, train_idx, classes):
 # %% ../../nbs/model/02_learner.ipynb #7838b78c
 def _embed_photos(backbone, jpegs, idx, size) -> np.ndarray: # (len(idx), D) float32, rows of length 1
     "Embeddings of the photos with the given indices, resized as in serving."
-    images = np.stack([resize_to_square(fv.PILImage.create(jpegs[i]), size) for i in idx])
-    return unit_rows(extract_features(backbone, images))
+    features = []
+    for start in range(0, len(idx), 256): # not all photos are in memory
+        images = [resize_to_square(fv.PILImage.create(jpegs[i]), size) for i in idx[start:start+256]]
+        features.append(extract_features(backbone, np.stack(images)))
+    return unit_rows(np.concatenate(features))
 
 def fit_learner(
-    jpegs: list, # prepared photos, JPEG bytes
+    jpegs: Sequence[bytes], # prepared photos, JPEGs
     labels: np.ndarray, # (N,) int, index into `classes`
     train_idx: np.ndarray, # indices of the photos to train on
     valid_idx: np.ndarray, # indices of the photos to validate on

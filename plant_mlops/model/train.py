@@ -8,13 +8,14 @@ __all__ = ['log_training', 'recipe', 'train']
 # %% ../../nbs/model/04_train.ipynb #30e5a335
 # before fastai: it turns off a warning that libraries print while they are imported
 from .backbone import get_device
+from collections.abc import Callable
 import matplotlib.pyplot as plt
 import numpy as np
 from fastai.vision import all as fv
 from ..core.config import Settings
 from ..data.dataset import load_dataset
 from ..data.photo import resize_to_square
-from ..data.shards import load_jpegs
+from ..data.shard_cache import load_jpegs
 from .augmentation import LIGHT, MIN_SCALE, ZOOM
 from .figures import plot_activations, plot_validation_confusion, top_losses
 from .learner import (AVERAGE, LABEL_SMOOTHING, VIEWS, WEIGHT_DECAY, TrainedNetwork,
@@ -36,16 +37,16 @@ def log_training(
     client, # MlflowClient
     run_id: str, # MLflow run of the training
     trained: TrainedNetwork, # result of the training
-    images: np.ndarray, # (V, H, W, 3) uint8, the validation photos
+    load_images: Callable, # positions of validation photos → (n, H, W, 3) uint8
 ):
     "Log metrics and pictures of a training run."
     _log_metrics(client, run_id, trained)
     worst = top_losses(trained)
-    first = np.arange(min(8, len(images)))
+    first = np.arange(min(8, len(trained.valid_labels)))
     figures = dict(
         confusion=plot_validation_confusion(trained),
-        top_losses=plot_activations(trained, images[worst], worst, 'Highest losses'),
-        activations=plot_activations(trained, images[first], first, 'Class activation maps'))
+        top_losses=plot_activations(trained, load_images(worst), worst, 'Highest losses'),
+        activations=plot_activations(trained, load_images(first), first, 'Class activation maps'))
     for name, figure in figures.items():
         client.log_figure(run_id, figure, f'pictures/{name}.png')
         plt.close(figure)
@@ -85,6 +86,8 @@ def train(
         trained.dataset = data.version
         trained.source = source
         trained.git_commit = commit
-        valid_images = [resize_to_square(fv.PILImage.create(jpegs[i]), s.image_size) for i in valid_idx]
-        log_training(client, run_id, trained, np.stack(valid_images))
+        def load_images(positions):
+            photos = [fv.PILImage.create(jpegs[i]) for i in valid_idx[positions]]
+            return np.stack([resize_to_square(photo, s.image_size) for photo in photos])
+        log_training(client, run_id, trained, load_images)
     return trained
