@@ -9,7 +9,7 @@ from plant_mlops.data.catalog_files import add_folder
 from plant_mlops.data.dataset import (
     build_dataset, dataset_version, has_flag, load_dataset, make_card, make_manifest, merge_duplicates)
 from plant_mlops.data.given_splits import assign_given_splits
-from plant_mlops.data.near_duplicates import NearLimits, near_pairs, select_pairs
+from plant_mlops.data.near_duplicates import MIRROR, NearLimits, near_pairs, select_pairs
 from plant_mlops.data.prepare import prepare, prepare_photo
 from plant_mlops.data.shards import put_shard
 from plant_mlops.data.splits import FRACTIONS, assign_splits
@@ -151,6 +151,42 @@ def test_similar_embeddings_of_two_photos_only_are_a_pair_with_three_times_as_ma
     third = photos.assign(phash=[*photos.phash[:2], '0'*7 + 'f'*6 + '000'])
     assert pairs([0, .1, .05], third) == [], 'neither is the only one'
     assert pairs([0, .1, 1.5], photos.assign(low_information=.2)) == [], 'flat'
+
+def make_similar(n, seed):
+    """Hashes and embeddings of n photos, and the photo that each is a copy of.
+
+    There are similar pairs, groups and crowds of every degree, some flat, and some mirrored."""
+    rng = np.random.default_rng(seed)
+    hashes = rng.integers(0, 2**64, n, dtype=np.uint64)
+    embedding = rng.normal(size=(n, 200)) + 1.5*rng.normal(size=(8, 200))[rng.integers(8, size=n)]
+    sources = np.arange(n)
+    for i in range(n//2, n): # a copy of an earlier photo, often of the same one
+        source = sources[i] = int(rng.integers(n//3)) if rng.random() < .7 else int(rng.integers(4))
+        bits = rng.choice(64, rng.integers(31), replace=False)
+        hashes[i] = hashes[source] ^ np.uint64(sum(1 << int(bit) for bit in bits))
+        if rng.random() < .2: hashes[i] ^= MIRROR
+        step = rng.normal(size=200)
+        length = np.linalg.norm(embedding[source])
+        embedding[i] = embedding[source] + rng.uniform(0, .6)*length*step/np.linalg.norm(step)
+    embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
+    photos = pd.DataFrame(dict(phash=[f'{value:016x}' for value in hashes.tolist()],
+                               low_information=np.where(rng.random(n) < .1, .3, .9)))
+    return photos, embedding.astype(np.float32), sources
+
+@pytest.mark.parametrize('seed', range(2))
+def test_of_many_photos_the_indexes_find_the_pairs_that_a_comparison_of_all_finds(seed):
+    photos, embedding, sources = make_similar(800, seed)
+    pictures = np.random.default_rng(seed).integers(0, 255, (800, 1, 64, 64), dtype=np.uint8)
+    def load_thumbnails(positions): return pictures[sources[positions]].repeat(6, axis=1)
+    def pairs(**kw):
+        found = near_pairs(photos, embedding, load_thumbnails=load_thumbnails, **kw)
+        return {(row.first, row.second, row.needs_pixels, row.is_duplicate) for row in found.itertuples()}
+    expected, found = pairs(), pairs(brute_force=0)
+    assert len(expected) > 150
+    assert sum(needs_pixels for _, _, needs_pixels, _ in expected) > 20
+    assert len(expected ^ found) <= .001*len(expected), (expected - found, found - expected)
+    without = near_pairs(photos), near_pairs(photos, brute_force=0)
+    assert without[0].equals(without[1])
 
 # -- Large groups
 
