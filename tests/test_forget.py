@@ -1,14 +1,14 @@
 "Photos that are deleted for good."
-import uuid
+import io, uuid
 from datetime import datetime
 from shutil import copytree
-import pytest, sqlalchemy as sa
+import pyarrow.parquet as pq, pytest, sqlalchemy as sa
 from PIL import Image
 from typer.testing import CliRunner
 from plant_mlops.apps.mistakes import load_photos
 from plant_mlops.cli.catalog import app
 from plant_mlops.core.config import PlantError, settings
-from plant_mlops.core.store import open_store
+from plant_mlops.core.store import FolderStore, StoreError, open_store
 from plant_mlops.data.catalog import add_rows, list_rows, list_stored, open_catalog, reset_rows
 from plant_mlops.data.dataset import build_dataset, load_dataset
 from plant_mlops.data.embeddings import load_embeddings
@@ -46,16 +46,25 @@ def objects(s) -> dict:
     store = open_store(s)
     return {stat.key: store.get(stat.key) for stat in store.list('')}
 
+def cached_files(s) -> list:
+    "The content of all files in the cache."
+    return [file.read_bytes() for file in (s.home/'cache').rglob('*') if file.is_file()]
+
 def test_a_forgotten_photo_is_nowhere_and_the_others_are_unchanged(s, engine):
     row = list_stored(engine)[7]
     checksum = row['sha256']
     prepared = read_shards(open_store(s), columns=['jpeg'], side=s.photo_side).set_index('sha256').jpeg
     before = load_dataset(s)
+    vector = load_embeddings(s)[(before.manifest.sha256 == checksum).to_numpy()].tobytes()
+    load_jpegs(s, before.manifest) # copies of the shards
+    assert any(prepared[checksum] in data for data in cached_files(s))
     forgotten = forget(s, [row['url_source']])
     assert (forgotten.photos, forgotten.rows, forgotten.raw, forgotten.shards, forgotten.datasets) == (1, 1, 1, 1, 1)
     everything = objects(s)
     assert f'raw/{checksum}' not in everything
-    assert not any(prepared[checksum] in data for data in everything.values()), 'the prepared JPEG is stored somewhere'
+    for data in [*everything.values(), *cached_files(s)]:
+        assert prepared[checksum] not in data, 'the prepared JPEG is stored somewhere'
+        assert vector not in data, 'the embedding is stored somewhere'
     assert not any(row['url_source'].encode() in data for key, data in everything.items() if key.endswith('.json'))
     data = load_dataset(s)
     others = data.manifest[data.manifest.sha256 != checksum]
@@ -65,6 +74,25 @@ def test_a_forgotten_photo_is_nowhere_and_the_others_are_unchanged(s, engine):
     assert (deleted['flags'], deleted['split'], deleted['url_source']) == ('deleted', 'none', 'deleted')
     embedding = load_embeddings(s)
     assert len(embedding) == 40 and not embedding[(data.manifest.sha256 == checksum).to_numpy()].any()
+
+@pytest.mark.parametrize('n_deletions', range(3))
+def test_a_deletion_that_was_interrupted_is_completed_by_the_next_one(s, engine, monkeypatch, n_deletions):
+    checksum = list_stored(engine)[3]['sha256']
+    delete, n_deleted = FolderStore.delete, 0
+    def delete_some(self, key):
+        nonlocal n_deleted
+        if key.startswith('fmt/'):
+            if n_deleted == n_deletions: raise StoreError('The network failed. Run again.')
+            n_deleted += 1
+        delete(self, key)
+    monkeypatch.setattr(FolderStore, 'delete', delete_some)
+    with pytest.raises(StoreError): forget(s, [checksum])
+    monkeypatch.undo()
+    assert f'raw/{checksum}' not in objects(s)
+    forget(s, [checksum])
+    tables = [key for key in objects(s) if key.startswith('fmt/')]
+    assert len(tables) == 9, 'three shards, with an index and embeddings each'
+    for key in tables: assert checksum not in pq.read_table(io.BytesIO(open_store(s).get(key)))['sha256'].to_pylist()
 
 def test_the_dashboard_shows_the_mistakes_without_a_forgotten_photo(s, engine):
     first, second = [row['sha256'] for row in list_stored(engine)][:2]
@@ -107,8 +135,9 @@ def test_an_interrupted_deletion_is_completed_by_the_next(s, engine, monkeypatch
         patch.setattr('plant_mlops.data.delete_photo.write_dataset', lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError): forget(s, [checksum])
     assert checksum not in {row['sha256'] for row in list_stored(engine)}
+    assert f'raw/{checksum}' not in objects(s)
     forgotten = forget(s, [checksum])
-    assert (forgotten.raw, forgotten.datasets) == (1, 1)
+    assert (forgotten.raw, forgotten.datasets) == (0, 1)
 
 @pytest.mark.parametrize('name, message', [
     ('http://a.example/unknown.jpg', 'no row'), ('0' * 64, 'No photo has'), ('photo.jpg', 'neither'), ('0' * 8 + '-1111-4111-8111-' + '0' * 12, 'no prediction')])

@@ -59,10 +59,11 @@ class Work:
         pids = {int(text) for text in (file.read_text() for file in self.files('begun')) if text}
         return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
 
-    def finish(self) -> tuple:
-        "Exit code, results, and what was written to standard error."
+    def finish(self, ignored='') -> tuple:
+        "Exit code, results, and what was written to standard error; some lines of standard output are ignored."
         output, error = self.process.communicate(timeout=60)
-        return self.process.returncode, [json.loads(line) for line in output.splitlines()], error
+        lines = [line for line in output.splitlines() if line != ignored]
+        return self.process.returncode, [json.loads(line) for line in lines], error
 
 def assert_ended(processes):
     def has_ended(process): return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
@@ -88,6 +89,24 @@ def test_interrupted_parts_record_what_they_have_done_and_no_other_begins(tmp_pa
     assert work.parts('interrupted') == work.parts('begun') == ['0', '1']
     assert 'Traceback' not in error
     assert_ended(workers)
+
+def test_parts_that_were_handed_out_before_an_interruption_do_not_begin_after_it(tmp_path):
+    work = Work(tmp_path, [*range(12)], 1)
+    work.wait_for(3, 'ended')
+    time.sleep(.3)
+    begun = work.parts('begun')
+    work.process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    code, results, error = work.finish()
+    assert code == 130, error
+    assert work.parts('begun') == begun
+    assert sorted([*work.parts('ended'), *work.parts('interrupted')]) == begun
+    assert time.monotonic() - start < 3
+
+def test_without_processes_the_parts_run_here_and_their_results_reach_standard_output(tmp_path, monkeypatch):
+    monkeypatch.setenv('JOBLIB_MULTIPROCESSING', '0')
+    code, results, error = Work(tmp_path, ['a', 'b'], .1).finish(ignored='a part prints')
+    assert (code, results) == (0, ['a', 'b']), error
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path):
     work = Work(tmp_path, [*range(9)], 2)

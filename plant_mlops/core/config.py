@@ -105,7 +105,7 @@ class PhotoSettings(BaseSettings):
     photo_side: int = _setting(256, 'Shorter side of a prepared photo, in pixels', ge=32)
     shard_photos: int = _setting(500, 'Photos in one fmt shard', ge=1)
     cache_max_bytes: int = _setting(
-        20_000_000_000, 'Largest size of the local copies of prepared photos, in bytes', ge=1000)
+        20_000_000_000, 'Size of the local copies of prepared photos that are kept, in bytes', ge=1000)
     duplicate_bits: int = _setting(
         10, 'Bits, of 64, in which the perceptual hashes of near-duplicates differ at most', ge=0, le=64)
     duplicate_cosine: float = _setting(

@@ -14,7 +14,7 @@ from .catalog import open_catalog
 from .dataset import load_dataset, write_dataset
 from .deleted_photos import record_deleted
 from .embeddings import erase_embeddings
-from .shard_cache import delete_stale_copies
+from .shard_cache import delete_copies
 from .shards import remove_from_shards
 
 # %% ../../nbs/data/33_delete_photo.ipynb #5fad51de
@@ -68,12 +68,12 @@ def delete_photos(
     result = Deletion(photos=len(checksums))
     try: result.rows = call_with_retry(record_deleted, engine, checksums)
     finally: engine.dispose()
-    result.shards = remove_from_shards(store, checksums)
-    delete_stale_copies(s, store)
-    for version in _dataset_versions(store):
-        result.datasets += _delete_from_dataset(s, store, version, set(checksums))
     for checksum in checksums:
         if store.stat(f'raw/{checksum}'): result.raw += 1
         store.delete(f'raw/{checksum}')
         for file in (s.home/'sample').glob(f'*-{checksum[:8]}.jpg'): file.unlink(missing_ok=True)
+    result.shards = remove_from_shards(store, checksums)
+    delete_copies(s, store)
+    for version in _dataset_versions(store):
+        result.datasets += _delete_from_dataset(s, store, version, set(checksums))
     return result

@@ -19,7 +19,7 @@ from ..core.store import NotFound, open_store, sha256_of
 from ..core.store_protocol import not_found_error
 from .card import latest_version
 from .photo import resize_to_square
-from .shard_cache import locate_photos, open_pixels, rows_in_shard, shard_sizes
+from .shard_cache import list_shards, locate_photos, open_pixels, rows_in_shard
 from .shards import decode_table, encode_table
 
 # %% ../../nbs/data/31_embeddings.ipynb #427d315c
@@ -52,7 +52,7 @@ def embed_shard(
     s: Settings, # settings
     embed: Callable, # (n, side, side, 3) uint8 → (n, d) float, rows of length 1
     shard: str, # key of a shard
-    advance: Callable = lambda n: None, # called with a number of photos
+    advance: Callable = lambda fraction: None, # called with fractions of the shard
     batch: int = 64, # number of photos at a time
 ):
     "Compute the embeddings of a shard, and put them next to it; raises `NotFound` if there is no such shard."
@@ -62,11 +62,15 @@ def embed_shard(
     for i in range(0, len(photos), batch):
         pixels = _squares(photos['jpeg'][i:i+batch].to_pylist(), s.photo_side)
         vectors.append(np.asarray(embed(pixels), np.float32))
-        advance(len(pixels))
+        advance(len(pixels)/len(photos))
     matrix = np.concatenate(vectors)
     column = pa.FixedSizeListArray.from_arrays(matrix.ravel(), matrix.shape[1])
     table = pa.table(dict(sha256=photos['sha256'], embedding=column))
-    store.put(embeddings_key(shard, embedding_name(s, embed)), encode_table(table))
+    key = embeddings_key(shard, embedding_name(s, embed))
+    store.put(key, encode_table(table))
+    if store.stat(shard) is None: # a photo of it was deleted for good in the meantime
+        store.delete(key)
+        raise not_found_error(shard, str(store))
 
 # %% ../../nbs/data/31_embeddings.ipynb #c3370629
 def embed_photos(
@@ -82,7 +86,8 @@ def embed_photos(
     n_photos = photos.shard.value_counts(sort=False)
     todo = [shard for shard in n_photos.index if embeddings_key(shard, name) not in existing]
     with progress_bar('embed', int(n_photos[todo].sum()), progress) as advance:
-        for shard in todo: embed_shard(s, embed, shard, advance)
+        for shard in todo: # in a shard are unlabelled photos, too, which the bar does not count
+            embed_shard(s, embed, shard, lambda fraction: advance(fraction*n_photos[shard]))
 
 # %% ../../nbs/data/31_embeddings.ipynb #feee22d8
 def read_embeddings(
@@ -92,7 +97,7 @@ def read_embeddings(
 ) -> np.ndarray: # (n, d) float32, in the order of the table
     "Embeddings of prepared photos; raises `NotFound` if they were not computed, or a photo is no longer prepared."
     store = open_store(s)
-    shard, keys = locate_photos(store, photos, shard_sizes(store, s.photo_side), s.photo_side)
+    shard, keys = locate_photos(store, photos, list_shards(store, s.photo_side), s.photo_side)
     if (shard < 0).any(): raise not_found_error(f'photo {photos.sha256[shard < 0].iloc[0]}', str(store))
     def read(key): return decode_table(store.get(embeddings_key(key, name)))
     matrix = np.empty((0, 0), np.float32)
@@ -101,7 +106,9 @@ def read_embeddings(
             vectors = table['embedding'].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
             if not len(matrix): matrix = np.empty((len(photos), vectors.shape[1]), np.float32)
             in_shard = shard == number
-            matrix[in_shard] = vectors[rows_in_shard(table, photos.sha256[in_shard])]
+            row = rows_in_shard(table, photos.sha256[in_shard])
+            if (row < 0).any(): raise not_found_error(f'an embedding in {keys[number]}', str(store))
+            matrix[in_shard] = vectors[row]
     return matrix
 
 # %% ../../nbs/data/31_embeddings.ipynb #cbee7bc5

@@ -74,7 +74,7 @@ def _ingest_counted(
     return IngestedPart(ingest_part(s, part, connect_to, on_result), reasons)
 
 # %% ../../nbs/data/18_ingest.ipynb #a54918d4
-_POLL_SECONDS = 1. # between two looks at the catalog
+_POLL_SECONDS = 1. # between two queries
 
 @contextmanager
 def _show_recorded(
@@ -93,11 +93,11 @@ def _show_recorded(
         while not is_last:
             is_last = end.wait(seconds)
             start = time.perf_counter()
-            with suppress(SQLAlchemyError): # the processes say so, too
+            with suppress(SQLAlchemyError): # the processes report it
                 n = count_attempts(engine, part) - before
                 advance(n - n_shown)
                 n_shown = n
-            seconds = max(_POLL_SECONDS, 20*(time.perf_counter() - start)) # a large catalog is not asked all the time
+            seconds = max(_POLL_SECONDS, 20*(time.perf_counter() - start)) # queries take 5% of the time at most
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -115,12 +115,14 @@ def _ingest_in_processes(
     connect_to: dict | None, # host → (address, port) to connect to instead
     advance: Callable, # called with numbers of photos
 ) -> IngestedPart:
-    "Ingest a part in several processes; raises the first `PlantError` of any of them."
+    """Ingest a part in several processes; raises the first error of any of them.
+
+    What a process that dies had recorded before is in the catalog, but not in the counts."""
     function = partial(_ingest_counted, _divide_limits(s, n_processes), connect_to=connect_to)
     counts = Counter()
     reasons = {}
-    parts = split_part(part, n_processes)
-    with _show_recorded(engine, part, advance), closing(run_parts(function, parts, n_processes)) as results:
+    results = run_parts(function, split_part(part, n_processes), n_processes, 'PLANT_INGEST_PROCESSES')
+    with _show_recorded(engine, part, advance), closing(results):
         for result in results:
             counts += result.counts
             reasons = result.reasons | reasons

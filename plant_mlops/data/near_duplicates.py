@@ -169,7 +169,7 @@ def _correlate_pairs(
 
 # %% ../../nbs/data/25_near_duplicates.ipynb #cb806b32
 BRUTE_FORCE = 20_000 # largest number of photos of which all pairs are compared
-_MOST = 64 # number of neighbours of a photo that are looked for
+_MAX_NEAR = 64 # number of nearest embeddings of a photo that are considered
 
 def _compare_pairs(
     first: np.ndarray, # position of one photo of each pair
@@ -229,12 +229,12 @@ def _find_candidates_by_index(
 ) -> pd.DataFrame: # first < second, n_different, cosine, is_mirrored, needs_pixels
     "Candidates among many photos."
     index = None if embedding is None else EmbeddingIndex(embedding)
-    trusted = np.arange(len(hashes)) if index is None else np.flatnonzero(~is_flat) # others are found by embeddings
+    by_hash = np.arange(len(hashes)) if index is None else np.flatnonzero(~is_flat) # those of flat ones say nothing
     found = []
     for change in (np.uint64(0), MIRROR):
-        first, second = find_similar_hashes(hashes[trusted], change, int(limits.max_different))
-        found.append((trusted[first], trusted[second]))
-    if index: found.append(index.find_near(limits.max_distance, _MOST))
+        first, second = find_similar_hashes(hashes[by_hash], change, int(limits.max_different))
+        found.append((by_hash[first], by_hash[second]))
+    if index: found.append(index.find_near(limits.max_distance, _MAX_NEAR))
     pairs = _compare_pairs(*unique_pairs(found), hashes, embedding)
     needs_pixels = is_flat
     if compares_pixels:

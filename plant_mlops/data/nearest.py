@@ -6,6 +6,7 @@
 __all__ = ['DIRECTIONS', 'unique_pairs', 'cosine_similarity', 'EmbeddingIndex', 'find_similar_hashes']
 
 # %% ../../nbs/data/24_nearest.ipynb #027b4135
+import os, sys
 from itertools import combinations, pairwise
 import numpy as np
 from ..core.process import cpu_cores
@@ -13,14 +14,16 @@ from ..core.process import cpu_cores
 # %% ../../nbs/data/24_nearest.ipynb #8d308ffb
 def _import_faiss():
     "faiss, which uses all cores of this process."
+    is_mac = sys.platform == 'darwin' # there, two copies of OpenMP, as of PyTorch and faiss, exclude each other
+    if is_mac: os.environ.setdefault('KMP_DUPLICATE_LIB_OK', 'TRUE')
     import faiss
-    faiss.omp_set_num_threads(cpu_cores())
+    faiss.omp_set_num_threads(1 if is_mac else cpu_cores())
     return faiss
 
 # %% ../../nbs/data/24_nearest.ipynb #f25430e7
 def unique_pairs(
-    found: list, # tuples of two int arrays: positions of the photos of pairs
-) -> tuple: # the same, each pair once, with the smaller position first
+    found: list, # results of searches, each a tuple of two int arrays: the positions of the photos of pairs
+) -> tuple: # two int arrays: each pair once, the smaller position first
     "The different pairs among those found; a photo is no pair with itself."
     first, second = (np.concatenate(positions).astype(np.int64) for positions in zip(*found))
     low, high = np.minimum(first, second), np.maximum(first, second)
@@ -43,10 +46,10 @@ def cosine_similarity(
     return cosine
 
 # %% ../../nbs/data/24_nearest.ipynb #8464b02e
-DIRECTIONS = 128
+DIRECTIONS = 128 # principal components
 _CELLS_SEARCHED = 16
 _CELLS = 4 # times the root of the number of vectors
-_SAMPLE = 20_000 # number of vectors from which the directions are found
+_SAMPLE = 20_000 # number of vectors from which the components are computed
 _AT_A_TIME = 50_000 # number of vectors that are projected or searched for at a time
 
 class EmbeddingIndex:
@@ -108,7 +111,7 @@ class EmbeddingIndex:
 _PIECES = 4
 _PIECE_BITS = 16
 _MAX_FLIPS = 3 # largest number of bits in which a piece may differ
-_MOST_ALIKE = 64 # number of hashes with the same piece that a hash is compared with; there are more in crowds only
+_MAX_BUCKET = 64 # number of hashes with one value of a piece that a hash is compared with
 _PAIRS_AT_A_TIME = 10_000_000
 
 def _flips(
@@ -164,9 +167,10 @@ def find_similar_hashes(
         for flip in _flips(min(max_different//_PIECES, _MAX_FLIPS)):
             partner = piece ^ flip ^ _piece(change, number)
             rows = np.flatnonzero(partner >= piece) # the others are their partners
-            lengths = np.minimum(counts[partner[rows]], _MOST_ALIKE)
+            lengths = np.minimum(counts[partner[rows]], _MAX_BUCKET)
             for block in _split_rows(lengths):
-                start = starts[partner[rows[block]]]
+                bucket = partner[rows[block]]
+                start = starts[bucket] + rows[block] % np.maximum(counts[bucket] - _MAX_BUCKET + 1, 1)
                 row, other = _pairs_of_rows(
                     sorted_hashes, sorted_hashes ^ change, rows[block], start, lengths[block], max_different)
                 in_piece.append((order[row], order[other]))

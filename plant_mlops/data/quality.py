@@ -24,22 +24,22 @@ def _squared_brightness(
     return squares.ravel() if squares.ndim == 2 else squares.reshape(-1, 3) @ _WEIGHTS
 
 # %% ../../nbs/data/19_quality.ipynb #e35e0ca4
-def _percentile(
-    values: np.ndarray, # float32 [n], not negative; their order changes
+def _brightness_percentile(
+    squares: np.ndarray, # float32 [n], squared brightness; its order changes
     percent: float, # 0 to 100
-) -> float:
-    "A percentile, between two values by linear interpolation of their roots."
-    position = percent/100*(len(values) - 1)
+) -> float: # 0 to 255
+    "A percentile of the brightness, by linear interpolation between two values."
+    position = percent/100*(len(squares) - 1)
     below = int(position)
-    above = min(below + 1, len(values) - 1)
-    values.view(np.int32).partition([below, above])
-    low, high = np.sqrt(values[[below, above]].astype(float))
+    above = min(below + 1, len(squares) - 1)
+    squares.view(np.int32).partition([below, above])
+    low, high = np.sqrt(squares[[below, above]].astype(float))
     return low + (high - low)*(position - below)
 
 # %% ../../nbs/data/19_quality.ipynb #571aabc6
 _SHARPNESS_SIDE = 64 # longer side at which sharpness is measured, in pixels
-_SHARPNESS_FACTOR = .01
-_MIN_CONTRAST = .18 # score of the greys that counts
+_SHARPNESS_FACTOR = .01 # of standard deviations
+_MIN_GREYS = .18 # smallest score of the counts of greys that is added
 
 def _sharpness(
     img: Image.Image, # RGB or grey
@@ -51,7 +51,7 @@ def _sharpness(
     edges = np.asarray(small.filter(ImageFilter.FIND_EDGES), float).std()
     greys = np.std(small.histogram())
     by_edges, by_greys = 1 - np.exp(-_SHARPNESS_FACTOR*np.array([edges, greys]))
-    return min(1., by_edges + (by_greys if by_greys > _MIN_CONTRAST else 0))
+    return min(1., by_edges + (by_greys if by_greys > _MIN_GREYS else 0))
 
 # %% ../../nbs/data/19_quality.ipynb #cf63d57a
 def _is_grey(
@@ -63,7 +63,7 @@ def _is_grey(
     return all(ImageChops.difference(red, other).getextrema()[1] <= max_difference for other in (green, blue))
 
 # %% ../../nbs/data/19_quality.ipynb #c1dcbcdc
-_ENTROPY_FACTOR = .1 # ten bits are the most that counts
+_ENTROPY_FACTOR = .1 # an entropy of 10 bits or more has the score 1
 
 def quality_scores(
     img: Image.Image, # RGB
@@ -73,8 +73,8 @@ def quality_scores(
     if is_grey: img = img.convert('L')
     squared = _squared_brightness(img)
     return dict(
-        dark=_percentile(squared, 99)/255,
-        light=1 - _percentile(squared, 5)/255,
+        dark=_brightness_percentile(squared, 99)/255,
+        light=1 - _brightness_percentile(squared, 5)/255,
         blurry=_sharpness(img),
         low_information=min(1., _ENTROPY_FACTOR*img.entropy()),
         odd_aspect_ratio=min(img.size)/max(img.size),

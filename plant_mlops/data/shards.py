@@ -38,7 +38,7 @@ SCHEMA = pa.schema([
 _INCOMPRESSIBLE = ('jpeg', 'embedding') # columns
 
 def encode_table(table: pa.Table) -> bytes:
-    "A table of photos as Parquet; JPEGs are not compressed again."
+    "A table as Parquet; JPEGs and embeddings are not compressed."
     out = io.BytesIO()
     compression = {name: 'none' if name in _INCOMPRESSIBLE else 'zstd' for name in table.column_names}
     pq.write_table(table, out, compression=compression)
@@ -130,7 +130,7 @@ def _without_photos(
     table: pa.Table, # a row for each photo
     checksums: pa.Array, # checksums of photos
 ) -> pa.Table:
-    "The rows of other photos."
+    "A table without the rows of some photos."
     return table.filter(pc.invert(pc.is_in(table['sha256'], checksums)))
 
 def _replace_shard(
@@ -151,7 +151,17 @@ def _replace_shard(
             with suppress(NotFound, Corrupt): # it can be computed again
                 table = _without_photos(decode_table(store.get(key)), checksums)
                 store.put(key.replace(shard.removesuffix('parquet'), new.removesuffix('parquet')), encode_table(table))
-    for key in (shard, *derived): store.delete(key)
+    for key in (*derived, shard): store.delete(key) # the shard last: if this is interrupted, the next run finds it
+
+# %% ../../nbs/data/20_shards.ipynb #75885035
+def _delete_orphans(
+    store, # store, from `open_store`
+):
+    "Delete what is derived from shards that do not exist any more."
+    keys = {stat.key for stat in store.list('fmt/')}
+    for key in keys:
+        folder, _, name = key.rpartition('/')
+        if not checksum_in_key(key) and f'{folder}/{name.partition(".")[0]}.parquet' not in keys: store.delete(key)
 
 # %% ../../nbs/data/20_shards.ipynb #70092f68
 def remove_from_shards(
@@ -167,4 +177,5 @@ def remove_from_shards(
         if not pc.any(pc.is_in(index['sha256'], value_set)).as_py(): continue
         _replace_shard(store, shard, derived_files(shard, keys), value_set)
         n_replaced += 1
+    _delete_orphans(store)
     return n_replaced
