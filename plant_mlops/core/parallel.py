@@ -49,6 +49,7 @@ def _signal_all(
     for process in processes:
         with suppress(ProcessLookupError): os.kill(process.pid, number)
 
+# %% ../../nbs/core/21_parallel.ipynb #d9961f66
 class _Stop:
     "Ends the parts that run, at most once."
     def __init__(self):
@@ -155,7 +156,7 @@ def _loss_error(n: int, setting: str) -> PlantError:
 # %% ../../nbs/core/21_parallel.ipynb #e8a773f6
 def run_parts(
     function: Callable, # part → result; both are sent to other processes, so they are small
-    parts: list, # parts of the work
+    parts: list, # parts of the task
     n_processes: int, # number of processes; 1: this one
     setting: str = 'PLANT_PROCESSES', # setting of the number of processes, for an error message
 ) -> Iterator: # results, in the order in which they come

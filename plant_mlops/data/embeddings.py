@@ -13,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 import numpy as np, pandas as pd, pyarrow as pa
 from PIL import Image
-from ..core.config import Settings
+from ..core.config import PlantError, Settings
 from ..core.progress import progress_bar
-from ..core.store import NotFound, open_store, sha256_of
+from ..core.store import Corrupt, NotFound, open_store, sha256_of
 from ..core.store_protocol import not_found_error
 from .card import latest_version
 from .photo import resize_to_square
 from .shard_cache import list_shards, locate_photos, open_pixels, rows_in_shard
-from .shards import decode_table, encode_table
+from .shards import decode_table, derived_key, encode_table
 
 # %% ../../nbs/data/31_embeddings.ipynb #427d315c
 def embedding_name(
@@ -37,7 +37,7 @@ def embeddings_key(
     name: str, # name of the embedding
 ) -> str: # key of its embeddings
     "Where the embeddings of a shard are."
-    return f'{shard.removesuffix("parquet")}{sha256_of(name.encode())[:12]}.embeddings.parquet'
+    return derived_key(shard, f'{sha256_of(name.encode())[:12]}.embeddings')
 
 # %% ../../nbs/data/31_embeddings.ipynb #588d2621
 def _squares(
@@ -95,11 +95,16 @@ def read_embeddings(
     photos: pd.DataFrame, # table with the columns sha256 and shard
     name: str, # name of the embedding
 ) -> np.ndarray: # (n, d) float32, in the order of the table
-    "Embeddings of prepared photos; raises `NotFound` if they were not computed, or a photo is no longer prepared."
+    "Embeddings of prepared photos; raises `NotFound` if there are none, or a photo is no longer prepared."
     store = open_store(s)
     shard, keys = locate_photos(store, photos, list_shards(store, s.photo_side), s.photo_side)
     if (shard < 0).any(): raise not_found_error(f'photo {photos.sha256[shard < 0].iloc[0]}', str(store))
-    def read(key): return decode_table(store.get(embeddings_key(key, name)))
+    def read(shard):
+        key = embeddings_key(shard, name)
+        try: return decode_table(store.get(key))
+        except Corrupt as e:
+            store.delete(key)
+            raise PlantError(f'{key} is damaged, and was deleted. `plant-mlops dataset` computes it again.') from e
     matrix = np.empty((0, 0), np.float32)
     with ThreadPoolExecutor(8) as pool:
         for number, table in enumerate(pool.map(read, keys)):

@@ -110,6 +110,10 @@ def _is_only_match(
     return is_match & (is_match.sum(1, keepdims=True) == 1)
 
 # %% ../../nbs/data/25_near_duplicates.ipynb #78463fca
+def _similarity(n_different, cosine) -> np.ndarray:
+    "The order in which pairs are compared pixel by pixel; hash and embedding have the same weight."
+    return np.nan_to_num(cosine) - n_different/64
+
 def _candidates(
     rows: slice, # photos to compare with all
     hashes: np.ndarray, # uint64 [n]
@@ -124,8 +128,7 @@ def _candidates(
     position = np.arange(len(hashes))
     is_other = position[rows, None] != position
     is_near &= is_other
-    similarity = np.nan_to_num(cosine) - n_different/64
-    similarity = np.where(is_near & either_needs_pixels, similarity, -np.inf)
+    similarity = np.where(is_near & either_needs_pixels, _similarity(n_different, cosine), -np.inf)
     if similarity.shape[1] > NEIGHBOURS:
         limit = np.partition(similarity, -NEIGHBOURS, axis=1)[:, -NEIGHBOURS, None]
         is_near &= ~either_needs_pixels | (similarity >= limit)
@@ -195,7 +198,7 @@ def _is_nearest(
     pairs: pd.DataFrame, # columns: first, second, n_different, cosine
 ) -> np.ndarray: # bool
     "Whether a pair is among the `NEIGHBOURS` most similar ones of either of its photos."
-    similarity = pairs.cosine.fillna(0) - pairs.n_different/64
+    similarity = _similarity(pairs.n_different, pairs.cosine)
     directed = pd.DataFrame(dict(
         photo=np.concatenate([pairs['first'], pairs['second']]), similarity=np.tile(similarity, 2)))
     rank = directed.groupby('photo').similarity.rank('min', ascending=False).to_numpy()

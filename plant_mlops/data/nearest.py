@@ -52,6 +52,21 @@ _CELLS = 4 # times the root of the number of vectors
 _SAMPLE = 20_000 # number of vectors from which the components are computed
 _AT_A_TIME = 50_000 # number of vectors that are projected or searched for at a time
 
+def _project(
+    faiss, # the module
+    embedding: np.ndarray, # vectors (n, d), float32
+    rng: np.random.Generator, # chooses the sample
+) -> np.ndarray: # (n, DIRECTIONS), or with fewer columns if d is smaller
+    "The principal components of vectors."
+    d = embedding.shape[1]
+    if d <= DIRECTIONS: return np.ascontiguousarray(embedding, np.float32)
+    sample = np.sort(rng.choice(len(embedding), min(len(embedding), _SAMPLE), replace=False))
+    directions = faiss.PCAMatrix(d, DIRECTIONS)
+    directions.train(embedding[sample])
+    blocks = [embedding[i:i+_AT_A_TIME] for i in range(0, len(embedding), _AT_A_TIME)]
+    return np.concatenate([directions.apply(np.ascontiguousarray(block)) for block in blocks])
+
+# %% ../../nbs/data/24_nearest.ipynb #160b7455
 class EmbeddingIndex:
     "Finds similar vectors among many."
     def __init__(self,
@@ -62,23 +77,13 @@ class EmbeddingIndex:
         rng = np.random.default_rng(seed)
         n = len(embedding)
         self.embedding = embedding
-        self.vectors = self._project(faiss, embedding, rng)
+        self.vectors = _project(faiss, embedding, rng)
         n_cells = max(1, int(_CELLS*np.sqrt(n)))
         self.index = faiss.IndexIVFFlat(faiss.IndexFlatL2(self.vectors.shape[1]), self.vectors.shape[1], n_cells)
         self.index.nprobe = min(_CELLS_SEARCHED, n_cells)
         self.index.cp.min_points_per_centroid = 1 # no warning where there are few
         self.index.train(self.vectors[rng.choice(n, min(n, 40*n_cells), replace=False)])
         self.index.add(self.vectors)
-
-    def _project(self, faiss, embedding, rng) -> np.ndarray: # (n, DIRECTIONS or fewer)
-        "The vectors in their main directions."
-        d = embedding.shape[1]
-        if d <= DIRECTIONS: return np.ascontiguousarray(embedding, np.float32)
-        sample = np.sort(rng.choice(len(embedding), min(len(embedding), _SAMPLE), replace=False))
-        directions = faiss.PCAMatrix(d, DIRECTIONS)
-        directions.train(embedding[sample])
-        blocks = [embedding[i:i+_AT_A_TIME] for i in range(0, len(embedding), _AT_A_TIME)]
-        return np.concatenate([directions.apply(np.ascontiguousarray(block)) for block in blocks])
 
     def _search(self, rows, k, max_distance) -> tuple:
         "Pairs of some vectors with their nearest ones, within a distance."

@@ -109,6 +109,7 @@ def _stale_files(
         copies += [file for file in folder.glob('*.tmp') if now - file.stat().st_mtime > _WRITE_SECONDS]
     return copies
 
+# %% ../../nbs/data/21_shard_cache.ipynb #06e924f0
 def delete_copies(
     s: Settings, # uses `home` and `store_url`
     store, # store, from `open_store`
@@ -127,6 +128,7 @@ def delete_copies(
                 raise PlantError(f'{file} cannot be deleted: {e.strerror}. It may hold photos that were to be deleted. '
                                  'Delete it, and run again.') from e
 
+# %% ../../nbs/data/21_shard_cache.ipynb #f17b6246
 def locate_photos(
     store, # store, from `open_store`
     manifest: pd.DataFrame, # table with the columns sha256 and shard
