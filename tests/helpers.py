@@ -497,7 +497,7 @@ EXPORTED = dict(
 # The tests of other files are distributed over the workers one by one.
 TOGETHER = {
     'test_ab', 'test_airflow', 'test_app_browser', 'test_base_install', 'test_catalog', 'test_commands',
-    'test_dashboard', 'test_drift', 'test_kubernetes', 'test_load', 'test_network', 'test_pipeline', 'test_prometheus',
+    'test_dashboard', 'test_drift', 'test_engines', 'test_kubernetes', 'test_load', 'test_network', 'test_pipeline', 'test_prometheus',
     'test_proxy', 'test_quantize', 'test_recipe', 'test_registry', 'test_serve', 'test_store'}
 
 # Slow files, the slowest first, so that no worker is left with one of them at the end. `make test-fast` omits them;
@@ -505,12 +505,12 @@ TOGETHER = {
 SLOW_FILES = (
     'test_stack', 'test_airflow', 'test_commands', 'test_jobs', 'test_drift', 'test_recipe', 'test_pipeline',
     'test_registry', 'test_dashboard', 'test_app_browser', 'test_full_disk', 'test_ingest', 'test_workers',
-    'test_prediction_log', 'test_parallel', 'test_quantize', 'test_cli', 'test_base_install', 'test_load', 'test_ab',
+    'test_prediction_log', 'test_engines', 'test_parallel', 'test_quantize', 'test_cli', 'test_base_install', 'test_load', 'test_ab',
     'test_export', 'test_workflows')
 
 # Notebooks that take more than a few seconds, named without their numbers: they train, or start servers and kernels.
 SLOW_NOTEBOOKS = {
-    'apps/data', 'apps/mistakes', 'apps/models', 'apps/try_it', 'cli/pipeline', 'cli/release', 'core/s3_store',
+    'apps/data', 'apps/mistakes', 'apps/models', 'apps/try_it', 'cli/pipeline', 'cli/release', 'core/ray_engine', 'core/s3_store',
     'data/dataset', 'data/ingest', 'data/prepare', 'data/synthetic', 'guides/one_photo', 'guides/workload',
     'jobs/active_run', 'jobs/chains', 'jobs/reports', 'jobs/runner', 'jobs/scheduler', 'monitor/drift',
     'monitor/drift_report', 'monitor/exporter', 'photos/example_home', 'photos/main', 'photos/stages',

@@ -2,7 +2,7 @@
 import json, os, signal, subprocess, sys, threading, time
 import psutil, pytest
 from helpers import wait_for
-from plant_mlops.core.parallel import run_parts
+from plant_mlops.core.local_engine import LocalEngine
 
 PARTS = '''
 "A module with parts that record in a folder that they began, and how they ended."
@@ -11,7 +11,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from plant_mlops.core.config import PlantError
-from plant_mlops.core.parallel import run_parts
+from plant_mlops.core.local_engine import LocalEngine
 
 def record(folder, part, event): (folder/f'{part}.{event}').write_text(str(os.getpid()))
 
@@ -32,7 +32,8 @@ def run(folder, seconds, part):
 def main(folder, parts, seconds):
     signal.signal(signal.SIGTERM, signal.default_int_handler) # as the command line does
     try:
-        with closing(run_parts(partial(run, Path(folder), float(seconds)), json.loads(parts), 2)) as results:
+        function = partial(run, Path(folder), float(seconds))
+        with closing(LocalEngine(2, 'PLANT_PROCESSES').run(function, json.loads(parts))) as results:
             for result in results: print(json.dumps(result), flush=True)
     except KeyboardInterrupt: sys.exit(130)
     except PlantError as e: sys.exit(str(e))
@@ -152,8 +153,9 @@ def test_a_mistake_in_the_code_of_a_part_shows_its_line(tmp_path):
     assert "raise KeyError('a mistake')" in error
 
 def test_an_interrupted_work_can_be_run_again_in_the_same_process():
+    engine = LocalEngine(2, 'PLANT_PROCESSES')
     def interrupt_soon(): os.kill(os.getpid(), signal.SIGINT)
     threading.Timer(2, interrupt_soon).start()
-    with pytest.raises(KeyboardInterrupt): list(run_parts(time.sleep, [20, 20], 2))
+    with pytest.raises(KeyboardInterrupt): list(engine.run(time.sleep, [20, 20]))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert list(run_parts(time.sleep, [.1, .1], 2)) == [None, None]
+    assert list(engine.run(time.sleep, [.1, .1])) == [None, None]

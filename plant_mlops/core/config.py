@@ -46,8 +46,12 @@ class BasicSettings(BaseSettings):
 
 # %% ../../nbs/core/00_config.ipynb #e33b280c
 class ParallelSettings(BaseSettings):
-    "How work is divided among processes."
-    processes: int = _setting(0, 'Processes that prepare photos at the same time; 0: one for each core', ge=0)
+    "Where the parts of long tasks run."
+    engine: str = _setting('local', 'What runs the parts of long tasks: processes of this machine, or a cluster',
+                           pattern='^(local|dask|ray)$')
+    engine_address: str = _setting('', 'Address of the cluster, such as tcp://scheduler:8786 or ray://head:10001')
+    processes: int = _setting(
+        0, 'Processes of this machine that prepare photos at the same time; 0: one for each core', ge=0)
 
 # %% ../../nbs/core/00_config.ipynb #a429c985
 class LocationSettings(BaseSettings):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RETRY_SECONDS', 'retry_transaction', 'ANSWER_TIMEOUT', 'is_transient', 'database_message', 'create_tables',
-           'open_database', 'insert_or_ignore', 'call_with_retry']
+           'open_database', 'insert_or_ignore', 'call_with_timeout', 'call_with_retry']
 
 # %% ../../nbs/core/12_database.ipynb #bab1f074
 import sqlite3, threading
@@ -129,7 +129,7 @@ retry_transaction = tenacity.retry( # a decorator
     wait=tenacity.wait_random_exponential(.1, max=3))
 
 # %% ../../nbs/core/12_database.ipynb #7eae3e85
-def _call_with_timeout(
+def call_with_timeout(
     seconds: float, # longest wait for the result
     f: Callable, # function without arguments
 ): # what the function returns
@@ -153,7 +153,7 @@ def call_with_retry(
     retrying = tenacity.Retrying(
         retry=_retry_if_transient, reraise=True, stop=tenacity.stop_after_delay(retry_seconds),
         wait=tenacity.wait_exponential(.3, max=5) + tenacity.wait_random(0, .3)) # with jitter
-    try: return _call_with_timeout(ANSWER_TIMEOUT, partial(retrying, f, *args))
+    try: return call_with_timeout(ANSWER_TIMEOUT, partial(retrying, f, *args))
     except TimeoutError: problem = f'has not answered for {ANSWER_TIMEOUT:g} s'
     except sa.exc.SQLAlchemyError as e: problem = f'failed: {database_message(e)}'
     raise PlantError(f'The catalog {problem}. Rows that were not written keep their state: '

@@ -10,10 +10,12 @@ __all__ = ['embedding_name', 'embeddings_key', 'embed_shard', 'embed_photos', 'r
 import io, json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
 import numpy as np, pandas as pd, pyarrow as pa
 from PIL import Image
 from ..core.config import PlantError, Settings
+from ..core.parallel import open_engine
 from ..core.progress import progress_bar
 from ..core.store import Corrupt, NotFound, open_store, sha256_of
 from ..core.store_protocol import not_found_error
@@ -52,9 +54,9 @@ def embed_shard(
     s: Settings, # settings
     embed: Callable, # (n, side, side, 3) uint8 → (n, d) float, rows of length 1
     shard: str, # key of a shard
-    advance: Callable = lambda fraction: None, # called with fractions of the shard
+    advance: Callable = lambda shard, fraction: None, # called with the key and fractions of the shard
     batch: int = 64, # number of photos at a time
-):
+) -> str: # the key
     "Compute the embeddings of a shard, and put them next to it; raises `NotFound` if there is no such shard."
     store = open_store(s)
     photos = open_pixels(s, store, shard)
@@ -62,7 +64,7 @@ def embed_shard(
     for i in range(0, len(photos), batch):
         pixels = _squares(photos['jpeg'][i:i+batch].to_pylist(), s.photo_side)
         vectors.append(np.asarray(embed(pixels), np.float32))
-        advance(len(pixels)/len(photos))
+        advance(shard, len(pixels)/len(photos))
     matrix = np.concatenate(vectors)
     column = pa.FixedSizeListArray.from_arrays(matrix.ravel(), matrix.shape[1])
     table = pa.table(dict(sha256=photos['sha256'], embedding=column))
@@ -71,6 +73,7 @@ def embed_shard(
     if store.stat(shard) is None: # a photo of it was deleted for good in the meantime
         store.delete(key)
         raise not_found_error(shard, str(store))
+    return shard
 
 # %% ../../nbs/data/31_embeddings.ipynb #c3370629
 def embed_photos(
@@ -85,9 +88,15 @@ def embed_photos(
     existing = {stat.key for stat in store.list(f'fmt/{s.photo_side}/')}
     n_photos = photos.shard.value_counts(sort=False)
     todo = [shard for shard in n_photos.index if embeddings_key(shard, name) not in existing]
-    with progress_bar('embed', int(n_photos[todo].sum()), progress) as advance:
-        for shard in todo: # in a shard are unlabelled photos, too, which the bar does not count
-            embed_shard(s, embed, shard, lambda fraction: advance(fraction*n_photos[shard]))
+    if not todo: return
+    with (open_engine(s, n_processes=1) as engine, # PyTorch itself uses all cores
+          progress_bar('embed', int(n_photos[todo].sum()), progress) as advance):
+        def show(shard, fraction): advance(fraction*n_photos[shard]) # not the unlabelled photos in it
+        function = partial(embed_shard, s, embed)
+        if engine.in_this_process: function = partial(function, advance=show)
+        with closing(engine.run(function, todo)) as results:
+            for shard in results:
+                if not engine.in_this_process: show(shard, 1)
 
 # %% ../../nbs/data/31_embeddings.ipynb #feee22d8
 def read_embeddings(

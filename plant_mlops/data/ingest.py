@@ -6,21 +6,24 @@
 __all__ = ['ROWS_PER_PROCESS', 'MAX_PROCESSES', 'split_part', 'ingest_process_count', 'IngestedPart', 'ingest']
 
 # %% ../../nbs/data/18_ingest.ipynb #cf0908d5
-import threading, time
+import os, threading, time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 from ..core.config import Settings
 from ..core.database import call_with_retry
-from ..core.parallel import run_parts
+from ..core.parallel import Engine, open_engine
 from ..core.process import cpu_cores
 from ..core.progress import progress_bar
+from ..core.worker_check import Needs
 from .catalog import count_attempts, list_pending, open_catalog
 from .ingest_part import ingest_part
 
@@ -78,12 +81,12 @@ _POLL_SECONDS = 1. # between two queries
 
 @contextmanager
 def _show_recorded(
-    engine, # engine of the catalog
+    catalog, # catalog, from `open_catalog`
     part: tuple, # (i, n): the rows with id % n == i - 1
     advance: Callable, # called with the number of new results
 ):
     "For the length of a `with`, advance a bar by the results that other processes record."
-    before = call_with_retry(count_attempts, engine, part)
+    before = call_with_retry(count_attempts, catalog, part)
     end = threading.Event()
 
     def follow():
@@ -94,7 +97,7 @@ def _show_recorded(
             is_last = end.wait(seconds)
             start = time.perf_counter()
             with suppress(SQLAlchemyError): # the processes report it
-                n = count_attempts(engine, part) - before
+                n = count_attempts(catalog, part) - before
                 advance(n - n_shown)
                 n_shown = n
             seconds = max(_POLL_SECONDS, 20*(time.perf_counter() - start)) # queries take 5% of the time at most
@@ -109,24 +112,35 @@ def _show_recorded(
 # %% ../../nbs/data/18_ingest.ipynb #4a27e93a
 def _ingest_in_processes(
     s: Settings, # settings of the whole run
-    engine, # engine of the catalog
+    engine: Engine, # what runs the parts
+    catalog, # catalog, from `open_catalog`
     part: tuple, # (i, n): the rows with id % n == i - 1
-    n_processes: int, # number of processes
     connect_to: dict | None, # host → (address, port) to connect to instead
     advance: Callable, # called with numbers of photos
 ) -> IngestedPart:
     """Ingest a part in several processes; raises the first error of any of them.
 
     What a process that dies had recorded before is in the catalog, but not in the counts."""
-    function = partial(_ingest_counted, _divide_limits(s, n_processes), connect_to=connect_to)
+    n = min(engine.n_workers, s.ingest_per_host)
+    function = partial(_ingest_counted, _divide_limits(s, n), connect_to=connect_to)
     counts = Counter()
     reasons = {}
-    results = run_parts(function, split_part(part, n_processes), n_processes, 'PLANT_INGEST_PROCESSES')
-    with _show_recorded(engine, part, advance), closing(results):
+    results = engine.run(function, split_part(part, n))
+    with _show_recorded(catalog, part, advance), closing(results):
         for result in results:
             counts += result.counts
             reasons = result.reasons | reasons
     return IngestedPart(counts, reasons)
+
+# %% ../../nbs/data/18_ingest.ipynb #d62af550
+def _ingest_needs(
+    rows: list, # rows to ingest
+    connect_to: dict | None, # host → (address, port) to connect to instead
+) -> Needs:
+    "What the workers have to reach, apart from the store."
+    files = [row['url_source'] for row in rows if row['url_source'].startswith('file:///')]
+    folders = tuple(os.path.dirname(url2pathname(urlsplit(url).path)) for url in files[:1])
+    return Needs(catalog=True, folders=folders, this_machine=connect_to is not None)
 
 # %% ../../nbs/data/18_ingest.ipynb #262453f4
 def _summary_table(
@@ -139,6 +153,23 @@ def _summary_table(
         if result[status]: table.add_row(status, f'{result[status]:,}', escape(reasons.get(status, '')))
     return table
 
+# %% ../../nbs/data/18_ingest.ipynb #854e0fad
+def _ingest_pending(
+    s: Settings, # settings
+    catalog, # catalog, from `open_catalog`
+    rows: list, # rows to ingest
+    part: tuple, # (i, n): they are the rows with id % n == i - 1
+    connect_to: dict | None, # host → (address, port) to connect to instead
+    progress: bool, # whether to show a progress bar
+) -> IngestedPart:
+    "Ingest rows by the configured engine."
+    n_processes = ingest_process_count(s, len(rows))
+    needs = _ingest_needs(rows, connect_to)
+    with (open_engine(s, n_processes, 'PLANT_INGEST_PROCESSES', needs) as engine,
+          progress_bar('ingest', len(rows), progress) as advance):
+        if engine.in_this_process: return _ingest_counted(s, part, connect_to, advance)
+        return _ingest_in_processes(s, engine, catalog, part, connect_to, advance)
+
 # %% ../../nbs/data/18_ingest.ipynb #1a137fa6
 def ingest(
     s: Settings, # settings
@@ -148,16 +179,14 @@ def ingest(
 ) -> dict: # numbers of photos: stored, failed, rejected and skipped, and seconds
     "Fetch, check and store all photos that are due; raises `PlantError` if store or catalog cannot be used."
     start = time.perf_counter()
-    engine = call_with_retry(open_catalog, s)
+    catalog = call_with_retry(open_catalog, s)
     try:
-        n_rows = len(call_with_retry(list_pending, engine, part, s.ingest_attempts))
-        n_processes = ingest_process_count(s, n_rows)
-        with progress_bar('ingest', n_rows, progress) as advance:
-            if n_processes == 1: ingested = _ingest_counted(s, part, connect_to, advance)
-            else: ingested = _ingest_in_processes(s, engine, part, n_processes, connect_to, advance)
-    finally: engine.dispose()
+        rows = call_with_retry(list_pending, catalog, part, s.ingest_attempts)
+        ingested = IngestedPart(Counter(), {})
+        if rows: ingested = _ingest_pending(s, catalog, rows, part, connect_to, progress)
+    finally: catalog.dispose()
     outcomes = {status: ingested.counts[status] for status in ('stored', 'failed', 'rejected', 'skipped')}
     result = outcomes | dict(seconds=time.perf_counter() - start)
     reasons = ingested.reasons | dict(skipped='their host failed too often; run again later')
-    if progress: Console(stderr=True).print(_summary_table(result, reasons) if n_rows else 'ingest: nothing to do')
+    if progress: Console(stderr=True).print(_summary_table(result, reasons) if rows else 'ingest: nothing to do')
     return result

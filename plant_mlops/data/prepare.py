@@ -15,7 +15,7 @@ from functools import partial
 from typing import NamedTuple
 from ..core.config import PlantError, Settings
 from ..core.database import call_with_retry
-from ..core.parallel import divide, process_count, run_parts
+from ..core.parallel import divide, open_engine, process_count
 from ..core.process import cpu_cores
 from ..core.progress import progress_bar
 from ..core.store import Corrupt, NotFound, open_store, sha256_of
@@ -114,14 +114,13 @@ def _prepare_parts(
     progress: bool, # whether to show a progress bar
 ) -> Iterator[PreparedPart]:
     "Prepare photos, in parts."
-    n = process_count(s, len(todo), PHOTOS_PER_PROCESS)
-    parts = divide(todo, s.shard_photos, n)
-    with progress_bar('prepare', len(todo), progress) as advance:
-        in_this_process = n == 1
-        function = partial(prepare_part, s, advance=advance) if in_this_process else partial(prepare_part, s)
-        with closing(run_parts(function, parts, n)) as results:
+    if not todo: return
+    with (open_engine(s, process_count(s, len(todo), PHOTOS_PER_PROCESS)) as engine,
+          progress_bar('prepare', len(todo), progress) as advance):
+        function = partial(prepare_part, s, advance=advance) if engine.in_this_process else partial(prepare_part, s)
+        with closing(engine.run(function, divide(todo, s.shard_photos, engine.n_workers))) as results:
             for result in results:
-                if not in_this_process: advance(result.n_photos)
+                if not engine.in_this_process: advance(result.n_photos)
                 yield result
 
 # %% ../../nbs/data/22_prepare.ipynb #785a4852

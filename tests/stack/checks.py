@@ -174,7 +174,7 @@ def test_ingestion_training_and_predictions_survive_20_seconds_without_each_serv
     versions_before = experiment.version_count()
     pages = {f'/{name}-{i}.jpg': noise_photo(len(name)*100 + i) for name in services for i in range(30)}
     with serve_site(pages, delay=.4) as site, PredictionLoad() as load:
-        train = RestartedJob(stack, 'train', '-p', 'again', 'true', **quick | dict(PLANT_EPOCHS='8'))
+        train = RestartedJob(stack, 'train', '-p', 'again', 'true', **quick | dict(PLANT_EPOCHS='2'))
         for service in services:
             port = site.server_address[1]
             load_urls(stack, service, [f'http://localhost:{port}{path}' for path in pages if service in path])
