@@ -12,7 +12,7 @@ from plant_mlops.data.prepare import prepare
 from plant_mlops.data.shards import read_shards
 from plant_mlops.photos.stages import dataset, ingest, load_catalog
 
-N_PHOTOS = 240
+N_PHOTOS = 120
 SMALL = dict(photo_side=64, shard_photos=20, image_size=64, seed=42)
 
 # -- Clusters
