@@ -55,7 +55,7 @@ export: modules       ## write modules, README, Grafana boards, CronJobs and ale
 
 readme: install
 	@jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | \
-	  sed -E 's#\]\((core|data|registry|model|serve|jobs|monitor|targets|apps|photos|stocks|cli|bench|guides)/#](nbs/\1/#g' > README.md
+	  sed -E 's#\]\((core|data|registry|model|serve|batch|jobs|monitor|targets|apps|photos|stocks|cli|bench|guides)/#](nbs/\1/#g' > README.md
 
 outputs: install      ## execute a notebook and save its outputs: make outputs NB=nbs/core/00_config.ipynb
 	@test -f "$(NB)" || { echo "Name a notebook: make outputs NB=nbs/core/00_config.ipynb"; exit 1; }

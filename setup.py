@@ -6,7 +6,7 @@ from setuptools import setup, find_packages
 cfg = ConfigParser(delimiters=['='])
 cfg.read(Path(__file__).parent/'settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
-extras = ['log', 'heic', 'train', 'app', 'dashboard', 'jobs', 'kubeflow', 'airflow', 'celery', 'dev']
+extras = ['log', 'heic', 'batch', 'dask', 'ray', 'train', 'app', 'dashboard', 'jobs', 'kubeflow', 'airflow', 'celery', 'dev']
 
 def lines(key): return [o.strip() for o in cfg[key].splitlines() if o.strip()]
 

@@ -4,8 +4,8 @@ from collections import Counter
 from pathlib import Path
 import pytest
 from plant_mlops.core.process import raise_gc_thresholds
-from helpers import (SLOW_FILES, SLOW_NOTEBOOKS, TOGETHER, borrow_venv, copy_checkout, find_program, free_port, missing,
-                     notebook_name, photos_dir, require, root, start_postgres, stop, wait_for)
+from helpers import (SLOW_FILES, SLOW_NOTEBOOKS, TOGETHER, borrow_venv, copy_checkout, dask_cluster, find_program,
+                     free_port, missing, notebook_name, photos_dir, require, root, start_postgres, stop, wait_for)
 
 # -- Markers, and a summary of what was skipped
 
@@ -216,6 +216,20 @@ def _mariadb(tmp_path_factory):
         wait_for(is_ready, what='MariaDB')
         yield f'mysql+pymysql://root@127.0.0.1:{port}/plants?charset=utf8mb4'
     finally: stop(process)
+
+# -- Clusters
+
+@pytest.fixture(scope='session')
+def dask(tmp_path_factory):
+    "A cluster of two workers."
+    with dask_cluster(tmp_path_factory.mktemp('dask')) as cluster:
+        cluster.start_workers()
+        yield cluster
+
+@pytest.fixture
+def empty_dask(tmp_path):
+    "A scheduler without workers."
+    with dask_cluster(tmp_path) as cluster: yield cluster
 
 # -- Which tests run together, in which order, and which are slow
 

@@ -1,8 +1,8 @@
 """What several test files use: real components, processes, copies of the project, servers and the command line.
 
 Fixtures are in `conftest.py`. Test files import from here, never from each other."""
-import asyncio, base64, contextlib, importlib.util, io, json, os, random, re, shutil, socket, ssl, subprocess, sys
-import tempfile, threading, time
+import asyncio, base64, contextlib, importlib.util, io, json, os, random, re, shutil, signal, socket, ssl, subprocess
+import sys, tempfile, threading, time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -423,6 +423,74 @@ def running_proxy(*args, **kw):
         loop.run_until_complete(asyncio.sleep(0))
         loop.close()
 
+# -- Clusters of Dask
+
+class Dask:
+    "A scheduler of Dask; its workers are processes of their own."
+    def __init__(self, folder):
+        self.folder = folder
+        self.address = f'tcp://127.0.0.1:{free_port()}'
+        self.processes = []
+        self.scheduler = self.start('scheduler', '--host', self.address)
+        wait_for(self.is_listening, what='the scheduler')
+
+    def start(self, command, *args, before=(), **env):
+        "Start `dask scheduler` or `dask worker`."
+        log = open(self.folder/f'{command}-{len(self.processes)}.log', 'wb')
+        program = [*before, programs/'dask', command, *args, '--no-dashboard']
+        process = subprocess.Popen(program, stdout=log, stderr=log, cwd=self.folder, env=os.environ | env)
+        self.processes.append(process)
+        return process
+
+    def is_listening(self):
+        from distributed import Client
+        with Client(self.address, timeout=2, set_as_default=False): return True
+
+    def start_workers(self, n=2, **kw):
+        "Start workers; a killed one is replaced by Dask's nanny."
+        args = ('--nworkers', str(n), '--nthreads', '1', '--local-directory', self.folder/'workers')
+        return self.start('worker', self.address, *args, **kw)
+
+    def settings(self, **kw):
+        "Settings with this cluster as engine."
+        from plant_mlops.core.config import settings
+        return settings(engine='dask', engine_address=self.address, **kw)
+
+    def stop(self):
+        for process in reversed(self.processes): stop(process)
+
+@contextlib.contextmanager
+def dask_cluster(folder):
+    cluster = Dask(folder)
+    try: yield cluster
+    finally: cluster.stop()
+
+class WorkerKiller:
+    "Kills a worker while it runs a part, as often as is asked for."
+    def __init__(self, address):
+        from distributed import Client
+        self.client = Client(address, set_as_default=False)
+        self.n_killed = 0
+
+    def kill_one(self):
+        "Kill a worker that runs a part; fails if none does within a minute."
+        def is_killed():
+            busy = [worker for worker, parts in self.client.processing().items() if parts]
+            if not busy: return False
+            time.sleep(.05) # the part has begun
+            pids = self.client.run(os.getpid, workers=busy[:1])
+            os.kill(pids[busy[0]], signal.SIGKILL)
+            return True
+        wait_for(is_killed, 60, 'a busy worker', every=.01)
+        self.n_killed += 1
+
+    def run(self, function, *args, **kw):
+        "Call a function, and kill a worker in the meantime."
+        thread = threading.Thread(target=self.kill_one)
+        thread.start()
+        try: return function(*args, **kw)
+        finally: thread.join()
+
 # -- Servers of models
 
 @contextlib.contextmanager
@@ -496,7 +564,7 @@ EXPORTED = dict(
 # Files whose tests share something expensive (a server, a trained model, an environment): one worker runs them.
 # The tests of other files are distributed over the workers one by one.
 TOGETHER = {
-    'test_ab', 'test_airflow', 'test_app_browser', 'test_base_install', 'test_catalog', 'test_commands',
+    'test_ab', 'test_airflow', 'test_app_browser', 'test_base_install', 'test_batch', 'test_catalog', 'test_commands',
     'test_dashboard', 'test_drift', 'test_engines', 'test_kubernetes', 'test_load', 'test_network', 'test_pipeline', 'test_prometheus',
     'test_proxy', 'test_quantize', 'test_recipe', 'test_registry', 'test_serve', 'test_store'}
 
@@ -505,7 +573,7 @@ TOGETHER = {
 SLOW_FILES = (
     'test_stack', 'test_airflow', 'test_commands', 'test_jobs', 'test_drift', 'test_recipe', 'test_pipeline',
     'test_registry', 'test_dashboard', 'test_app_browser', 'test_full_disk', 'test_ingest', 'test_workers',
-    'test_prediction_log', 'test_engines', 'test_parallel', 'test_quantize', 'test_cli', 'test_base_install', 'test_load', 'test_ab',
+    'test_prediction_log', 'test_engines', 'test_training', 'test_batch', 'test_parallel', 'test_quantize', 'test_cli', 'test_base_install', 'test_load', 'test_ab',
     'test_export', 'test_workflows')
 
 # Notebooks that take more than a few seconds, named without their numbers: they train, or start servers and kernels.

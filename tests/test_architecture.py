@@ -51,7 +51,7 @@ def own_imports(module) -> set:
     return result - {module, 'plant_mlops'}
 
 FOLDERS = [
-    'core', 'data', 'registry', 'model', 'serve', 'jobs', 'monitor', 'targets', 'photos', 'apps', 'stocks', 'cli']
+    'core', 'data', 'registry', 'model', 'serve', 'batch', 'jobs', 'monitor', 'targets', 'photos', 'apps', 'stocks', 'cli']
 
 @cache
 def notebook_of() -> dict:

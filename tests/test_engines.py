@@ -1,8 +1,8 @@
 "The parts of a task on real clusters of Dask and Ray: the same results as on one machine, also where workers die."
-import os, signal, subprocess, sys, threading, time
-from contextlib import closing, contextmanager
+import signal, subprocess, sys, threading, time
+from contextlib import closing
 import pytest
-from helpers import free_port, missing, plant_messages, programs, root, start_plant, stop, wait_for
+from helpers import WorkerKiller, missing, plant_messages, root, start_plant, wait_for
 from plant_mlops.core.config import PlantError, settings
 from plant_mlops.core.dask_engine import DaskEngine
 from plant_mlops.core.store import open_store
@@ -14,83 +14,6 @@ from plant_mlops.photos.stages import dataset, ingest, load_catalog
 
 N_PHOTOS = 120
 SMALL = dict(photo_side=64, shard_photos=20, image_size=64, seed=42)
-
-# -- Clusters
-
-class Dask:
-    "A scheduler of Dask; its workers are processes of their own."
-    def __init__(self, folder):
-        self.folder = folder
-        self.address = f'tcp://127.0.0.1:{free_port()}'
-        self.processes = []
-        self.scheduler = self.start('scheduler', '--host', self.address)
-        wait_for(self.is_listening, what='the scheduler')
-
-    def start(self, command, *args, before=(), **env):
-        "Start `dask scheduler` or `dask worker`."
-        log = open(self.folder/f'{command}-{len(self.processes)}.log', 'wb')
-        program = [*before, programs/'dask', command, *args, '--no-dashboard']
-        process = subprocess.Popen(program, stdout=log, stderr=log, cwd=self.folder, env=os.environ | env)
-        self.processes.append(process)
-        return process
-
-    def is_listening(self):
-        from distributed import Client
-        with Client(self.address, timeout=2, set_as_default=False): return True
-
-    def start_workers(self, n=2, **kw):
-        "Start workers; a killed one is replaced by Dask's nanny."
-        args = ('--nworkers', str(n), '--nthreads', '1', '--local-directory', self.folder/'workers')
-        return self.start('worker', self.address, *args, **kw)
-
-    def settings(self, **kw): return settings(engine='dask', engine_address=self.address, **kw)
-
-    def stop(self):
-        for process in reversed(self.processes): stop(process)
-
-@contextmanager
-def dask_cluster(folder):
-    cluster = Dask(folder)
-    try: yield cluster
-    finally: cluster.stop()
-
-@pytest.fixture(scope='module')
-def dask(tmp_path_factory):
-    "A cluster of two workers."
-    with dask_cluster(tmp_path_factory.mktemp('dask')) as cluster:
-        cluster.start_workers()
-        yield cluster
-
-@pytest.fixture
-def empty_dask(tmp_path):
-    "A scheduler without workers."
-    with dask_cluster(tmp_path) as cluster: yield cluster
-
-class WorkerKiller:
-    "Kills a worker while it runs a part, as often as is asked for."
-    def __init__(self, address):
-        from distributed import Client
-        self.client = Client(address, set_as_default=False)
-        self.n_killed = 0
-
-    def kill_one(self):
-        "Kill a worker that runs a part; fails if none does within a minute."
-        def is_killed():
-            busy = [worker for worker, parts in self.client.processing().items() if parts]
-            if not busy: return False
-            time.sleep(.05) # the part has begun
-            pids = self.client.run(os.getpid, workers=busy[:1])
-            os.kill(pids[busy[0]], signal.SIGKILL)
-            return True
-        wait_for(is_killed, 60, 'a busy worker', every=.01)
-        self.n_killed += 1
-
-    def run(self, function, *args, **kw):
-        "Call a function, and kill a worker in the meantime."
-        thread = threading.Thread(target=self.kill_one)
-        thread.start()
-        try: return function(*args, **kw)
-        finally: thread.join()
 
 # -- The same results
 

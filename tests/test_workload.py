@@ -13,7 +13,7 @@ from plant_mlops.serve.api import create_app
 from plant_mlops.serve.onnx_model import Model
 from plant_mlops.stocks.features import FEATURES
 
-platform = ('core', 'registry', 'serve', 'jobs', 'monitor', 'targets', 'apps')
+platform = ('core', 'registry', 'serve', 'batch', 'jobs', 'monitor', 'targets', 'apps')
 modules = [p for room in platform for p in sorted((root/'plant_mlops'/room).glob('*.py'))]
 
 def imported_packages(tree):

@@ -108,13 +108,33 @@ def _print_prediction(prediction: dict, model): # model: a `Model`
     note = ' [yellow](model trained on synthetic photos)[/]' if model.is_synthetic else ''
     print_line(f'{file}: {text}{note}')
 
+def _predict_many(s, files: list | None, source: str | None, target: str | None, as_json: bool):
+    "Predict photos into Parquet files."
+    if files or not source or not target: raise typer.BadParameter('--from and --to go together, without files.')
+    from plant_mlops.batch.predictions import predict_batch
+    result = predict_batch(s, source, target, progress=not as_json)
+    if as_json: print_json(result)
+    else:
+        notes = result.pop('notes')
+        print_result(result, as_json)
+        for note in notes: print_line(f'[yellow]{"note":>14}[/]  {escaped(note)}')
+    if result['errors']: raise typer.Exit(3)
+
 @app.command()
 def predict(
-    files: Annotated[list[Path], typer.Argument(help='Files of photos')],
+    files: Annotated[Optional[list[Path]], typer.Argument(help='Files of photos', show_default=False)] = None,
+    source: Annotated[Optional[str], typer.Option(
+        '--from', help='Folder, s3://bucket/prefix, or table with the column url_source (.csv, .parquet)')] = None,
+    target: Annotated[Optional[str], typer.Option(
+        '--to', help='Folder or s3://bucket/prefix for the predictions, as Parquet files')] = None,
     home: HomeOption = None, as_json: JsonOption = False,
 ):
-    "Predict the class of photos."
+    "Predict the class of photos: of some files, or of many, into Parquet files."
     s = settings(home=home)
+    if source or target:
+        _predict_many(s, files, source, target, as_json)
+        return
+    if not files: raise typer.BadParameter('Name files of photos, or --from and --to.')
     model = load_champion(s)
     has_errors = False
     for prediction in predict_files(model, files, s.ingest_max_bytes):

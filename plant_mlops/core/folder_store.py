@@ -104,7 +104,9 @@ class FolderStore:
 
     def __init__(self,
         root: Path | str, # folder of the store, created at the first put
+        records_checksums: bool = True, # whether checksums are kept in hidden files, to detect damage
     ):
+        self.records_checksums = records_checksums
         self.root = Path(root).expanduser().absolute()
         self.tmp = self.root/'.tmp'
         self.checksums = self.root/'.sha256'
@@ -180,7 +182,8 @@ def put(self:FolderStore, key: str, data: bytes | Path, sha256: str = '', if_abs
     checksum = verify_checksum(key, data, sha256, checksum_in_key(key))
     with _raise_disk_errors(key), self._lock(key):
         if if_absent or if_match: _check_condition(key, self.stat(key), if_absent, if_match)
-        if checksum_in_key(key): _write_atomically(path, data, _new_tmp_file(self.tmp), sync)
+        if checksum_in_key(key) or not self.records_checksums:
+            _write_atomically(path, data, _new_tmp_file(self.tmp), sync)
         else: self._put_with_checksum(key, data, checksum, sync)
     return self.stat(key)
 

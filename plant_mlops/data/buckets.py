@@ -6,6 +6,7 @@
 __all__ = ['source_access', 'SourceBuckets']
 
 # %% ../../nbs/data/11_buckets.ipynb #1e9b9c45
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from botocore.exceptions import BotoCoreError, ClientError
@@ -132,6 +133,22 @@ def fetch(self:SourceBuckets,
     try:
         response = self._get_object(bucket, key)
         with response['Body'] as body: return read_all(body.read, limit)
+    except ClientError as e:
+        access = self.access if self._with_keys else self.access_without_keys
+        raise _response_error(e, access) from None
+    except BotoCoreError as e: raise _failure_error(e, self.access) from None
+
+# %% ../../nbs/data/11_buckets.ipynb #eaafc1b8
+@patch
+def list_keys(self:SourceBuckets,
+    url: str, # s3://bucket/prefix
+) -> Iterator[str]:
+    "Keys of all objects below a prefix; raises `PermanentFetchError`, `SettingFetchError` or `TransientFetchError`."
+    bucket, _, prefix = url.partition('://')[2].partition('/')
+    pages = (self._with_keys or self._without_keys).get_paginator('list_objects_v2')
+    try:
+        for page in pages.paginate(Bucket=bucket, Prefix=prefix):
+            for item in page.get('Contents', ()): yield item['Key']
     except ClientError as e:
         access = self.access if self._with_keys else self.access_without_keys
         raise _response_error(e, access) from None
