@@ -26,7 +26,7 @@ from ..core.worker_check import Needs
 from ..data.download import TransientFetchError
 from ..data.fetch import open_fetcher
 from ..data.host_queues import host_of
-from .inputs import list_inputs
+from .inputs import BatchInputs, list_inputs
 from ..serve.champion import champion_pointer, load_published
 from ..serve.onnx_model import Model, predicted_label, read_input_file
 
@@ -222,7 +222,8 @@ def _find_existing(
     names: pa.Array, # photos of this run
 ) -> _Existing:
     "The results of earlier runs of the same version."
-    keys = [stat.key for stat in store.list(_results_prefix(pointer)) if stat.key.endswith('.parquet')]
+    prefix = _results_prefix(pointer)
+    keys = [stat.key for stat in store.list(f'{prefix}part-') if stat.key.endswith('.parquet')]
     inputs, retries = [pa.array([], pa.string())], []
     with ThreadPoolExecutor(8) as pool:
         for key, table in zip(keys, pool.map(partial(_read_results, store), keys)):
@@ -235,9 +236,14 @@ def _find_existing(
 # %% ../../nbs/batch/01_predictions.ipynb #8c2bc64e
 PHOTOS_PER_PART = 500 # most photos in one file
 
-def _local_path(place: str) -> tuple: # the path, or nothing for a URL
-    "A place that workers have to see, if it is a folder or a file."
-    return () if '://' in place else (str(Path(place).expanduser().absolute()),)
+def _needed_folders(
+    inputs: BatchInputs, # photos
+    target: str, # folder or URL of the results
+) -> tuple: # paths
+    "Folders that the workers have to see."
+    is_file = pc.invert(pc.match_substring(inputs.names, '://'))
+    source = (inputs.folder,) if pc.any(is_file).as_py() else ()
+    return source if '://' in target else (*source, target)
 
 def _run_parts(
     s: Settings, # settings
@@ -276,7 +282,7 @@ def predict_batch(
     existing = _find_existing(_open_target(s, target), pointer, inputs.names)
     new = inputs.names.filter(pc.invert(pc.is_in(inputs.names, value_set=existing.names))).to_pylist()
     function = partial(predict_part, s, pointer, target, inputs.folder)
-    needs = Needs(folders=_local_path(inputs.folder or source) + _local_path(target))
+    needs = Needs(folders=_needed_folders(inputs, target))
     counts = np.zeros(3, int)
     with closing(_run_parts(s, function, new, existing.retries, needs, progress)) as results:
         for part in results: counts += part

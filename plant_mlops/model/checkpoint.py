@@ -59,7 +59,7 @@ def save_checkpoint(
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(vars(checkpoint), temporary)
         os.replace(temporary, file)
-    except OSError as e:
+    except (OSError, RuntimeError) as e: # PyTorch raises the latter where the disk is full
         temporary.unlink(missing_ok=True)
         log.warning('The state of the training was not saved (%s), so it could not go on after an interruption.', e)
 

@@ -19,6 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
+from ..core.config import PlantError
 
 # %% ../../nbs/model/03_probe.ipynb #beb3956f
 class FeatureFile:
@@ -33,8 +34,11 @@ class FeatureFile:
     def __len__(self) -> int: return self.n
 
     def append(self, rows: np.ndarray):
-        "Add rows at the end; raises `OSError` if the disk is full."
-        self.file.write(np.ascontiguousarray(rows, np.float32))
+        "Add rows at the end; raises `PlantError` if the disk is full."
+        try: self.file.write(np.ascontiguousarray(rows, np.float32))
+        except OSError as e:
+            raise PlantError(f'The features of the photos cannot be written to {tempfile.gettempdir()}: {e.strerror}. '
+                             'Free some disk space there, or set TMPDIR to another folder.') from e
         self.n += len(rows)
 
     def chunks(self,
