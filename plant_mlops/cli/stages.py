@@ -129,7 +129,9 @@ def predict(
         '--to', help='Folder or s3://bucket/prefix for the predictions, as Parquet files')] = None,
     home: HomeOption = None, as_json: JsonOption = False,
 ):
-    "Predict the class of photos: of some files, or of many, into Parquet files."
+    """Predict the class of photos.
+
+    With --from and --to, all photos of a folder, a bucket or a table are predicted into Parquet files."""
     s = settings(home=home)
     if source or target:
         _predict_many(s, files, source, target, as_json)
